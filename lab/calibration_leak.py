@@ -55,12 +55,12 @@ from siftune.offsite.exchange.calibration import in_batches
 from siftune.offsite.exchange.own_texts import own_texts
 from siftune.report.table import Table, markdown_table
 
+_EQUAL = {"allot": "uniform"}
 WAYS: dict[str, dict[str, Any]] = {
-    "default": {}, "paper": {"basis": "svd", "mlp": "channels"}, "keep-0.5": {"keep": 0.5},
-    "damping-0.01": {"damping": 0.01, "refit_damping": 0.01}, "damping-1": {"damping": 1.0, "refit_damping": 1.0},
-    "damping-10": {"damping": 10.0, "refit_damping": 10.0}, "damping-100": {"damping": 100.0, "refit_damping": 100.0},
-    "whitened+channels": {"mlp": "channels"},
-    "svd+refit": {"basis": "svd"}, "measured": {"allot": "measured"},
+    "measured": {}, "uniform": _EQUAL, "paper": {"basis": "svd", "mlp": "channels", **_EQUAL},
+    "keep-0.5": {"keep": 0.5, **_EQUAL}, **{
+        f"damping-{value:g}": {"damping": value, "refit_damping": value, **_EQUAL} for value in (0.01, 1.0, 10.0, 100.0)
+    },
 }  # fmt: skip
 SETS = (
     "own-32", "own-128", "own-512", "own-1024", "own-32+public-96", "public-32", "public-128", "prompted-128",

@@ -114,7 +114,7 @@ def _measure(job: Job, args: argparse.Namespace, work: Path) -> list[Line]:
     calibration = random.Random(job["seed"]).sample([row for part in tasks for row in part], job["calibration"])
     batches = text_batches(rows_from(calibration), 128, tokenizer, job["template"])
     if not first.exists():
-        emulate(model, tokenizer, batches, first, EmulatorSettings(keep=job["keep"]))
+        emulate(model, tokenizer, batches, first, EmulatorSettings(keep=job["keep"], allot="uniform"))
     kit = read_kit(first)
     for number in range(1, job["rounds"] + 1):
         folder = place(work, job, AFTER_TRAINING if number == 1 else ())
@@ -123,7 +123,7 @@ def _measure(job: Job, args: argparse.Namespace, work: Path) -> list[Line]:
         if number < job["rounds"]:
             later = place(work, job) / f"kit{number + 1}"
             shutil.rmtree(later, ignore_errors=True)  # of a job that was cut
-            kit = emulate(model, tokenizer, batches, later, EmulatorSettings(keep=job["keep"]))
+            kit = emulate(model, tokenizer, batches, later, EmulatorSettings(keep=job["keep"], allot="uniform"))
     return found
 
 

@@ -67,15 +67,16 @@ from siftune.report.table import Table, markdown_table
 Job = dict[str, Any]
 Line = dict[str, Any]
 
+PAPER = {"basis": "svd", "mlp": "channels", "allot": "uniform"}
 METHODS: dict[str, dict[str, Any]] = {
     "layerdrop": {"method": "layerdrop"},
-    "gradot, paper's basis": {"basis": "svd", "mlp": "channels"},
-    "gradot, paper's basis, λ 0.1": {"basis": "svd", "mlp": "channels", "lambda_attn": 0.1, "lambda_mlp": 0.1},
-    "gradot, paper's basis, DRD alone": {"basis": "svd", "mlp": "channels", "parts": "attention"},
-    "gradot, paper's basis, SCP alone": {"basis": "svd", "mlp": "channels", "parts": "mlp"},
-    "gradot, whitened": {"mlp": "channels"},
-    "gradot, whitened, MLP refit": {"mlp": "refit"},
-    "gradot, whitened, MLP refit, λ 0.1": {"mlp": "refit", "lambda_attn": 0.1, "lambda_mlp": 0.1},
+    "gradot, paper's basis": PAPER,
+    "gradot, paper's basis, λ 0.1": {**PAPER, "lambda_attn": 0.1, "lambda_mlp": 0.1},
+    "gradot, paper's basis, DRD alone": {**PAPER, "parts": "attention"},
+    "gradot, paper's basis, SCP alone": {**PAPER, "parts": "mlp"},
+    "gradot, whitened": {"mlp": "channels", "allot": "uniform"},
+    "gradot, whitened, MLP refit": {"mlp": "refit", "allot": "uniform"},
+    "gradot, measured": {},
 }
 BASE = "base"
 CALIBRATED = ("calibration", "rows", "length", "source", "own_length")  # settings that the base does not depend on

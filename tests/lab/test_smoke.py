@@ -494,16 +494,16 @@ def test_calibration_leak(llama, tmp_path, monkeypatch):
     own, public = (rows_from([{"text": text} for text in part]) for part in (texts[:130], texts[130:]))
     model, tokenizer = load_model(llama)
     setting = calibration_leak.Setting(model, tokenizer, own, public, Split(2, 2), 16, 0)
-    ways = {line["way"]: line for line in calibration_leak.measure_set(setting, "own-32", ["default", "paper"])}
-    (other,) = calibration_leak.measure_set(setting, "public-32", ["default"])
-    assert ways["default"]["beside"]["all"][1] > 0.5  # the interval's lower end
+    ways = {line["way"]: line for line in calibration_leak.measure_set(setting, "own-32", ["measured", "paper"])}
+    (other,) = calibration_leak.measure_set(setting, "public-32", ["measured"])
+    assert ways["measured"]["beside"]["all"][1] > 0.5  # the interval's lower end
     assert other["beside"]["all"][1] < 0.5
     asked = rows_from([{"prompt": text[:6], "completion": text} for text in texts[130:]])
     setting = dataclasses.replace(setting, public=asked)
     lost = [
         line["lost"]["all"]
         for name in ("free-8", "prompted-8", "prompted-8+public-4")
-        for line in calibration_leak.measure_set(setting, name, ["default"])
+        for line in calibration_leak.measure_set(setting, name, ["measured"])
     ]
     assert len(set(lost)) == 3
     assert "own-32" in calibration_leak.report([{"set": "own-32", **line} for line in ways.values()])

@@ -41,8 +41,8 @@ def calibration(model: PreTrainedModel, count: int = 2, rows: int = 3, length: i
 
 
 def settings(**values: Any) -> EmulatorSettings:
-    """Settings with one outer layer at either end."""
-    return EmulatorSettings(**{"split": Split(1, 1), **values})
+    """Settings with one outer layer at either end, and equal shares."""
+    return EmulatorSettings(**{"split": Split(1, 1), "allot": "uniform", **values})
 
 
 def emulator(model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], **values: Any) -> PreTrainedModel:

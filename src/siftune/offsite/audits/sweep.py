@@ -44,7 +44,7 @@ class SweepGrid:
     mlps: tuple[Mlp, ...] = ("refit",)  # what gradot does to them
     methods: tuple[Method, ...] = ("gradot", "layerdrop")
     split: Split = field(default_factory=Split)  # outer layers at either end
-    allot: Allotment = "uniform"  # how gradot shares out what is kept among matrices
+    allot: Allotment = "measured"  # how gradot shares out what is kept among matrices
 
     def check(self) -> None:
         """Check the ranges.

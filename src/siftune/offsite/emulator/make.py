@@ -47,7 +47,7 @@ def emulators(
     base = Base(model, choices[0].split)
     if any(choice.split != base.split for choice in choices):
         raise RecipeError("emulators of one pass have one split: make those of another split in another pass")
-    recording = record(base, batches, progress, whole=not all(choice.downwards for choice in choices))
+    recording = record(base, batches, progress)
     plans = [plan(base, recording, choice, progress) for choice in choices]
     layers: list[dict[int, CompressedLayer]] = [{} for _ in choices]
 
@@ -65,7 +65,7 @@ def compress_middle(
     take: Callable[[int, int, CompressedLayer], None],
     progress: Progress | None,
 ) -> None:
-    """Compress each middle layer for every job, in one pass: up, or down if the recording is not complete.
+    """Compress each middle layer for every job, in one pass from the last to the first.
 
     Args:
         base: The base model.
@@ -75,7 +75,7 @@ def compress_middle(
         progress: Called after every layer.
     """
     wanted = [(settings, {step.number: step for step in steps}) for settings, steps in jobs]
-    numbers = sorted(set().union(*(steps for _, steps in wanted)), reverse=not recording.whole)
+    numbers = sorted(set().union(*(steps for _, steps in wanted)), reverse=True)
     slopes = any(settings.lambda_attn or settings.lambda_mlp for settings, _ in jobs)
     for done, number in enumerate(numbers, 1):
         here = {

@@ -20,17 +20,16 @@ from siftune.models.streamed import tensor_of
 from siftune.offsite.emulator.compress import (
     Compression,
     LayerCurvature,
+    Parts,
     channel_count,
     layer_curvature,
     score_channels,
-    write_columns,
 )
 from siftune.offsite.emulator.model import Base, Split, weight_OI
 from siftune.offsite.emulator.record import Captured, Recording, replay
 from siftune.offsite.maths.allotment import water_fill
-from siftune.offsite.maths.channels import keep_channels
+from siftune.offsite.maths.channels import nested_costs
 from siftune.offsite.maths.drd import component_scores, components, joint_costs, keep_components, rank_of
-from siftune.offsite.maths.kfac import cost
 
 Allotment = Literal["uniform", "measured"]
 
@@ -41,8 +40,8 @@ class EmulatorSettings(Compression):
 
     Attributes:
         split: Outer layers at either end.
-        allot: `uniform`: all matrices keep the same share. `measured` *(ours, gradot)*: each as much as pays by its
-            measured cost.
+        allot: Of gradot. `measured` *(ours)*: each matrix keeps as much as pays by its measured cost. `uniform`: all
+            keep the same share.
 
     Example:
         >>> EmulatorSettings(keep=0.5, split=Split(first=1, last=1)).keep
@@ -50,12 +49,7 @@ class EmulatorSettings(Compression):
     """
 
     split: Split = field(default_factory=Split)
-    allot: Allotment = "uniform"
-
-    @property
-    def downwards(self) -> bool:
-        """Whether layers may be compressed from the last to the first: neither plan nor layers need those below."""
-        return self.allot == "uniform"
+    allot: Allotment = "measured"
 
     def check(self) -> None:
         """Check the ranges.
@@ -79,13 +73,14 @@ class EmulatorSettings(Compression):
             name = "lambda_attn" if self.parts == "mlp" else "lambda_mlp"
             raise RecipeError(f"{name} has no effect, because parts is {self.parts}: leave it out, or use parts both")
         whole_layers = self.method == "layerdrop"
-        if self.parts != "both" and (whole_layers or self.allot == "measured"):
-            reason = f"method {self.method} drops whole layers" if whole_layers else "allot measured weighs the two"
-            raise RecipeError(f"parts is {self.parts}, but {reason}: use parts both")
-        if whole_layers and (self.allot != "uniform" or self.lambda_attn or self.lambda_mlp):
-            raise RecipeError(f"method {self.method} drops whole layers: it has no λ, and nothing to allot")
-        if self.allot == "measured" and self.keep < SHARES[0]:
-            raise RecipeError(f"keep is {self.keep}, but allot measured leaves {SHARES[0]} of every matrix or more")
+        if whole_layers and self.parts != "both":
+            raise RecipeError(f"parts is {self.parts}, but method layerdrop drops whole layers: use parts both")
+        if whole_layers and (self.lambda_attn or self.lambda_mlp):
+            raise RecipeError("method layerdrop drops whole layers: it has no λ")
+        if not whole_layers and self.allot == "measured" and self.keep < SHARES[0]:
+            raise RecipeError(
+                f"keep is {self.keep}, but allot measured leaves {SHARES[0]} of every matrix or more: use allot uniform"
+            )
 
 
 @dataclass(frozen=True)
@@ -148,9 +143,10 @@ def uniform_layers(count: int, kept: int) -> list[int]:
 SHARES = tuple(number / 20 for number in range(2, 21))  # at 1 a matrix is whole, and costs nothing
 
 
-def measured_paths(family: Family) -> tuple[str, ...]:
+def measured_paths(family: Family, parts: Parts = "both") -> tuple[str, ...]:
     """The matrices with a share: those of attention, and the write matrix for the complete MLP."""
-    return (*family.attention, family.writes)
+    attention = () if parts == "mlp" else family.attention
+    return attention if parts == "attention" else (*attention, family.writes)
 
 
 def layer_costs(base: Base, number: int, captured: Mapping[str, Captured], how: Compression) -> list[Tensor]:
@@ -169,8 +165,10 @@ def layer_costs(base: Base, number: int, captured: Mapping[str, Captured], how: 
         for path in family.matrices
     }
     return [
-        *(_factored(path, weights[path], (chosen, other), how) for path in family.attention),
-        _narrowed(weights, family, (chosen, other), how),
+        _factored(path, weights[path], (chosen, other), how)
+        if path in family.attention
+        else _narrowed(weights, family, (chosen, other), how)
+        for path in measured_paths(family, how.parts)
     ]
 
 
@@ -206,12 +204,8 @@ def _narrowed(
     per_channel = sum(weights[path].numel() for path in (*family.reads, family.writes)) // channels
     scores_C = score_channels(weights, family, chosen, how)
     counts = [channel_count(share, channels) for share in SHARES[:-1]]
-    costs = []
-    for count in counts:
-        staying = keep_channels(scores_C, count)
-        delta_OC = -write_OC
-        delta_OC[:, staying] += write_columns(write_OC, chosen.curvature[family.writes], staying, how)
-        costs.append(cost(other.curvature[family.writes], delta_OC))
+    fit = chosen.curvature[family.writes].inputs if how.mlp == "refit" else None
+    costs = nested_costs(write_OC, other.curvature[family.writes], scores_C, counts, fit, how.refit_damping)
     return _table([float(count * per_channel) for count in (*counts, channels)], [*costs, 0.0])
 
 
@@ -222,20 +216,21 @@ def _table(sizes: Sequence[float], costs: Sequence[float]) -> Tensor:
 def measured_shares(
     base: Base, recording: Recording, how: Compression, progress: Progress | None = None
 ) -> dict[int, dict[str, float]]:
-    """Share out what is kept, `how.keep` of the parameters of all the middle's matrices, by what each costs.
+    """Share out what is kept, `how.keep` of the parameters of all matrices that are compressed, by what each costs.
 
-    Layers are run one after the other; costs lie with the recording's states, so that an interrupted run continues.
+    Layers are run from the last to the first. Costs lie with the recording's states, so that an interrupted run
+    continues.
 
     Returns:
         Number of the layer -> path -> share.
     """
     costs_of = recording.costs(replace(how, keep=1.0))  # costs do not depend on it
     tables: dict[tuple[int, str], tuple[list[float], list[float]]] = {}
-    for done, number in enumerate(recording.numbers, 1):
+    for done, number in enumerate(reversed(recording.numbers), 1):
         if not costs_of.has(number):
             captured = replay(base, recording, number, how.judged(base.family))
             costs_of.put(number, layer_costs(base, number, captured, how))
-        for path, table in zip(measured_paths(base.family), costs_of.get(number), strict=True):
+        for path, table in zip(measured_paths(base.family, how.parts), costs_of.get(number), strict=True):
             sizes, costs = table.tolist()
             tables[number, path] = sizes, costs
         if progress is not None:

@@ -2,8 +2,8 @@
 
 With those two a layer can be run forward and backward alone afterwards, so that curvature, scores and compression need
 one layer's activations at a time. The pass works the same way: all batches go through one layer before the next one,
-upwards without a graph, and downwards once more layer by layer; no gradient of a weight is formed. A caller who replays
-the layers from the last to the first computes the gradients on the way, and spares the second pass. Of a model whose
+upwards without a graph, and downwards to the last middle layer; no gradient of a weight is formed. Each replay
+computes the gradients for the layer below, so layers are best replayed from the last to the first. Of a model whose
 layers are loaded when they run (`models/streamed.py`), one layer is in memory at a time.
 
     model --pass--> Recording --replay(layer)--> inputs x and output gradients g of each of the layer's matrices
@@ -109,16 +109,13 @@ class Recording:
 
     numbers: Sequence[int]  # numbers of these layers
     hidden: States  # what goes into a layer, by its number
-    grads: States  # gradients of the summed loss for what comes out, by number of the layer
+    grads: States  # gradients of the summed loss for what comes out; a `replay` adds those of the layer below
     # what layers' matrices would cost, by what that depends on
     measured: dict[Hashable, States] = field(default_factory=dict)
     calls: list[list[Call]] = field(default_factory=list)  # by batch, then by number of the layer
     real: list[Tensor] = field(default_factory=list)  # (B, T) bool per batch: false on padding
     tokens: int = 0  # labels of all batches
     loss: float = 0.0  # mean loss per label
-    # the gradients of all these layers are there; else those of the last one, and each `replay` adds those of the
-    # layer below
-    whole: bool = True
 
     def visits(self, number: int) -> Iterator[Visit]:
         """The visits to a layer, one per batch."""
@@ -163,7 +160,6 @@ def record(
     batches: Sequence[Batch],
     progress: Progress | None = None,
     folder: Path | None = None,
-    whole: bool = True,
 ) -> Recording:
     """Run the calibration batches through the model once, forward and backward, layer by layer.
 
@@ -175,20 +171,19 @@ def record(
         progress: Told after each layer.
         folder: Where hidden states and gradients lie; layers that are there already are not run again. None keeps them
             in memory.
-        whole: Go down to the first of these layers, not only to the last of them; see `Recording`.
 
     Raises:
         DataError: There is no batch, or not one label in all of them, or the loss is not finite.
     """
     model, layers, numbers = base.model, base.layers, base.middle
-    recording = Recording(numbers, States(folder, "hidden"), States(folder, "grad"), whole=whole)
+    recording = Recording(numbers, States(folder, "hidden"), States(folder, "grad"))
     used = [batch for batch in batches if bool(label_positions(batch["labels"]).any())]
     if not used:
         raise DataError("the calibration rows hold no token to learn: give rows with text")
 
     def tell(done: int) -> None:
         if progress is not None:
-            progress("calibration", done, 2 * len(layers) - (numbers[0] if whole else numbers[-1]))
+            progress("calibration", done, 2 * len(layers) - numbers[-1])
 
     with trainable_only(model), evaluating(model):
         _upwards(recording, layers, _enter(model, layers, used, recording), tell)
@@ -201,9 +196,10 @@ def record(
 def replay(base: Base, recording: Recording, number: int, paths: Sequence[str]) -> dict[str, Captured]:
     """Run a recorded layer alone, and collect what its matrices saw, by path.
 
-    Matrices that read the same tensor share `x_NI`. Where the recording is not whole, it then has the gradients for the
-    layer below.
+    Matrices that read the same tensor share `x_NI`. If the layer above was not replayed before, gradients come down to
+    this layer first.
     """
+    _descend(base.layers, recording, number)
     layer, parts = base.layers[number], {path: list[Captured]() for path in paths}
     shared: dict[int, Tensor] = {}
     below: list[Tensor] = []
@@ -214,7 +210,7 @@ def replay(base: Base, recording: Recording, number: int, paths: Sequence[str]) 
             shared = {id(x): rows_of(x, visit.real_BT) for x in inputs.values()}
             for path, g in zip(outputs, grads, strict=True):
                 parts[path].append(Captured(shared[id(inputs[path])], rows_of(g, visit.real_BT)))
-    if not recording.whole and number > recording.numbers[0]:
+    if number > recording.numbers[0]:
         recording.grads.put(number - 1, below)
     joined: dict[tuple[int, ...], Tensor] = {}
     captured = {}
@@ -303,18 +299,23 @@ def _loss(model: nn.Module, layers: Sequence[nn.Module], batch: Batch, last_BTH:
 def _downwards(
     recording: Recording, layers: Sequence[nn.Module], grads: list[Tensor], tell: Callable[[int], None]
 ) -> None:
-    """The gradient of the loss for what comes out of the layers, from the last one to the lowest that is asked for."""
-    first, depth = recording.numbers[0], len(layers)
-    lowest = first if recording.whole else recording.numbers[-1]
-    start = min((number for number in range(first, depth) if recording.grads.has(number)), default=depth - 1)
-    if recording.grads.has(start):
-        grads = recording.grads.get(start)
-    for number in range(start, lowest - 1, -1):
-        recording.grads.put(number, grads)
-        tell(2 * depth - number)
-        if number > lowest:
-            with held(layers[number]):
-                grads = [_input_gradient(layers[number], visit) for visit in recording.visits(number)]
+    """The gradient of the loss for what comes out of the layers, from the last one to the last of the middle."""
+    if not any(recording.grads.has(number) for number in range(recording.numbers[0], len(layers))):
+        recording.grads.put(len(layers) - 1, grads)
+        tell(len(layers) + 1)
+    _descend(layers, recording, recording.numbers[-1], tell)
+
+
+def _descend(
+    layers: Sequence[nn.Module], recording: Recording, to: int, tell: Callable[[int], None] = lambda _: None
+) -> None:
+    """Gradients for what comes out of a layer, from those of the next layer above that has them."""
+    start = next((number for number in range(to, len(layers)) if recording.grads.has(number)), to)
+    for number in range(start, to, -1):
+        with held(layers[number]):
+            grads = [_input_gradient(layers[number], visit) for visit in recording.visits(number)]
+        recording.grads.put(number - 1, grads)
+        tell(2 * len(layers) - number + 1)
 
 
 def _input_gradient(layer: nn.Module, visit: Visit) -> Tensor:

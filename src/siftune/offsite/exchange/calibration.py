@@ -44,9 +44,9 @@ class CalibrationOptions(Validated):
     """Layers next to the embeddings that are to be tuned."""
     last: CountOrZero = 2
     """Layers before the head that are to be tuned."""
-    allot: Literal["uniform", "measured"] = "uniform"
-    """uniform: all matrices keep the same share. measured (gradot): each keeps as much as pays, by what it loses on
-    half of the rows."""
+    allot: Literal["measured", "uniform"] = "measured"
+    """gradot: measured lets each matrix keep as much as pays, by what it loses on half of the rows; uniform the same
+    share of all."""
     rows: Count = 32
     """Number of rows to use, from the first, or of own texts."""
     max_length: AtLeastTwo = 128

@@ -70,7 +70,7 @@ def emulate(
         tokenizer: Its tokenizer.
         batches: Calibration rows, as a data collator gives them: (B, T) `input_ids`, `attention_mask`, `labels`.
         out: Folder of the kit; must be new or empty.
-        settings: How the middle is compressed; GradOT in the whitened basis at 0.7 by default.
+        settings: How the middle is compressed; GradOT in the whitened basis with measured shares at 0.7 by default.
         options: Dtypes and signature.
         progress: Called for every batch and layer.
 
@@ -144,7 +144,7 @@ def _compressed(
 
     steps = [Step(*step) for step in work.state.get("steps", ())]
     if not steps or not all(file(step.number).exists() for step in steps):
-        recording = record(base, batches, progress, work.path / "states", not settings.downwards)
+        recording = record(base, batches, progress, work.path / "states")
         if not steps:
             steps = plan(base, recording, settings, progress)
             work.set_state(steps=[astuple(step) for step in steps])

@@ -37,6 +37,7 @@ Shapes: C channels, I inputs of the MLP, O outputs, K channels kept, R dropped.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -146,6 +147,56 @@ def refit(write_OC: Tensor, inputs: Moments, kept_K: Tensor, damping: float = DA
     return as_before(write_OC[:, kept_K] + damped.solve(lost_KO).T, fitted)
 
 
+def nested_costs(
+    write_OC: Tensor,
+    other: Curvature,
+    scores_C: Tensor,
+    counts: Sequence[int],
+    fit: Moments | None,
+    damping: float = DAMPING,
+) -> list[float]:
+    """The loss of keeping the best channels, for several counts: ⟨δ, H δ⟩ of the change δ of d.
+
+    All fits come from one Cholesky factor. With channels in order of score, A_δ = L Lᵀ and M = L⁻¹, dropping the last
+    block b of those that are left changes d̂ by −p_b M_b, where p_b = d̂_b M_bb⁻¹. So δ = −Σ_b p_b M_b, and the cost is a
+    sum over the dropped channels i, j of (Pᵀ G P)_ij (M A Mᵀ)_ij. Without a fit, P = d and M = I.
+
+    Args:
+        write_OC: d.
+        other: Curvature of d that costs are measured in, which need not be that of the fit; not damped.
+        scores_C: (C,) scores.
+        counts: Channels to keep, each from 1 to C.
+        fit: A of the fit of the channels that stay; None leaves them unchanged.
+        damping: Of that, as for `refit`.
+
+    Returns:
+        A cost for every count, computed in float64.
+    """
+    order_C, channels = scores_C.argsort(descending=True, stable=True), write_OC.shape[1]
+    left_OC = in_float64(write_OC[:, order_C])
+    inverse_CC = torch.eye(channels, dtype=left_OC.dtype, device=left_OC.device)
+    if fit is not None and (step := _step(fit)) is not None:
+        inverse_CC = _raised(Moments(_reordered(fit, order_C).dense(), True), damping, step).inverse_root()
+    inputs = _reordered(other.inputs, order_C)
+    outputs = Moments(in_float64(other.gradients.values), other.gradients.formed)
+    parts_OC, cost, cost_of = torch.zeros_like(left_OC), 0.0, {channels: 0.0}
+    for high, low in pairwise(sorted({channels, *counts}, reverse=True)):
+        rows_BC = inverse_CC[low:high]
+        part_OB = torch.linalg.solve_triangular(rows_BC[:, low:high], left_OC[:, low:high], upper=False, left=False)
+        left_OC[:, :low] -= part_OB @ rows_BC[:, :low]
+        parts_OC[:, low:high] = part_OB
+        both_BD = (outputs.times(part_OB).T @ parts_OC[:, low:]) * (inputs.times(rows_BC.T).T @ inverse_CC[low:].T)
+        cost += float(2 * both_BD.sum() - both_BD[:, : high - low].sum())  # with those dropped before, either way
+        cost_of[low] = max(0.0, cost)
+    return [cost_of[count] for count in counts]
+
+
+def _reordered(moments: Moments, order_F: Tensor) -> Moments:
+    """The same moments with features in another order, in float64."""
+    values = in_float64(moments.values[:, order_F])
+    return Moments(values[order_F.to(values.device)] if moments.formed else values, moments.formed)
+
+
 @dataclass(frozen=True)
 class _Damped:
     """A_δ in float64."""
@@ -168,10 +219,14 @@ class _Damped:
         if not self.formed:
             inner_NC: Tensor = torch.linalg.solve_triangular(self.lower, self.values, upper=False)
             return (1 - inner_NC.square().sum(0)) / self.delta
-        one_CC = torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
         # torch.cholesky_inverse takes a hundred times longer on processors
+        return self.inverse_root().square().sum(0)
+
+    def inverse_root(self) -> Tensor:
+        """L⁻¹, where A_δ = L Lᵀ is formed; (C, C)."""
+        one_CC = torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
         root_CC: Tensor = torch.linalg.solve_triangular(self.lower, one_CC, upper=False)
-        return root_CC.square().sum(0)
+        return root_CC
 
 
 def _damped(inputs: Moments, damping: float) -> _Damped | None:

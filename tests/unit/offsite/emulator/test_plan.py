@@ -150,16 +150,31 @@ def test_several_at_once_go_their_own_ways_and_measure_once_what_is_the_same(mon
         assert all(torch.equal(alone.frozen[name], parts.frozen[name]) for name in alone.frozen)
 
 
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"method": "layerdrop"}, "drops whole layers"),
-        ({"keep": 0.05}, r"keep is 0\.05, but allot measured leaves 0\.1"),
-    ],
-)
-def test_what_does_not_go_with_it_is_refused(values, words):
-    with pytest.raises(RecipeError, match=words):
-        settings(**{"allot": "measured", **values}).check()
+@pytest.mark.parametrize("part", ["attention", "mlp"])
+def test_one_part_is_shared_out_by_itself(part):
+    model = base()
+    how = settings(**MEASURED, parts=part)
+    whole = Base(model, how.split)
+    recording = record(whole, calibration(model, count=4, rows=4))
+    both = plan(whole, recording, settings(**MEASURED))
+    steps, paths = plan(whole, recording, how), measured_paths(whole.family, part)
+    (parts,) = emulators(model, calibration(model, count=4, rows=4), [how])
+    kept, every = 0, 0
+    for step, of_both, shape in zip(steps, both, parts.middle, strict=True):
+        assert set(step.shares) == set(paths) < set(of_both.shares)
+        assert shape.channels is None if part == "attention" else not shape.ranks
+        for path in paths:
+            weight = weight_OI(whole.layers[step.number].get_submodule(path))
+            every += weight.numel()
+            rest = weight.numel() if shape.channels is None else shape.channels * 32
+            kept += shape.ranks[path] * sum(weight.shape) if path in shape.ranks else rest
+    assert 0.4 * every < kept <= 0.5 * every
+
+
+def test_shares_below_the_least_are_refused():
+    with pytest.raises(RecipeError, match=r"keep is 0\.05, but allot measured leaves 0\.1 .*: use allot uniform"):
+        settings(allot="measured", keep=0.05).check()
+    settings(method="layerdrop", allot="measured", keep=0.05).check()
 
 
 @given(count=st.integers(1, 99), data=st.data())
