@@ -123,14 +123,14 @@ def sweep(
     grid.check()
     choices = grid.settings()
     full = outer_gradient(model, held_out, grid.split)
-    points: list[SweepPoint] = []
-    for chunk in _chunks(choices):
+    points: dict[EmulatorSettings, SweepPoint] = {}
+    for chunk in _chunks(sorted(choices, key=lambda choice: str(choice.form))):  # costs are measured once for all keeps
         parts = emulators(model, batches, chunk, progress=progress)
         for choice in chunk:
             emulator = materialise(parts.pop(0)).to(model.device)
             leak = attack_calibration(model, emulator, choice.split, batches, held_out, Bootstrap(_RESAMPLES)).strongest
             likeness = cosine(full, outer_gradient(emulator, held_out, choice.split))
-            point = SweepPoint(
+            points[choice] = SweepPoint(
                 method=choice.method,
                 keep=choice.keep,
                 lambda_attn=choice.lambda_attn,
@@ -144,10 +144,9 @@ def sweep(
                 middle_share=parameter_shares(model, emulator, choice.split).middle,
                 calibration_auc=Estimate() if leak is None else leak.auc,
             )
-            points.append(point)
             if progress is not None:
                 progress("measuring", len(points), len(choices))
-    return points
+    return [points[choice] for choice in choices]
 
 
 def front(points: Sequence[SweepPoint]) -> list[SweepPoint]:

@@ -21,7 +21,7 @@ from siftune.offsite.emulator.compress import (
     layer_curvature,
 )
 from siftune.offsite.emulator.model import Base
-from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
+from siftune.offsite.emulator.plan import EmulatorSettings, Step, measure, plan
 from siftune.offsite.emulator.record import Recording, record, replay
 
 
@@ -48,7 +48,8 @@ def emulators(
     if any(choice.split != base.split for choice in choices):
         raise RecipeError("emulators of one pass have one split: make those of another split in another pass")
     recording = record(base, batches, progress)
-    plans = [plan(base, recording, choice, progress) for choice in choices]
+    measure(base, recording, choices, progress)
+    plans = [plan(base, recording, choice) for choice in choices]
     layers: list[dict[int, CompressedLayer]] = [{} for _ in choices]
 
     def take(place: int, number: int, layer: CompressedLayer) -> None:

@@ -51,6 +51,16 @@ class EmulatorSettings(Compression):
     split: Split = field(default_factory=Split)
     allot: Allotment = "measured"
 
+    @property
+    def measures(self) -> bool:
+        """Whether the plan needs costs."""
+        return self.method == "gradot" and self.allot == "measured" and self.keep < 1
+
+    @property
+    def form(self) -> "EmulatorSettings":
+        """The settings without that which measured costs do not depend on."""
+        return replace(self, keep=1.0)
+
     def check(self) -> None:
         """Check the ranges.
 
@@ -94,7 +104,7 @@ class Step:
 
 
 def plan(base: Base, recording: Recording, settings: EmulatorSettings, progress: Progress | None = None) -> list[Step]:
-    """Plan the middle by checked settings.
+    """Plan the middle by checked settings; costs that are not there yet are measured.
 
     Raises:
         UnsupportedError: Layers are to be dropped in a model whose layers depend on their number.
@@ -108,8 +118,9 @@ def plan(base: Base, recording: Recording, settings: EmulatorSettings, progress:
             )
         count = max(1, round(settings.keep * len(numbers)))
         return [Step(numbers[place]) for place in uniform_layers(len(numbers), count)]
-    if settings.allot == "measured" and settings.keep < 1:
-        measured = measured_shares(base, recording, settings, progress)
+    if settings.measures:
+        measure(base, recording, [settings], progress)
+        measured = measured_shares(base, recording, settings)
         return [Step(number, settings.keep, shares=measured[number]) for number in numbers]
     return [Step(number, settings.keep) for number in numbers]
 
@@ -213,28 +224,38 @@ def _table(sizes: Sequence[float], costs: Sequence[float]) -> Tensor:
     return torch.tensor([sizes, costs], dtype=torch.float64)
 
 
-def measured_shares(
-    base: Base, recording: Recording, how: Compression, progress: Progress | None = None
-) -> dict[int, dict[str, float]]:
-    """Share out what is kept, `how.keep` of the parameters of all matrices that are compressed, by what each costs.
+def measure(
+    base: Base, recording: Recording, choices: Sequence[EmulatorSettings], progress: Progress | None = None
+) -> None:
+    """Measure the costs that plans need, each layer once for all choices, from the last layer to the first.
 
-    Layers are run from the last to the first. Costs lie with the recording's states, so that an interrupted run
-    continues.
+    Costs lie with the recording's states, so that an interrupted run continues.
+    """
+    forms = list(dict.fromkeys(choice.form for choice in choices if choice.measures))
+    for done, number in enumerate(reversed(recording.numbers) if forms else (), 1):
+        missing = [form for form in forms if not recording.costs(form).has(number)]
+        if missing:
+            paths = dict.fromkeys(path for form in missing for path in form.judged(base.family))
+            captured = replay(base, recording, number, list(paths))
+            for form in missing:
+                seen = {path: captured[path] for path in form.judged(base.family)}
+                recording.costs(form).put(number, layer_costs(base, number, seen, form))
+        if progress is not None:
+            progress("costs", done, len(recording.numbers))
+
+
+def measured_shares(base: Base, recording: Recording, how: EmulatorSettings) -> dict[int, dict[str, float]]:
+    """Share out what is kept, `how.keep` of the parameters of all matrices that are compressed, by what each costs.
 
     Returns:
         Number of the layer -> path -> share.
     """
-    costs_of = recording.costs(replace(how, keep=1.0))  # costs do not depend on it
+    costs_of, paths = recording.costs(how.form), measured_paths(base.family, how.parts)
     tables: dict[tuple[int, str], tuple[list[float], list[float]]] = {}
-    for done, number in enumerate(reversed(recording.numbers), 1):
-        if not costs_of.has(number):
-            captured = replay(base, recording, number, how.judged(base.family))
-            costs_of.put(number, layer_costs(base, number, captured, how))
-        for path, table in zip(measured_paths(base.family, how.parts), costs_of.get(number), strict=True):
+    for number in recording.numbers:
+        for path, table in zip(paths, costs_of.get(number), strict=True):
             sizes, costs = table.tolist()
             tables[number, path] = sizes, costs
-        if progress is not None:
-            progress("measuring", done, len(recording.numbers))
     every = [sizes for sizes, _ in tables.values()]
     chosen = water_fill(every, [costs for _, costs in tables.values()], how.keep * sum(one[-1] for one in every))
     shares: dict[int, dict[str, float]] = {number: {} for number in recording.numbers}

@@ -183,11 +183,11 @@ def test_a_cut_run_continues_measuring(tmp_path, monkeypatch):
     model, tokenizer, choice = base(vocab_size=300).float(), byte_tokenizer(), settings(keep=0.5, allot="measured")
     batches, told, measured = calibration(model), [], []
     with pytest.raises(Cut):
-        emulate(model, tokenizer, batches, tmp_path / "kit", choice, progress=cut_after("measuring", 2))
+        emulate(model, tokenizer, batches, tmp_path / "kit", choice, progress=cut_after("costs", 2))
     original = plans.layer_costs
     monkeypatch.setattr(plans, "layer_costs", lambda *args: measured.append(1) or original(*args))
     kit = emulate(model, tokenizer, batches, tmp_path / "kit", choice, progress=lambda *one: told.append(one))
-    assert [stage for stage, *_ in told if stage != "calibration"] == ["measuring"] * 3 + ["compression"] * 3
+    assert [stage for stage, *_ in told if stage != "calibration"] == ["costs"] * 3 + ["compression"] * 3
     assert len(measured) == 1
     assert kit.digest == emulate(model, tokenizer, batches, tmp_path / "uncut", choice).digest
 
