@@ -224,8 +224,8 @@ class _Damped:
 
     def inverse_root(self) -> Tensor:
         """L⁻¹, where A_δ = L Lᵀ is formed; (C, C)."""
-        one_CC = torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
-        root_CC: Tensor = torch.linalg.solve_triangular(self.lower, one_CC, upper=False)
+        root_CC = torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
+        torch.linalg.solve_triangular(self.lower, root_CC, upper=False, out=root_CC)
         return root_CC
 
 
