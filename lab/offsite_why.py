@@ -35,7 +35,7 @@ from siftune.offsite.emulator.model import Base, Split, weight_OI
 from siftune.offsite.emulator.record import record, replay
 from siftune.offsite.maths.channels import channel_scores, keep_channels, refit, refit_scores
 from siftune.offsite.maths.drd import Components, component_scores, components, keep_components, rank_of
-from siftune.offsite.maths.kfac import Curvature, cost, curvature
+from siftune.offsite.maths.kfac import Curvature, apply, curvature
 
 Found = dict[tuple[str, ...], list[tuple[float, ...]]]
 
@@ -91,6 +91,11 @@ def _costs(weight_OI: Tensor, curvatures: Sequence[Curvature], keep: float) -> d
     )
     pairs = zip(CHOICES, (plain, plain, white), kept, strict=True)
     return {choice: _shares(parts, indices, known, other) for choice, parts, indices in pairs}
+
+
+def cost(curvature: Curvature, delta_OI: Tensor) -> float:
+    """⟨δ, G δ A⟩: E (gᵀ δ x)², where x and g are independent."""
+    return float((delta_OI.double() * apply(curvature, delta_OI).double()).sum())
 
 
 def _shares(parts: Components, kept: Tensor, known: Curvature, other: Curvature) -> tuple[float, ...]:

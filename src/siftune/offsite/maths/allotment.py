@@ -13,7 +13,7 @@ each matrix, which may not fit: it goes as far as it does. A cost that rises wit
 Prior art shares out ranks by other measures: ASVD (Yuan et al., 2023, arXiv 2312.05821) by the loss of the model with
 one matrix truncated at a time, SVD-LLM V2 (Wang et al., 2025, arXiv 2503.12340) by truncation losses; ZipLM (Kurtic et
 al., 2023, arXiv 2302.04089) picks from a table of errors under a budget. Here one table has directions and channels,
-and its costs are of rows that did not choose what stays (`emulator.costs`).
+and its costs are of rows that did not choose what stays (`emulator/plan.py`).
 
 Symbols: n `sizes`, c `costs`.
 """

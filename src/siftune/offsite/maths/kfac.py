@@ -152,11 +152,6 @@ def apply(curvature: Curvature, delta_OI: Tensor) -> Tensor:
     return curvature.gradients.times(curvature.inputs.times(delta_OI.T).T)
 
 
-def cost(curvature: Curvature, delta_OI: Tensor) -> float:
-    """⟨δ, H δ⟩: E (gᵀ δ x)² where x and g are independent, by how much a change δ of W moves the loss of a token."""
-    return float((in_float64(delta_OI) * in_float64(apply(curvature, delta_OI))).sum())
-
-
 def score(shift_C: Tensor, rise_C: Tensor, lam: float, unit: LambdaUnit = "relative") -> Tensor:
     """The GCS of dropping candidates; high ones should stay.
 
