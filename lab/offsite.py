@@ -16,10 +16,8 @@ the rows of calibration and text are questions with the texts of right options, 
                tuning, and the base with the adapter that was tuned on the emulator (plug-in); and the base, before and
                after tuning the same layers
 
-With `--scales 0.9,1.1` the plugged change of the outer layers is also multiplied by these numbers, as is the base's
-own, which tells whether both are merely too short. With `--middle` all layers of the emulator train, and the change of
-each middle matrix, up·down − up₀·down₀ or that of its channels, is added to the base's (FedProxy, arXiv 2604.19015,
-also trains all of its proxy; the mapping is ours).
+With `--middle` all layers of the emulator train, and the change of each middle matrix, up·down − up₀·down₀ or that of
+its channels, is added to the base's (FedProxy, arXiv 2604.19015, also trains all of its proxy; the mapping is ours).
 
 `--tune none` leaves the tuning out, and is quick. A finished emulator adds a line of JSON to FILE, and one that is
 there already is not made again. More emulators: `name=key:value,...` after --methods, keys of `EmulatorSettings`.
@@ -147,13 +145,9 @@ def _base(job: Job, setting: Setting) -> Line:
         return {"scores": {}}
     model, (rows, tuning) = setting.model, _task(job, setting)
     split = setting.split
-    scores, before = {"full_zs": _scores(score_rows(model, rows, 32))}, read_outer(model, split)
+    scores = {"full_zs": _scores(score_rows(model, rows, 32))}
     with tuned(model, split.outer(len(find_layers(model).layers)), tuning):
         scores["full_ft"] = _scores(score_rows(model, rows, 32))
-        after = read_outer(model, split)
-    for scale in job["tune"].get("scales", ()):
-        with plugged(model, split, _between(before, after, scale)):
-            scores[_scaled("full_ft", scale)] = _scores(score_rows(model, rows, 32))
     return {"scores": scores}
 
 
@@ -177,17 +171,9 @@ def _emulator(job: Job, setting: Setting, parts: EmulatorParts) -> Line:
             scores["emulator_ft"] = _scores(score_rows(emulator, rows, 32))
             adapter = read_outer(emulator, parts.split)
             changes = _changes(setting.model, parts, middle, _middle(emulator, parts)) if complete else {}
-        before = read_outer(setting.model, parts.split)
-        for scale in (1.0, *job["tune"].get("scales", ())):
-            scaled = _between(before, adapter, scale)
-            with plugged(setting.model, parts.split, scaled), _added(changes, scale):
-                scores[_scaled("plug_in", scale)] = _scores(score_rows(setting.model, rows, 32))
+        with plugged(setting.model, parts.split, adapter), _added(changes):
+            scores["plug_in"] = _scores(score_rows(setting.model, rows, 32))
     return {**line, "scores": scores}
-
-
-def _between(before: Mapping[str, Tensor], after: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Tensors with a multiple of their change; 1 is after."""
-    return {name: torch.lerp(before[name].to(changed), changed, scale) for name, changed in after.items()}
 
 
 def _middle(emulator: nn.Module, parts: EmulatorParts) -> list[dict[str, Tensor]]:
@@ -227,22 +213,18 @@ def _changes(
 
 
 @contextmanager
-def _added(changes: Mapping[nn.Parameter, Tensor], scale: float) -> Iterator[None]:
+def _added(changes: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
     """Add changes of parameters while the block runs."""
     before = {parameter: parameter.detach().clone() for parameter in changes}
     try:
         with torch.no_grad():
             for parameter, change in changes.items():
-                parameter += (scale * change).to(parameter.dtype)
+                parameter += change.to(parameter.dtype)
         yield
     finally:
         with torch.no_grad():
             for parameter, values in before.items():
                 parameter.copy_(values)
-
-
-def _scaled(name: str, scale: float) -> str:
-    return name if scale == 1 else f"{name} × {scale:g}"
 
 
 def _task(job: Job, setting: Setting) -> tuple[AuditRows, Tuning]:
@@ -318,7 +300,6 @@ def text_batches(
 def _jobs(args: argparse.Namespace) -> Iterator[Job]:
     """All that is asked for: for every seed the base, then the emulators."""
     tune = {"task": args.tune, "steps": args.steps, "batch": args.batch, "questions": args.questions}
-    tune |= {"scales": [float(scale) for scale in args.scales.split(",")]} if args.scales else {}
     tune |= {"middle": True} if args.middle else {}
     rates = [float(rate) for rate in args.lrs.split(",")]
     tunings = [None] if args.tune == "none" else [{**tune, "lr": rate} for rate in rates]
@@ -376,8 +357,6 @@ def report(lines: Sequence[Line]) -> str:
         for name in names:
             runs = [line for line in rest if line["job"]["keep"] == keep and line["job"]["name"] == name]
             rows.append(_line(name, runs, bases))
-            for scale in _shared_scales(runs):
-                rows.append(_line(f"{name}, change × {scale:g}", runs, bases, _scaled("plug_in", scale)))
         table = markdown_table(Table(_header(bool(bases)), rows))
         out += ["", f"**Kept: {keep:.0%} of the middle's matrices**", "", table]
     return "\n".join(out)
@@ -392,25 +371,15 @@ def _loss(bases: Sequence[Line]) -> float:
     return mean(line["scores"]["full_ft"]["nll"] for line in bases)
 
 
-def _shared_scales(runs: Sequence[Line]) -> list[float]:
-    """Scales of the change that all runs have."""
-    lists = [(line["job"]["tune"] or {}).get("scales", ()) for line in runs]
-    return sorted(set(lists[0]).intersection(*lists[1:]))
-
-
 def _bases(bases: dict[int, Line], rate: str) -> list[str]:
     if not bases:
         return []
     columns = _pooled(bases.values(), _BASE_SCORES, "correct")
     before, after = (_percent(np.mean(columns[name])) for name in ("full_zs", "full_ft"))
-    names = [name for name in next(iter(bases.values()))["scores"] if all(name in b["scores"] for b in bases.values())]
-    losses = {name: mean(line["scores"][name]["nll"] for line in bases.values()) for name in names}
-    scaled = "".join(
-        f", {loss:.3f} with the change {name.removeprefix('full_ft ')}" for name, loss in losses.items() if "×" in name
-    )
+    losses = {name: mean(line["scores"][name]["nll"] for line in bases.values()) for name in _BASE_SCORES}
     return [
         f"Base: {rate}{before} of the questions correct, {after} after tuning the same layers (nats per label "
-        f"{losses['full_zs']:.3f} and {losses['full_ft']:.3f}{scaled}); seeds {', '.join(map(str, sorted(bases)))}."
+        f"{losses['full_zs']:.3f} and {losses['full_ft']:.3f}); seeds {', '.join(map(str, sorted(bases)))}."
     ]
 
 
@@ -421,20 +390,20 @@ def _header(tuned: bool) -> list[str]:
     return names
 
 
-def _line(name: str, lines: Sequence[Line], bases: dict[int, Line], plug_in: str = "plug_in") -> list[str]:
+def _line(name: str, lines: Sequence[Line], bases: dict[int, Line]) -> list[str]:
     text = lines[0]["text"]
     cells = [name, f"{text['overall']:.3f}"]
     cells.append(f"{mean(line['task']['overall'] for line in lines):.3f}" if "task" in lines[0] else "")
     cells += [f"{text['loss_emulator']:.2f}", f"{text['loss_emulator'] - text['loss_full']:+.2f}"]
     tuned = [line for line in lines if line["scores"] and line["job"]["seed"] in bases]
     if tuned:
-        cells += _tuned(tuned, [bases[line["job"]["seed"]] for line in tuned], plug_in)
+        cells += _tuned(tuned, [bases[line["job"]["seed"]] for line in tuned])
     return cells
 
 
-def _tuned(lines: Sequence[Line], bases: Sequence[Line], plug_in: str) -> list[str]:
+def _tuned(lines: Sequence[Line], bases: Sequence[Line]) -> list[str]:
     """Scores after tuning, and what follows from them; Δ and share are high where the plug-in is good."""
-    names = ("emulator_ft", plug_in)
+    names = ("emulator_ft", "plug_in")
     losses = _pooled(lines, names, "nll") | _pooled(bases, _BASE_SCORES, "nll")
     nats = resample(
         {name: -column for name, column in losses.items()},
@@ -444,10 +413,10 @@ def _tuned(lines: Sequence[Line], bases: Sequence[Line], plug_in: str) -> list[s
     right = resample(_pooled(lines, names, "correct"), None, Bootstrap(4000))
     return [
         *(f"{-nats.point[name]:.3f}" for name in names),
-        _interval(nats.difference(plug_in, "emulator_ft"), 1, "+.3f"),
-        _interval(nats.share(plug_in, "full_zs", "full_ft"), 100),
+        _interval(nats.difference("plug_in", "emulator_ft"), 1, "+.3f"),
+        _interval(nats.share("plug_in", "full_zs", "full_ft"), 100),
         *(_percent(right.point[name]) for name in names),
-        _interval(right.difference(plug_in, "emulator_ft"), 100),
+        _interval(right.difference("plug_in", "emulator_ft"), 100),
     ]
 
 
@@ -505,7 +474,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=100, help="optimizer steps of a tuning")
     add("--lrs", default="2e-4", help="peak learning rates; the gain is the base's at its best")
     add("--batch", type=int, default=16, help="rows in a step")
-    add("--scales", default="", help="of the plugged change, besides 1")
     add("--middle", action="store_true", help="train the emulator's middle too, and map its change back")
     add("--questions", type=int, default=300, help="held-out questions")
     add("--seeds", default="0", help="of the tuning task")

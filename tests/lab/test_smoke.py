@@ -399,16 +399,14 @@ def test_offsite(llama, suite, tmp_path, capsys):
         "2",
     ]
     words += ["--batch", "4", "--questions", "4", "--threads", "1", "--out", str(tmp_path / "out.jsonl")]
-    words += ["--scales", "0,1.5", "--outer", "1", "--lrs", "2e-4,1e-3", "--methods"]
+    words += ["--outer", "1", "--lrs", "2e-4,1e-3", "--methods"]
     assert offsite.main([*words, "layerdrop", "mine=basis:svd,mlp:channels"]) == 0
     assert offsite.main(["--report", str(tmp_path / "out.jsonl")]) == 0
     printed = capsys.readouterr().out
-    assert "| mine, lr 0.0002, change × 1.5 |" in printed
+    assert "| mine, lr 0.0002 |" in printed
     assert printed.count("Base: lr ") == 2
     *_, base, _, mine = [json.loads(line)["scores"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert mine["plug_in × 0"] == base["full_ft × 0"] == base["full_zs"]
-    assert len({base[name]["nll"] for name in ("full_zs", "full_ft", "full_ft × 1.5")}) == 3
-    assert mine["plug_in × 1.5"]["nll"] != mine["plug_in"]["nll"] != base["full_zs"]["nll"]
+    assert len({base["full_zs"]["nll"], base["full_ft"]["nll"], mine["plug_in"]["nll"]}) == 3
 
 
 @pytest.mark.lab
