@@ -74,7 +74,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gradot, paper's basis, SCP alone": {**PAPER, "parts": "mlp"},
     "gradot, whitened": {"mlp": "channels", "allot": "uniform"},
     "gradot, whitened, MLP refit": {"mlp": "refit", "allot": "uniform"},
-    "gradot, measured": {},
+    "measured": {},
 }
 BASE = "base"
 CALIBRATED = ("calibration", "rows", "length", "source", "own_length")  # settings that the base does not depend on

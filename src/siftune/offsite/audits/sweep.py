@@ -124,7 +124,7 @@ def sweep(
     choices = grid.settings()
     full = outer_gradient(model, held_out, grid.split)
     points: dict[EmulatorSettings, SweepPoint] = {}
-    for chunk in _chunks(sorted(choices, key=lambda choice: str(choice.form))):  # costs are measured once for all keeps
+    for chunk in _chunks(sorted(choices, key=lambda choice: str(choice.form))):  # costs are for all keeps
         parts = emulators(model, batches, chunk, progress=progress)
         for choice in chunk:
             emulator = materialise(parts.pop(0)).to(model.device)

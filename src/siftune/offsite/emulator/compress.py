@@ -142,12 +142,16 @@ def compress_layer(base: Base, number: int, seen: LayerCurvature, how: Compressi
 
 def _factors(path: str, weight: Tensor, seen: LayerCurvature, rank: int, how: Compression) -> tuple[Tensor, Tensor]:
     """A matrix of attention as a product of two thinner ones."""
-    weight = weight.float()
-    curvature = seen.curvature[path]
+    parts = components_of(path, weight.float(), seen, how)
+    return factor(parts, seen.curvature[path], rank, how.lambda_attn, how.protect, how.lambda_unit)
+
+
+def components_of(path: str, weight: Tensor, seen: LayerCurvature, how: Compression) -> Components:
+    """Components of a matrix of attention, computed once for all λ and ranks."""
     key = (path, how.basis, how.damping)
     if key not in seen.components:
-        seen.components[key] = components(weight, curvature, how.basis, how.damping)
-    return factor(seen.components[key], curvature, rank, how.lambda_attn, how.protect, how.lambda_unit)
+        seen.components[key] = components(weight, seen.curvature[path], how.basis, how.damping)
+    return seen.components[key]
 
 
 def _narrow(

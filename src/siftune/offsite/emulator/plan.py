@@ -22,14 +22,15 @@ from siftune.offsite.emulator.compress import (
     LayerCurvature,
     Parts,
     channel_count,
+    components_of,
     layer_curvature,
     score_channels,
 )
 from siftune.offsite.emulator.model import Base, Split, weight_OI
 from siftune.offsite.emulator.record import Captured, Recording, replay
 from siftune.offsite.maths.allotment import water_fill
-from siftune.offsite.maths.channels import nested_costs
-from siftune.offsite.maths.drd import component_scores, components, joint_costs, keep_components, rank_of
+from siftune.offsite.maths.channels import costs_of_counts
+from siftune.offsite.maths.drd import component_scores, joint_costs, keep_components, rank_of
 
 Allotment = Literal["uniform", "measured"]
 
@@ -40,8 +41,8 @@ class EmulatorSettings(Compression):
 
     Attributes:
         split: Outer layers at either end.
-        allot: Of gradot. `measured` *(ours)*: each matrix keeps as much as pays by its measured cost. `uniform`: all
-            keep the same share.
+        allot: Of gradot. `measured` *(ours)*: what is kept is distributed by what each matrix would lose. `uniform`:
+            all keep the same share.
 
     Example:
         >>> EmulatorSettings(keep=0.5, split=Split(first=1, last=1)).keep
@@ -58,7 +59,7 @@ class EmulatorSettings(Compression):
 
     @property
     def form(self) -> "EmulatorSettings":
-        """The settings without that which measured costs do not depend on."""
+        """The settings that measured costs depend on: all but `keep`."""
         return replace(self, keep=1.0)
 
     def check(self) -> None:
@@ -160,25 +161,34 @@ def measured_paths(family: Family, parts: Parts = "both") -> tuple[str, ...]:
     return attention if parts == "attention" else (*attention, family.writes)
 
 
-def layer_costs(base: Base, number: int, captured: Mapping[str, Captured], how: Compression) -> list[Tensor]:
+@dataclass(frozen=True)
+class Halves:
+    """Curvature of a layer's matrices on the two halves of the calibration tokens."""
+
+    chosen: LayerCurvature  # by which is chosen and fitted
+    other: LayerCurvature  # in which costs are measured
+
+
+def halves(captured: Mapping[str, Captured], slopes: bool) -> Halves:
+    """Curvature on either half of what a layer's matrices saw, with slopes for λ."""
+    return Halves(layer_curvature(_half(captured, False), slopes), layer_curvature(_half(captured, True), False))
+
+
+def layer_costs(base: Base, number: int, seen: Halves, how: Compression) -> list[Tensor]:
     """Parameters and costs of a layer's matrices at every share of `SHARES`.
 
-    `captured` is what those of `how.judged` saw; what the settings keep has no part.
+    `seen` has the matrices of `how.judged`; what the settings keep has no part.
 
     Returns:
         (2, S) float64 for each of `measured_paths`: parameters, then what is lost.
     """
     layer, family = base.layers[number], base.family
-    chosen = layer_curvature(_half(captured, False), bool(how.lambda_attn or how.lambda_mlp))
-    other = layer_curvature(_half(captured, True), False)
     weights = {
         path: weight_OI(layer.get_submodule(path), tensor_of(layer, f"{path}.weight")).float()
-        for path in family.matrices
+        for path in how.judged(family)
     }
     return [
-        _factored(path, weights[path], (chosen, other), how)
-        if path in family.attention
-        else _narrowed(weights, family, (chosen, other), how)
+        _factored(path, weights[path], seen, how) if path in family.attention else _narrowed(weights, family, seen, how)
         for path in measured_paths(family, how.parts)
     ]
 
@@ -195,10 +205,10 @@ def _half(captured: Mapping[str, Captured], second: bool) -> dict[str, Captured]
     return halves
 
 
-def _factored(path: str, weight: Tensor, seen: Sequence[LayerCurvature], how: Compression) -> Tensor:
+def _factored(path: str, weight: Tensor, seen: Halves, how: Compression) -> Tensor:
     """A matrix that becomes a product of two."""
-    chosen, other = (half.curvature[path] for half in seen)
-    parts = components(weight, chosen, how.basis, how.damping)
+    chosen, other = seen.chosen.curvature[path], seen.other.curvature[path]
+    parts = components_of(path, weight, seen.chosen, how)
     scores_K = component_scores(parts, chosen, how.lambda_attn, how.lambda_unit)
     ranks = [rank_of(share, *weight.shape) for share in SHARES[:-1]]
     choices = [keep_components(scores_K, parts.size_K, rank, how.protect) for rank in ranks]
@@ -206,17 +216,14 @@ def _factored(path: str, weight: Tensor, seen: Sequence[LayerCurvature], how: Co
     return _table([*sizes, float(weight.numel())], [*joint_costs(parts, other, choices), 0.0])
 
 
-def _narrowed(
-    weights: Mapping[str, Tensor], family: Family, seen: Sequence[LayerCurvature], how: Compression
-) -> Tensor:
+def _narrowed(weights: Mapping[str, Tensor], family: Family, seen: Halves, how: Compression) -> Tensor:
     """An MLP that loses channels: what is lost is what it writes."""
-    chosen, other = seen
-    write_OC, channels = weights[family.writes], weights[family.writes].shape[1]
-    per_channel = sum(weights[path].numel() for path in (*family.reads, family.writes)) // channels
-    scores_C = score_channels(weights, family, chosen, how)
+    write_OC, (outputs, channels) = weights[family.writes], weights[family.writes].shape
+    per_channel = outputs * (1 + len(family.reads))  # what an MLP reads is as wide as what it writes
+    scores_C = score_channels(weights, family, seen.chosen, how)
     counts = [channel_count(share, channels) for share in SHARES[:-1]]
-    fit = chosen.curvature[family.writes].inputs if how.mlp == "refit" else None
-    costs = nested_costs(write_OC, other.curvature[family.writes], scores_C, counts, fit, how.refit_damping)
+    fit = seen.chosen.curvature[family.writes].inputs if how.mlp == "refit" else None
+    costs = costs_of_counts(write_OC, seen.other.curvature[family.writes], scores_C, counts, fit, how.refit_damping)
     return _table([float(count * per_channel) for count in (*counts, channels)], [*costs, 0.0])
 
 
@@ -233,15 +240,21 @@ def measure(
     """
     forms = list(dict.fromkeys(choice.form for choice in choices if choice.measures))
     for done, number in enumerate(reversed(recording.numbers) if forms else (), 1):
-        missing = [form for form in forms if not recording.costs(form).has(number)]
-        if missing:
-            paths = dict.fromkeys(path for form in missing for path in form.judged(base.family))
-            captured = replay(base, recording, number, list(paths))
-            for form in missing:
-                seen = {path: captured[path] for path in form.judged(base.family)}
-                recording.costs(form).put(number, layer_costs(base, number, seen, form))
+        if missing := [form for form in forms if not recording.costs(form).has(number)]:
+            _measure_one(base, recording, number, missing)
+        if number < recording.numbers[-1]:
+            recording.grads.drop(number)  # compression computes them again
         if progress is not None:
             progress("costs", done, len(recording.numbers))
+
+
+def _measure_one(base: Base, recording: Recording, number: int, forms: Sequence[EmulatorSettings]) -> None:
+    """Measure the costs of a layer; a function of its own, so that nothing of the layer is left in memory."""
+    paths = dict.fromkeys(path for form in forms for path in form.judged(base.family))
+    slopes = any(form.lambda_attn or form.lambda_mlp for form in forms)
+    seen = halves(replay(base, recording, number, list(paths)), slopes)
+    for form in forms:
+        recording.costs(form).put(number, layer_costs(base, number, seen, form))
 
 
 def measured_shares(base: Base, recording: Recording, how: EmulatorSettings) -> dict[int, dict[str, float]]:

@@ -210,7 +210,7 @@ def replay(base: Base, recording: Recording, number: int, paths: Sequence[str]) 
             shared = {id(x): rows_of(x, visit.real_BT) for x in inputs.values()}
             for path, g in zip(outputs, grads, strict=True):
                 parts[path].append(Captured(shared[id(inputs[path])], rows_of(g, visit.real_BT)))
-    if number > recording.numbers[0]:
+    if number > recording.numbers[0] and not recording.grads.has(number - 1):
         recording.grads.put(number - 1, below)
     joined: dict[tuple[int, ...], Tensor] = {}
     captured = {}
@@ -312,8 +312,9 @@ def _descend(
     """Gradients for what comes out of a layer, from those of the next layer above that has them."""
     start = next((number for number in range(to, len(layers)) if recording.grads.has(number)), to)
     for number in range(start, to, -1):
-        with held(layers[number]):
-            grads = [_input_gradient(layers[number], visit) for visit in recording.visits(number)]
+        layer = layers[number]
+        with trainable_only(layer), evaluating(layer), held(layer):
+            grads = [_input_gradient(layer, visit) for visit in recording.visits(number)]
         recording.grads.put(number - 1, grads)
         tell(2 * len(layers) - number + 1)
 

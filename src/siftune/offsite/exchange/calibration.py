@@ -45,8 +45,8 @@ class CalibrationOptions(Validated):
     last: CountOrZero = 2
     """Layers before the head that are to be tuned."""
     allot: Literal["measured", "uniform"] = "measured"
-    """gradot: measured lets each matrix keep as much as pays, by what it loses on half of the rows; uniform the same
-    share of all."""
+    """gradot: measured distributes what is kept by what each matrix would lose, measured on half of the tokens; uniform
+    keeps the same share of each."""
     rows: Count = 32
     """Number of rows to use, from the first, or of own texts."""
     max_length: AtLeastTwo = 128

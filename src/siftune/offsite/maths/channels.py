@@ -27,7 +27,8 @@ The fit itself is a ridge regression, as in GRAIL (Tang et al., arXiv 2602.23795
 The damping is by the median, since a few channels may be so large that the mean is theirs: one of SmolLM2's layer 11
 has 89 % of the trace. Channels that never move are left out of the median.
 If there are fewer tokens than channels, A is rows X with A = Xᵀ X, and A_δ⁻¹ = (I − Xᵀ (δ I + X Xᵀ)⁻¹ X) / δ
-(Woodbury): no matrix of channels by channels is formed, the largest of all in a large model.
+(Woodbury): no matrix of channels by channels is formed, the largest of all in a large model. Where tokens are few,
+costs need none either (`costs_of_counts`).
 The rows of the read matrices have no part in the score: dropping them changes nothing else of what the MLP writes.
 Scores are for one channel alone; the fit is made once, for all dropped channels.
 
@@ -35,7 +36,7 @@ Symbols: W `reads`, d `writes` and `write_OC`, d_j its column of channel j. A, G
 Shapes: C channels, I inputs of the MLP, O outputs, K channels kept, R dropped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -147,7 +148,7 @@ def refit(write_OC: Tensor, inputs: Moments, kept_K: Tensor, damping: float = DA
     return as_before(write_OC[:, kept_K] + damped.solve(lost_KO).T, fitted)
 
 
-def nested_costs(
+def costs_of_counts(
     write_OC: Tensor,
     other: Curvature,
     scores_C: Tensor,
@@ -156,10 +157,6 @@ def nested_costs(
     damping: float = DAMPING,
 ) -> list[float]:
     """The loss of keeping the best channels, for several counts: ⟨δ, H δ⟩ of the change δ of d.
-
-    All fits come from one Cholesky factor. With channels in order of score, A_δ = L Lᵀ and M = L⁻¹, dropping the last
-    block b of those that are left changes d̂ by −p_b M_b, where p_b = d̂_b M_bb⁻¹. So δ = −Σ_b p_b M_b, and the cost is a
-    sum over the dropped channels i, j of (Pᵀ G P)_ij (M A Mᵀ)_ij. Without a fit, P = d and M = I.
 
     Args:
         write_OC: d.
@@ -173,22 +170,69 @@ def nested_costs(
         A cost for every count, computed in float64.
     """
     order_C, channels = scores_C.argsort(descending=True, stable=True), write_OC.shape[1]
-    left_OC = in_float64(write_OC[:, order_C])
-    inverse_CC = torch.eye(channels, dtype=left_OC.dtype, device=left_OC.device)
-    if fit is not None and (step := _step(fit)) is not None:
-        inverse_CC = _raised(Moments(_reordered(fit, order_C).dense(), True), damping, step).inverse_root()
-    inputs = _reordered(other.inputs, order_C)
+    write_OC, inputs = in_float64(write_OC[:, order_C]), _reordered(other.inputs, order_C)
     outputs = Moments(in_float64(other.gradients.values), other.gradients.formed)
-    parts_OC, cost, cost_of = torch.zeros_like(left_OC), 0.0, {channels: 0.0}
-    for high, low in pairwise(sorted({channels, *counts}, reverse=True)):
+    step = None if fit is None else _step(fit)  # where nothing comes in, nothing is fitted
+    known = None if fit is None or step is None else (_reordered(fit, order_C), damping, step)
+    blocks = list(pairwise(sorted({channels, *counts}, reverse=True)))
+    rows = [inputs] if known is None else [inputs, known[0]]
+    few = all(not one.formed and 3 * len(one.values) <= channels for one in rows)
+    costs = (_by_rows if few else _by_factor)(write_OC, inputs, outputs, known, blocks)
+    cost_of = dict(zip((low for _, low in blocks), costs, strict=True))
+    return [max(cost_of[count], 0.0) if count < channels else 0.0 for count in counts]
+
+
+_Fit = tuple[Moments, float, Tensor]  # A, damping, and what that is relative to
+_Blocks = Sequence[tuple[int, int]]  # ends and starts of the channels that are dropped one after the other
+
+
+def _by_factor(
+    write_OC: Tensor, inputs: Moments, outputs: Moments, known: _Fit | None, blocks: _Blocks
+) -> Iterator[float]:
+    """Costs after each block, from one Cholesky factor of A_δ; if rounding demands more damping, all have it.
+
+    With channels in order of score, A_δ = L Lᵀ and M = L⁻¹, dropping the last block b of those that are left changes d̂
+    by −p_b M_b, where p_b = d̂_b M_bb⁻¹. So δ = −Σ_b p_b M_b, and the cost is a sum over the dropped channels i, j of
+    (Pᵀ G P)_ij (M A Mᵀ)_ij. Without a fit, P = d and M = I.
+    """
+    left_OC, parts_OC, cost = write_OC.clone(), torch.zeros_like(write_OC), 0.0
+    if known is None:
+        inverse_CC = torch.eye(write_OC.shape[1], dtype=write_OC.dtype, device=write_OC.device)
+    else:
+        fit, damping, step = known
+        inverse_CC = _raised(Moments(fit.dense(), True), damping, step).inverse_root()
+    for high, low in blocks:
         rows_BC = inverse_CC[low:high]
         part_OB = torch.linalg.solve_triangular(rows_BC[:, low:high], left_OC[:, low:high], upper=False, left=False)
         left_OC[:, :low] -= part_OB @ rows_BC[:, :low]
         parts_OC[:, low:high] = part_OB
         both_BD = (outputs.times(part_OB).T @ parts_OC[:, low:]) * (inputs.times(rows_BC.T).T @ inverse_CC[low:].T)
         cost += float(2 * both_BD.sum() - both_BD[:, : high - low].sum())  # with those dropped before, either way
-        cost_of[low] = max(0.0, cost)
-    return [cost_of[count] for count in counts]
+        yield cost
+
+
+def _by_rows(
+    write_OC: Tensor, inputs: Moments, outputs: Moments, known: _Fit | None, blocks: _Blocks
+) -> Iterator[float]:
+    """Costs after each block where tokens are few, without a matrix of channels by channels.
+
+    With rows X of the fit and Y of the costs, and the kept and dropped channels K and R, what other tokens lose is
+    Y δᵀ = Y_K X_Kᵀ (δ I + X_K X_Kᵀ)⁻¹ X_R d_Rᵀ − Y_R d_Rᵀ (Woodbury).
+    """
+    y_MC = inputs.values
+    x_NC = y_MC[:0] if known is None else known[0].values
+    kept_NN, seen_MN = x_NC @ x_NC.T, y_MC @ x_NC.T
+    lost_NO, missed_MO = (rows.new_zeros(len(rows), len(write_OC)) for rows in (x_NC, y_MC))
+    for high, low in blocks:
+        x_NB, y_MB, write_BO = x_NC[:, low:high], y_MC[:, low:high], write_OC[:, low:high].T
+        kept_NN -= x_NB @ x_NB.T
+        seen_MN -= y_MB @ x_NB.T
+        lost_NO += x_NB @ write_BO
+        missed_MO += y_MB @ write_BO
+        change_MO = -missed_MO
+        if known is not None:
+            change_MO += seen_MN @ _raised(Moments(kept_NN.clone(), True), *known[1:]).solve(lost_NO)
+        yield float((change_MO * outputs.times(change_MO.T).T).sum())
 
 
 def _reordered(moments: Moments, order_F: Tensor) -> Moments:
@@ -231,8 +275,9 @@ class _Damped:
 
 def _damped(inputs: Moments, damping: float) -> _Damped | None:
     """A_δ; None where A is zero: nothing comes in, so nothing is written."""
-    step = _step(inputs)
-    return None if step is None else _raised(inputs, damping, step)
+    step, values = _step(inputs), in_float64(inputs.values)
+    values = values.clone() if values is inputs.values else values
+    return None if step is None else _raised(Moments(values, inputs.formed), damping, step)
 
 
 def _step(inputs: Moments) -> Tensor | None:
@@ -250,13 +295,12 @@ def _step(inputs: Moments) -> Tensor | None:
 
 
 def _raised(inputs: Moments, damping: float, step: Tensor) -> _Damped:
-    """A_δ with δ = damping · step.
+    """A_δ with δ = damping · step, of A in float64; where A is formed, A_δ takes its place.
 
     A was summed in float32, and a channel that is very large leaves an error there that may exceed the damping. Where
     A_δ is not positive definite, the damping is raised tenfold until it is.
     """
-    values = in_float64(inputs.values)
-    values = values.clone() if values is inputs.values else values
+    values = inputs.values
     matrix = values if inputs.formed else values @ values.T
     bare = matrix.diagonal().clone()
     while True:

@@ -15,8 +15,8 @@ from siftune.offsite.emulator import plan as plans
 from siftune.offsite.emulator.compress import Compression
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.model import Base, Split, weight_OI
-from siftune.offsite.emulator.plan import SHARES, layer_costs, measured_paths, plan, uniform_layers
-from siftune.offsite.emulator.record import record, replay
+from siftune.offsite.emulator.plan import SHARES, halves, layer_costs, measured_paths, plan, uniform_layers
+from siftune.offsite.emulator.record import States, record, replay
 from siftune.offsite.maths.channels import channel_scores, keep_channels, refit, refit_scores
 from siftune.offsite.maths.drd import components, factor, rank_of
 from siftune.offsite.maths.kfac import curvature
@@ -52,7 +52,7 @@ def test_costs_of_factored_matrices(family, basis):
     whole, captured = seen(family)
     layer, matrices = whole.layers[NUMBER], whole.family
     how = Compression(basis=basis, lambda_attn=0.3, protect=0.1)
-    tables = layer_costs(whole, NUMBER, captured, how)
+    tables = layer_costs(whole, NUMBER, halves(captured, slopes=True), how)
     for path, (sizes, lost_at) in zip(matrices.attention, tables[:-1], strict=True):
         weight = weight_OI(layer.get_submodule(path)).detach().float()
         known = curvature(*half(captured[path], False))
@@ -71,7 +71,7 @@ def test_costs_of_channels(family, mlp):
     layer, matrices = whole.layers[NUMBER], whole.family
     how = Compression(mlp=mlp)
     assert measured_paths(matrices) == (*matrices.attention, matrices.writes)
-    sizes, lost_at = layer_costs(whole, NUMBER, captured, how)[-1].tolist()
+    sizes, lost_at = layer_costs(whole, NUMBER, halves(captured, slopes=True), how)[-1].tolist()
     known = {path: curvature(*half(captured[path], False)) for path in matrices.matrices}
     weights = {path: weight_OI(layer.get_submodule(path)).detach().float() for path in matrices.matrices}
     writes, inputs = weights[matrices.writes], known[matrices.writes].inputs
@@ -127,7 +127,7 @@ def test_it_costs_less_than_equal_shares():
     family, sums = whole.family, {"measured": 0.0, "equal": 0.0}
     for step in plan(whole, recording, how):
         captured = replay(whole, recording, step.number, family.matrices)
-        tables = layer_costs(whole, step.number, captured, how)
+        tables = layer_costs(whole, step.number, halves(captured, slopes=False), how)
         for path, (_, lost_at) in zip(measured_paths(family), tables, strict=True):
             sums["measured"] += lost_at[SHARES.index(step.shares[path])].item()
             sums["equal"] += lost_at[SHARES.index(0.5)].item()
@@ -169,6 +169,23 @@ def test_one_part_is_shared_out_by_itself(part):
             rest = weight.numel() if shape.channels is None else shape.channels * 32
             kept += shape.ranks[path] * sum(weight.shape) if path in shape.ranks else rest
     assert 0.4 * every < kept <= 0.5 * every
+
+
+def test_measuring_leaves_gradients_of_the_last_layer_alone(monkeypatch):
+    """In memory: compression computes those of the others again."""
+    model, how = base(layers=8), settings(**MEASURED)
+    whole = Base(model, how.split)
+    recording = record(whole, calibration(model))
+    most, original = [], States.put
+
+    def put(self, number, batches):
+        original(self, number, batches)
+        most.append(sum(recording.grads.has(n) for n in recording.numbers))
+
+    monkeypatch.setattr(States, "put", put)
+    plan(whole, recording, how)
+    assert [n for n in recording.numbers if recording.grads.has(n)] == [6]
+    assert max(most) == 3  # of the last, this one and the one below
 
 
 def test_shares_below_the_least_are_refused():

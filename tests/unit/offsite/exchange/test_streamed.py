@@ -92,18 +92,21 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch, how):
     assert alive.most == 1
 
 
-def test_a_layer_is_read_as_often_for_many_batches_as_for_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("allot", ["uniform", "measured"])
+def test_a_layer_is_read_as_often_for_many_batches_as_for_one(tmp_path, monkeypatch, allot):
     name, reads = saved(tmp_path / "base"), []
     alive = Alive(monkeypatch)
     for count in (1, 4):
         model, tokenizer = load_model(name, "float32", streamed=True)
         alive.count = 0
-        emulate(model, tokenizer, calibration(model, count=count), tmp_path / f"kit{count}", settings(keep=0.5))
+        choice = settings(keep=0.5, allot=allot)
+        emulate(model, tokenizer, calibration(model, count=count), tmp_path / f"kit{count}", choice)
         reads.append(alive.count)
     assert reads[0] == reads[1] > 0
 
 
-def test_what_goes_from_layer_to_layer_is_in_memory_for_one_layer(tmp_path, monkeypatch):
+@pytest.mark.parametrize("allot", ["uniform", "measured"])
+def test_what_goes_from_layer_to_layer_is_in_memory_for_one_layer(tmp_path, monkeypatch, allot):
     """Hidden states of two layers, in and out, and gradients of two; the folder has those of all."""
     from siftune.offsite.emulator.record import States
 
@@ -118,7 +121,8 @@ def test_what_goes_from_layer_to_layer_is_in_memory_for_one_layer(tmp_path, monk
 
     monkeypatch.setattr(States, "put", put)
     model = base(layers=12, vocab_size=300).float()
-    emulate(model, byte_tokenizer(), calibration(model, count=3), tmp_path / "kit", settings(keep=0.5))
+    choice = settings(keep=0.5, allot=allot)
+    emulate(model, byte_tokenizer(), calibration(model, count=3), tmp_path / "kit", choice)
     assert len(most) > 20
     assert max(most) <= 4 * 3
 
@@ -133,14 +137,14 @@ def tell(stage, done, _):
     if stage == what and done == int(at):
         os.kill(os.getpid(), signal.SIGKILL)
 model, tokenizer = load_model(name, "float32", streamed=True)
-emulate(model, tokenizer, calibration(model), out, settings(keep=0.5), progress=tell)
+emulate(model, tokenizer, calibration(model), out, settings(keep=0.5, allot="measured"), progress=tell)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "at", "rest"),
-    [("calibration", 3, 3), ("calibration", 6, 7), ("compression", 2, 8)],
+    [("calibration", 3, 3), ("calibration", 6, 7), ("costs", 2, 8), ("compression", 2, 8)],
 )
 def test_a_killed_run_continues(tmp_path, what, at, rest):
     """The pass goes up five layers and down two, and on from where it was."""
@@ -152,7 +156,7 @@ def test_a_killed_run_continues(tmp_path, what, at, rest):
     assert not out.exists()
     model, tokenizer = load_model(name, "float32", streamed=True)
     told, batches = [], calibration(model)
-    how = settings(keep=0.5)
+    how = settings(keep=0.5, allot="measured")
     kit = emulate(model, tokenizer, batches, out, how, progress=lambda *one: told.append(one))
     assert [*tmp_path.glob(".kit*")] == []
     uncut = emulate(model, tokenizer, batches, tmp_path / "uncut", how)

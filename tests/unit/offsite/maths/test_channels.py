@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from siftune.base.errors import ModelError
-from siftune.offsite.maths.channels import channel_scores, keep_channels, nested_costs, refit, refit_scores
+from siftune.offsite.maths.channels import channel_scores, costs_of_counts, keep_channels, refit, refit_scores
 from siftune.offsite.maths.kfac import curvature, moments
 
 
@@ -179,18 +179,19 @@ def test_fitted_columns_are_the_ridge_solution(shape, damping, data):
 
 
 @given(
-    shape=st.tuples(st.integers(0, 999), st.integers(1, 9), st.integers(1, 4), st.integers(1, 7)),
+    shape=st.tuples(st.integers(0, 999), st.integers(1, 9), st.integers(1, 4), st.integers(1, 12)),
     damping=st.sampled_from([None, 0.01, 0.1, 3.0]),
+    more=st.integers(0, 3),
     data=st.data(),
 )
-def test_costs_of_several_counts_are_those_of_separate_fits(shape, damping, data):
-    """Fewer and more tokens than channels; ties; counts in any order, and twice."""
+def test_costs_of_several_counts_are_those_of_separate_fits(shape, damping, more, data):
+    """Far fewer, fewer and more tokens than channels; ties; counts in any order, and twice."""
     seed, count, inputs, channels = shape
-    _, (d, x, g) = mlp(seed, 2 * count, inputs, channels)
+    _, (d, x, g) = mlp(seed, 2 * count + more, inputs, channels)
     known, other = moments(x[:count]), curvature(x[count:], g[count:])
     ranks = data.draw(st.lists(st.integers(0, 3), min_size=channels, max_size=channels))
     counts = data.draw(st.lists(st.integers(1, channels), min_size=1, max_size=6))
-    found = nested_costs(
+    found = costs_of_counts(
         d, other, torch.tensor(ranks), counts, None if damping is None else known, 0.1 if damping is None else damping
     )
     for kept_count, cost in zip(counts, found, strict=True):
@@ -198,8 +199,8 @@ def test_costs_of_several_counts_are_those_of_separate_fits(shape, damping, data
         change = -d
         change[:, kept] += d[:, kept] if damping is None else refit(d, known, kept, damping)
         wrote = x[count:] @ change.T
-        gradients = g[count:].T @ g[count:] / count
-        assert cost == pytest.approx((wrote @ gradients * wrote).sum().item() / count, rel=1e-6, abs=1e-9)
+        gradients = g[count:].T @ g[count:] / (count + more)
+        assert cost == pytest.approx((wrote @ gradients * wrote).sum().item() / (count + more), rel=1e-6, abs=1e-9)
 
 
 def test_a_channel_that_another_repeats_costs_nothing_and_is_taken_over():
