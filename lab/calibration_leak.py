@@ -13,7 +13,7 @@ his own, of the same settings, from as many other rows of the owner's source. A 
     prompted-N         N texts of `emulate --calibration own`, after prompts of public rows that leave a few tokens
     prompted-N+public-M    mixed with M public rows
 
-and a *way* says how the middle is compressed, as in `WAYS`; `paper` is `--basis svd --mlp channels`.
+and a *way* says how the middle is compressed, as in `WAYS`; `paper` is `--basis svd --mlp channels --allot uniform`.
 
 Only `--layers` layers in the model's middle are compressed, so that a set takes minutes. Quality is the loss of other
 rows of the owner's source on that emulator, over the base's (*gap*, nats per token), and what its matrices lose there
