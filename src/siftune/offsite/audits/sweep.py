@@ -124,7 +124,8 @@ def sweep(
     choices = grid.settings()
     full = outer_gradient(model, held_out, grid.split)
     points: dict[EmulatorSettings, SweepPoint] = {}
-    for chunk in _chunks(sorted(choices, key=lambda choice: str(choice.form))):  # costs are for all keeps
+    # forms stay together, because measured costs serve all kept fractions
+    for chunk in _chunks(sorted(choices, key=lambda choice: str(choice.form))):
         parts = emulators(model, batches, chunk, progress=progress)
         for choice in chunk:
             emulator = materialise(parts.pop(0)).to(model.device)

@@ -167,7 +167,9 @@ def _narrow(
         if f"{path}.bias" in tensors:
             tensors[f"{path}.bias"] = tensors[f"{path}.bias"][staying].contiguous()
     name = f"{family.writes}.weight"
-    columns = write_columns(weights[family.writes], seen.curvature[family.writes], staying, how)
+    columns = weights[family.writes][:, staying]
+    if how.mlp == "refit":
+        columns = refit(weights[family.writes], seen.curvature[family.writes].inputs, staying, how.refit_damping)
     tensors[name] = columns.to(tensors[name].dtype).contiguous()
     return count
 
@@ -184,10 +186,3 @@ def score_channels(weights: Mapping[str, Tensor], family: Family, seen: LayerCur
         return refit_scores(writes, curvature, how.lambda_mlp, how.refit_damping, how.lambda_unit)
     reads: Sequence[tuple[Tensor, Curvature]] = [(weights[p].float(), seen.curvature[p]) for p in family.reads]
     return channel_scores(reads, (writes, curvature), how.lambda_mlp, how.lambda_unit)
-
-
-def write_columns(write_OC: Tensor, curvature: Curvature, staying: Tensor, how: Compression) -> Tensor:
-    """The columns by which the channels that stay write."""
-    if how.mlp == "refit":
-        return refit(write_OC, curvature.inputs, staying, how.refit_damping)
-    return write_OC[:, staying]
