@@ -43,9 +43,9 @@ class Options(CalibrationOptions):
     lambda_unit: Literal["relative", "paper"] = "relative"
     """gradot: unit of both λ: relative to the means of the two terms, or the paper's, which needs smaller ones."""
     kit_dtype: Dtype = "auto"
-    """Number format of the kit's frozen part; auto: the checkpoint's."""
+    """Data type of the kit's frozen part; auto: the checkpoint's."""
     outer_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the layers to tune, also when they come back; float32 keeps small updates."""
+    """Data type of the layers to tune, also when they come back; float32 keeps small updates."""
     sign: Path | None = None
     """Private key, a PEM file, to sign the kit with."""
 

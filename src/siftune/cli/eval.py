@@ -43,9 +43,9 @@ class Options(Validated):
     template: Template | None = None
     """Chat template: as in a run's recipe, or auto, if not given."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    """Number format of the weights: as in a run's recipe, or auto, if not given."""
+    """Data type of the weights: as in a run's recipe, or auto, if not given."""
     base: str | None = None
-    """What was trained on, where it is not where the runs say: a folder, hub id, smollm2 or a kit."""
+    """Base of the runs, if it is not where they say: a folder, hub id, smollm2 or a kit."""
     batch_size: Count = 16
     """Rows in a forward pass."""
     max_new_tokens: Count | None = None

@@ -24,7 +24,7 @@ class Options(Validated):
     base: str | None = None
     """Base model: a folder, hub id or smollm2; the one that the adapter was trained on if not given."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the merged weights; auto keeps that of the base."""
+    """Data type of the merged weights; auto keeps that of the base."""
     public_key: Path | None = None
     """Public key of a model's owner, a PEM file; the run must then be on a kit that the owner has signed (which is not
     merged here, but by the owner's siftune plug)."""

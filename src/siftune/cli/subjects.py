@@ -126,7 +126,7 @@ def load_subject(subject: Subject, dtype: str = "auto", exact: bool = False) -> 
 
     Args:
         subject: What to load.
-        dtype: Number format of the base, for `load_model`.
+        dtype: Data type of the base, for `load_model`.
         exact: Keep the adapter in float32 whatever the base's dtype, as for merging; slower on many machines.
 
     Returns:

@@ -86,8 +86,8 @@ class Recipe(Validated):
     """Compute the loss on the completions only, not on the prompts."""
 
     method: Literal[tuple(METHODS)] = "dense"  # type: ignore[valid-type]
-    """Training method. Start with dense, which trains all layers on all rows: no other was better in our measurements
-    (docs/measured.md)."""
+    """Training method. Start with dense, which trains all layers on all rows: no other was better if nothing is known
+    about the rows (docs/measured.md)."""
     target: str | None = None
     """File or hub id of a few clean rows of the target task. They are added to the training rows; gast and greats also
     compare the other rows with them."""

@@ -37,7 +37,7 @@ class AuditSettings(Validated):
     max_length: AtLeastTwo = 512
     """Longest row in tokens, prompt and completion together."""
     template: Template = "auto"
-    """Chat template: auto uses the tokenizer's if it has one, chat demands it, none leaves text as it is."""
+    """Chat template: auto uses the tokenizer's if it has one, chat requires it, none leaves text as it is."""
     completion_only: bool = True
     """Learn and measure the completions alone, not the prompts."""
     recovery: bool = True
@@ -88,7 +88,7 @@ class AuditOptions(AuditSettings):
     """
 
     model: str = ""
-    """Base model of the kit: a folder, a hub id, or smollm2. A data owner, who has it not, leaves it out."""
+    """Base model of the kit: a folder, a hub id, or smollm2. Data owners, who do not have it, leave it out."""
     kit: str = ""
     """Folder of the kit."""
     train: str = ""
@@ -104,7 +104,7 @@ class AuditOptions(AuditSettings):
     returned: Path | None = None
     """Return to audit in place of layers that are tuned here; train is then the rows that it was tuned on."""
     calibration: str = ""
-    """Rows that the kit was calibrated on, as for train, to see whether the kit tells who they are."""
+    """Rows that the kit was calibrated on, as for train, to test whether the kit identifies them."""
     calibration_rows: Count = 32
     """Number of these rows, from the first, as for emulate's rows."""
     calibration_length: AtLeastTwo = 128
@@ -114,7 +114,7 @@ class AuditOptions(AuditSettings):
     public_key: Path | None = None
     """PEM file of the owner's public key, to check the kit's signature."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of both models; auto: the checkpoint's, or float32 on a processor that lacks it."""
+    """Data type of both models; auto: the checkpoint's, or float32 on a processor that lacks it."""
 
     def check(self) -> None:
         """Check the ranges, and that what is needed is given.

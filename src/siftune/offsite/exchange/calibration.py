@@ -1,4 +1,4 @@
-"""Calibration: the model that is compressed, and the rows or own texts that it is looked at with.
+"""Calibration: the model that is compressed, and the rows or own texts that it runs on.
 
 Nothing here imports torch before it is needed, so that a command can show its options quickly.
 """
@@ -30,8 +30,8 @@ class CalibrationOptions(Validated):
     """Options of all commands that make emulators: the model, the calibration rows, and the outer layers."""
 
     calibration: str
-    """Rows of text that the model is looked at with: a .jsonl, .json, .csv or .parquet file, or a hub id; or own, for
-    texts that the model samples itself."""
+    """Calibration rows: a .jsonl, .json, .csv or .parquet file, or a hub id; or own, for texts that
+    the model samples itself."""
     calibration_prompts: str | None = None
     """With own: rows whose prompts begin the texts, as for --calibration; their completions are not used."""
     seed: Seed = 0
@@ -58,9 +58,9 @@ class CalibrationOptions(Validated):
     columns: Columns = ()
     """Other names of columns, such as prompt=question completion=answer, as for siftune train."""
     template: Template = "auto"
-    """Chat template: auto uses the tokenizer's if it has one, chat demands it, none leaves text as it is."""
+    """Chat template: auto uses the tokenizer's if it has one, chat requires it, none leaves text as it is."""
     dtype: Dtype = "auto"
-    """Number format to compute in; auto: the checkpoint's, or float32 on a processor that lacks it."""
+    """Data type to compute in; auto: the checkpoint's, or float32 on a processor that lacks it."""
 
     def check(self) -> None:
         """Check the ranges, and that the folder can be used.

@@ -23,7 +23,7 @@ class Merging(Validated):
     weights: tuple[Positive, ...] | None = None
     """Of several returns: what each counts, in their order, such as its number of rows; all equal if not given."""
     merge: Literal["mean", "trimmed"] = "mean"
-    """Of several returns: their mean; or, number by number, the mean without the largest and the smallest."""
+    """Of several returns: their mean; or, element by element, the mean without the largest and the smallest."""
     trim: Annotated[float, Field(gt=0, lt=0.5)] = TRIM
     """With --merge trimmed: share of the returns that is dropped at either end; at least one is."""
     clip_norm: Positive | None = None
@@ -71,10 +71,10 @@ class PlugSettings(Merging):
     columns: Columns = ()
     """Other names of columns, such as prompt=question completion=answer, as for siftune train."""
     template: Template = "auto"
-    """Chat template for your rows: auto uses the tokenizer's if it has one, chat demands it, none leaves text as it
+    """Chat template for your rows: auto uses the tokenizer's if it has one, chat requires it, none leaves text as it
     is."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the tuned model; auto: the base's own."""
+    """Data type of the tuned model; auto: the base's own."""
 
     def check(self, returns: int = 1) -> None:
         """Check the ranges, and that nothing is asked of rows or returns that are not there.

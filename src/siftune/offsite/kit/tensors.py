@@ -43,7 +43,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and number format of a tensor."""
+    """Shape and data type of a tensor."""
 
     shape: tuple[int, ...]
     dtype: str  # in safetensors' words: F32, BF16 or F16
@@ -58,7 +58,7 @@ class TensorSpec:
 
 
 def spec_of(tensor: Tensor) -> TensorSpec:
-    """Shape and number format of a tensor in memory.
+    """Shape and data type of a tensor in memory.
 
     Raises:
         KitError: The format is not one of float32, bfloat16 and float16.
