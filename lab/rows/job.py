@@ -33,7 +33,6 @@ from siftune.evaluate.likelihood import row_nll
 from siftune.models.attention import short_rows
 from siftune.models.load import load_model
 from siftune.records.record import RowRecord
-from siftune.records.rows import Text
 from siftune.suspects.losses import swapped_of
 from siftune.suspects.rule import judge
 from siftune.train.build import Built
@@ -74,7 +73,7 @@ class Scored(Work):
     def scores(self) -> tuple[dict[str, Any], Record]:
         """Scores of all rows, each (R,), and what the line of the job holds of them."""
         rows = self.pool.train
-        texts, bad = [Text(row["prompt"], row["completion"]) for row in rows], np.array([row["bad"] for row in rows])
+        bad = np.array([row["bad"] for row in rows])
         kinds = np.unique([_source(row) for row in rows], return_inverse=True)[1]
         losses, swapped = np.split(self.final.nll, [len(rows)])
         found = dict(zip(self.swapped, swapped.round(2).tolist(), strict=True))
@@ -83,7 +82,7 @@ class Scored(Work):
             for kind in ("decoy", "row elsewhere", "decoy elsewhere")
         )
         verdict = judge(*scores_of(losses, kinds, decoys, elsewhere, decoys_elsewhere))
-        scores = all_scores(self.record.visits(), losses, self.final.tokens[: len(rows)], verdict, texts, kinds)
+        scores = all_scores(self.record.visits(), losses, self.final.tokens[: len(rows)], verdict, kinds)
         old = scores.get("first-source", scores["first"])
         line = {
             "rows": len(rows),

@@ -6,21 +6,16 @@
     loss        mean loss at the first visit
     first       the score of siftune 0.1: loss above the usual loss at that time (`first_sight.py`)
     first-source  … among the rows of the same source
-    twins       near-duplicates that a row has
 
 Shapes: R rows.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lab.rows.first_sight import by_row
-from siftune.records.rows import Text
 from siftune.records.visits import Visits
 from siftune.suspects.rule import Scores, Verdict
-from siftune.suspects.twins import Twins
 
 Floats = NDArray[np.float64]
 
@@ -30,7 +25,6 @@ def all_scores(
     losses: Floats,
     tokens: NDArray[np.integer],
     verdict: Verdict,
-    texts: Sequence[Text],
     kinds: NDArray[np.integer],
 ) -> dict[str, Floats]:
     """Score all rows; scores of the first visit are NaN for rows without one.
@@ -40,7 +34,6 @@ def all_scores(
         losses: (R,) summed losses under the final model.
         tokens: (R,) label tokens.
         verdict: On these losses.
-        texts: Texts of the rows.
         kinds: (R,) number of each row's source.
     """
     found = {"final": losses, "final-mean": losses / tokens, "rule": -np.argsort(verdict.order).astype(np.float64)}
@@ -50,10 +43,8 @@ def all_scores(
         ways["first-source"] = kinds[visits.row]
     old = {name: by_row(visits.row, visits.loss, visits.step, way) for name, way in ways.items()}
     for name, values in {"loss": visits.loss[first].astype(np.float64), **old}.items():
-        found[name] = np.full(len(texts), np.nan)
+        found[name] = np.full(len(losses), np.nan)
         found[name][rows] = values
-    twins = Twins([f"{text.prompt}\n{text.completion}" for text in texts])
-    found["twins"] = np.array([len(twins.of(row)) for row in range(len(texts))], dtype=np.float64)
     return found
 
 

@@ -9,7 +9,7 @@ from siftune.base.text import inert, visible
 from siftune.report.table import Table
 from siftune.suspects.named import Suspect
 
-HEADER = ("place", "score", "prompt", "completion", "reason", "duplicates")
+HEADER = ("place", "score", "prompt", "completion", "reason")
 _LONGEST = 40  # characters of a text in a table
 
 
@@ -45,7 +45,7 @@ def to_csv(suspects: Sequence[Suspect]) -> str:
     writer = csv.writer(box, lineterminator="\n")
     writer.writerow(HEADER)
     for each in suspects:
-        texts = map(inert, (each.text.prompt, each.text.completion, each.reason, " ".join(each.duplicates)))
+        texts = map(inert, (each.text.prompt, each.text.completion, each.reason))
         writer.writerow([each.place, each.score, *texts])
     return box.getvalue()
 
@@ -78,9 +78,7 @@ def to_html(suspects: Sequence[Suspect], title: str, note: str) -> str:
 
 
 def _article(suspect: Suspect) -> str:
-    also = f"<p>nearly the same: {html.escape(', '.join(suspect.duplicates))}</p>" if suspect.duplicates else ""
     prompt, completion, reason, place = map(html.escape, (*suspect.text, suspect.reason, suspect.place))
     return (
-        f'<article><h2>{place}</h2><p>{reason}</p><pre>{prompt}</pre><pre class="answer">{completion}</pre>{also}'
-        "</article>"
+        f'<article><h2>{place}</h2><p>{reason}</p><pre>{prompt}</pre><pre class="answer">{completion}</pre></article>'
     )

@@ -222,8 +222,7 @@ def _suspect_table(found: Mapping[str, Sequence[Suspect]]) -> Grid:
     every = sorted((one for rows in found.values() for one in rows), key=lambda one: -one.score)
     first = {one.place: one for one in reversed(every)}  # the highest score of a row that several runs name
     highest = sorted(first.values(), key=lambda one: -one.score)[:_SUSPECTS]
-    duplicates = any(one.duplicates for one in highest)
-    names = short_places([place for one in highest for place in (one.place, *one.duplicates)])
+    names = short_places([one.place for one in highest])
     rows = []
     for one in highest:
         folder = one.place.removesuffix(names[one.place])  # the reason may name another row of the file
@@ -233,14 +232,11 @@ def _suspect_table(found: Mapping[str, Sequence[Suspect]]) -> Grid:
                 Cell(cut(_both(one.text), _LONG)),
                 Cell(one.reason.replace(folder, "") if folder else one.reason),
                 *(Cell(short(own.get(one.place)), own.get(one.place)) for own in scores.values()),
-                *([Cell(", ".join(names[place] for place in one.duplicates) or "none")] if duplicates else []),
             ]
         )
     columns = ["score"] if len(found) == 1 else [f"score, {name}" for name in found]
-    header = ["row", "text", "why", *columns, *(["near-duplicates"] if duplicates else [])]
     caption = f"The {len(rows)} most suspect. Some rows may be correct: read before you drop any."
-    words = (0, 1, 2, *([len(header) - 1] if duplicates else []))
-    return Grid(header, rows, caption, words, cards=True, first=_FIRST, unbroken=(0,))
+    return Grid(["row", "text", "why", *columns], rows, caption, (0, 1, 2), cards=True, first=_FIRST, unbroken=(0,))
 
 
 def _both(text: Text) -> str:

@@ -15,7 +15,6 @@ from siftune.records.rows import Text, text_of
 from siftune.records.visits import NAME, read_visits
 from siftune.suspects.losses import kinds_of, read_losses, trained_rows
 from siftune.suspects.rule import Scores, judge
-from siftune.suspects.twins import Twins
 
 _STEPS = 60  # of the run, at least: early, losses of correct rows are as high as those of wrong ones (ours)
 _DOUBT = "The losses do not tell which rows are wrong: few or none are, or the model has not learned the task."
@@ -30,14 +29,12 @@ class Suspect:
         text: Its text.
         reason: The reason as text.
         score: Its loss, summed over label tokens in nats.
-        duplicates: Places of near-duplicates.
     """
 
     place: str
     text: Text
     reason: str
     score: float
-    duplicates: tuple[str, ...] = ()
 
 
 def suspects(run: Path, top: int | None = None, files: Sequence[str] = ()) -> list[Suspect]:
@@ -118,7 +115,7 @@ class ScoredRows:
         if not np.isnan(above):
             why += f"; {above:.0%} of the answers swapped between {rows} have a smaller one"
         reason = "; ".join([why, *self._contradicted(place)])
-        return Suspect(place, self._texts[place], reason, round(loss, 4), tuple(self._twins_of(place)))
+        return Suspect(place, self._texts[place], reason, round(loss, 4))
 
     def _contradicted(self, place: str) -> list[str]:
         """A row with the same prompt and another completion."""
@@ -126,18 +123,6 @@ class ScoredRows:
         asked = self._asked.get(prompt, ()) if prompt else ()
         other = next((other for other in asked if self._texts[other].completion != completion), None)
         return [] if other is None else [f"{other} has the same prompt and another completion"]
-
-    def _twins_of(self, place: str) -> list[str]:
-        places = list(self._texts)
-        return [places[other] for other in self._twins.of(self._number[place])]
-
-    @cached_property
-    def _number(self) -> Mapping[str, int]:
-        return {place: number for number, place in enumerate(self._texts)}
-
-    @cached_property
-    def _twins(self) -> Twins:
-        return Twins([f"{text.prompt}\n{text.completion}" for text in self._texts.values()])
 
     @cached_property
     def _asked(self) -> Mapping[str, list[str]]:

@@ -262,7 +262,7 @@ def test_the_losses_of_a_private_run_come_with_a_warning(tmp_path):
 
 def test_suspect_rows_are_shown_with_their_text(tmp_path, monkeypatch):
     run = save_run(tmp_path / "run", steps=2)
-    found = [Suspect("/data/pool.jsonl:7", Text("2 + 2?", ATTACK), ATTACK, 4.25, ("/data/pool.jsonl:9",))]
+    found = [Suspect("/data/pool.jsonl:7", Text("2 + 2?", ATTACK), ATTACK, 4.25)]
     scored = SimpleNamespace(suspects=1, rows=[None] * 30, highest=lambda count: found[:count])
     monkeypatch.setattr("siftune.report.run.ScoredRows", lambda path: scored)
     hint = next(section for section in sections(subjects(run)) if section.title == "Suspect rows")
@@ -271,7 +271,7 @@ def test_suspect_rows_are_shown_with_their_text(tmp_path, monkeypatch):
     (run / "losses.parquet").write_bytes(b"there")
     section = next(section for section in sections(subjects(run)) if section.title == "Suspect rows")
     (row,) = section.tables[0].rows
-    assert [cell.text for cell in row] == ["pool.jsonl:7", f"2 + 2? → {ATTACK}", ATTACK, "4.25", "pool.jsonl:9"]
+    assert [cell.text for cell in row] == ["pool.jsonl:7", f"2 + 2? → {ATTACK}", ATTACK, "4.25"]
     assert row[0].hint == "/data/pool.jsonl:7"
     (tmp_path / "other").mkdir()
     (save_run(tmp_path / "other" / "run", steps=2) / "losses.parquet").write_bytes(b"there")
@@ -400,7 +400,7 @@ def test_folders_that_hold_nothing_are_told(tmp_path, runs):
 
 
 def test_the_suspects_of_several_runs_are_in_order_of_their_highest_score():
-    rows = {name: Suspect(name, Text("?", "!"), "", 0.0, ()) for name in ("a", "b", "c")}
+    rows = {name: Suspect(name, Text("?", "!"), "", 0.0) for name in ("a", "b", "c")}
     scores = {"one": {"a": 9.0, "b": 5.0}, "two": {"a": 1.0, "c": 7.0}}
     found = {run: [replace(rows[name], score=score) for name, score in own.items()] for run, own in scores.items()}
     assert [row[0].text for row in _suspect_table(found).rows] == ["a", "c", "b"]
