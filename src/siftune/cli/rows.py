@@ -26,14 +26,12 @@ class Options(Validated):
     run: Annotated[str, Flag("run", positional=True)]
     """Run folder."""
     top: Count | None = None
-    """Report at most N rows; if not given, 10 on the screen and all in files. If the losses do not tell which rows are
-    wrong, the N largest."""
+    """Report at most N rows; if not given, 10 on the screen and all in the file. If the losses do not tell which rows
+    are wrong, the N largest."""
     files: tuple[str, ...] = ()
     """Files of the rows, if somebody else trained, or on another machine: only files that you name are read."""
     csv: Path | None = None
     """Write them to this CSV file, with complete texts."""
-    html: Path | None = None
-    """Write them to this page, with complete texts."""
     base: str | None = None
     """Base model of the run, if it has moved or somebody else trained: a folder, hub id, smollm2 or a kit."""
 
@@ -43,17 +41,16 @@ NOTE = "Their losses are like those of answers to other rows. A fifth or more ma
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Score rows, show suspects, and write files."""
-    for flag, path in (("--csv", options.csv), ("--html", options.html)):
-        if path is not None and path.expanduser().is_dir():
-            raise RecipeError(f"{flag} {path} is a folder: give the file to write")
+    """Score rows, show suspects, and write the file."""
+    if options.csv is not None and options.csv.expanduser().is_dir():
+        raise RecipeError(f"--csv {options.csv} is a folder: give the file to write")
     folder = Path(options.run).expanduser()
     if not folder.is_dir():
         raise DataError(f"there is no run folder {options.run}; give one that siftune train has made.")
 
     from rich.console import Console
 
-    from siftune.report.rows import table, to_csv, to_html
+    from siftune.report.rows import table, to_csv
     from siftune.report.table import plain_table
     from siftune.suspects.named import ScoredRows
     from siftune.train.folder.run import LOSSES
@@ -73,8 +70,6 @@ def run(options: Options) -> dict[str, Any]:
     errors.print(f"{note}{advice}", markup=False)
     if options.csv is not None:
         _write(options.csv, to_csv(listed))
-    if options.html is not None:
-        _write(options.html, to_html(listed, title, note))
     return {"run": folder, "rows": len(rows.rows), "suspects": rows.suspects, "listed": listed}
 
 

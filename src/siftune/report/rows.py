@@ -1,7 +1,6 @@
-"""Suspect rows as a table, as CSV, and as a page."""
+"""Suspect rows as a table and as CSV."""
 
 import csv
-import html
 import io
 from collections.abc import Sequence
 
@@ -48,37 +47,3 @@ def to_csv(suspects: Sequence[Suspect]) -> str:
         texts = map(inert, (each.text.prompt, each.text.completion, each.reason))
         writer.writerow([each.place, each.score, *texts])
     return box.getvalue()
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif }}
-body {{ max-width: 76rem; margin: 2rem auto; padding: 0 1rem }}
-article {{ border-top: 1px solid color-mix(in srgb, currentColor 25%, transparent); padding: .8rem 0 }}
-h2 {{ font-size: 1rem; margin: 0; overflow-wrap: anywhere }}
-p {{ margin: .2rem 0 }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0; font: 13px/1.45 ui-monospace, monospace }}
-.answer {{ border-left: 3px solid #c2410c; padding-left: .6rem }}
-</style>
-<h1>{title}</h1>
-<p>{note}</p>
-{articles}
-</html>
-"""
-
-
-def to_html(suspects: Sequence[Suspect], title: str, note: str) -> str:
-    """A page of its own with complete texts, all escaped."""
-    articles = "\n".join(map(_article, suspects)) or "<p>No row stands out.</p>"
-    return _PAGE.format(title=html.escape(title), note=html.escape(note), articles=articles)
-
-
-def _article(suspect: Suspect) -> str:
-    prompt, completion, reason, place = map(html.escape, (*suspect.text, suspect.reason, suspect.place))
-    return (
-        f'<article><h2>{place}</h2><p>{reason}</p><pre>{prompt}</pre><pre class="answer">{completion}</pre></article>'
-    )

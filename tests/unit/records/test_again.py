@@ -61,7 +61,7 @@ def test_no_file_is_read_that_the_recipe_of_another_party_names(foreign, trained
     secret.write_text(json.dumps({"prompt": SECRET, "completion": SECRET}) + "\n")
     before = f"train: {trained / 'rows.jsonl'}" if key == "train" else f"{key}: null"
     run = foreign(before, f"{key}: {secret}")
-    sentence = error_of(capsys, "rows", run, "--html", tmp_path / "rows.html")
+    sentence = error_of(capsys, "rows", run, "--csv", tmp_path / "rows.csv")
     assert f"--files {secret}" in sentence or f"{trained / 'rows.jsonl'} {secret}" in sentence
     siftune(capsys, "report", run, "-o", tmp_path / "page.html")
     assert SECRET not in sentence + (tmp_path / "page.html").read_text()

@@ -278,7 +278,9 @@ def test_suspect_rows_are_shown_with_their_text(tmp_path, monkeypatch):
     both = next(one for one in sections(subjects(run, tmp_path / "other" / "run")) if one.anchor == "suspects")
     assert [cell.text for cell in both.tables[0].rows[0]][3:5] == ["4.25", "4.25"]
     assert section.words[0].startswith("1 of 30 rows may be wrong.")
-    assert ATTACK not in show(run).html
+    page = show(run).html
+    assert ATTACK not in page
+    assert "2 + 2? → &lt;script&gt;alert(1)&lt;/script&gt;" in page
     scored.suspects, scored.doubt = 0, "The losses do not tell"
     assert "The losses do not tell" in show(run).html
 

@@ -1,4 +1,4 @@
-"""Suspect rows with their texts and reasons, on the screen and in files."""
+"""Suspect rows with their texts and reasons, on the screen and in a file."""
 
 import json
 from pathlib import Path
@@ -128,17 +128,12 @@ def test_rows_that_have_changed_are_refused(run):
 
 
 def test_the_command_shows_and_writes_them(run, capsys):
-    csv, page = run / "lists" / "bad.csv", run / "bad.html"
-    result, said = siftune(capsys, "rows", run, "--csv", csv, "--html", page)
+    csv = run / "lists" / "bad.csv"
+    result, said = siftune(capsys, "rows", run, "--csv", csv)
     assert (result["rows"], result["suspects"], len(result["listed"])) == (100, 12, 12)
     assert [each["text"][1] for each in result["listed"][:2]] == [RECORDS[i]["completion"] for i in (5, 9)]
     assert "--drop-rows" in said
     assert named_rows(str(csv)) == [each["place"] for each in result["listed"]]
-    text = page.read_text()
-    assert "12 of 100 rows" in text
-    assert "http" not in text
-    assert "<script" not in text
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     result, _ = siftune(capsys, "rows", run, "--top", 1)
     assert (result["suspects"], len(result["listed"])) == (12, 1)
 
@@ -157,6 +152,7 @@ def test_the_list_is_read_again_whatever_rows_say(tmp_path, text):
 def test_the_screen_has_at_most_fifteen_lines(run, capsys):
     assert main(["rows", str(run)]) == 0
     shown, said = capsys.readouterr()
+    assert "12 of 100 rows" in shown
     assert "2 more with --top" in said
     assert len(f"{shown}{said}".splitlines()) <= 15
 
