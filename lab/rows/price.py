@@ -103,15 +103,14 @@ def share(kind: type[Trainer], args: argparse.Namespace, folder: Path) -> float:
     return clock.inside / sum(clock.steps)
 
 
-def file_bytes(rows: int, followed: bool) -> float:
+def file_bytes(rows: int) -> float:
     """Bytes of the file for each row of one epoch, places among them."""
     rng = np.random.default_rng(0)
     columns = [rng.permutation(rows), np.arange(rows) // 16, rng.gamma(2, 1, rows), rng.integers(1, 200, rows)]
-    chosen = rng.random((2, rows)) if followed else np.full((2, rows), np.nan)
     places = [f"/home/somebody/data/instructions/rows.jsonl:{row + 1}" for row in range(rows)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.parquet"
-        write_visits(path, Visits.of(np.stack([*columns, *chosen])), places, "0" * 64)
+        write_visits(path, Visits.of(np.stack(columns)), places, "0" * 64)
         return path.stat().st_size / rows
 
 
@@ -127,9 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--bytes", action="store_true", help="leave time out")
     args = parser.parse_args(argv)
     args.learned = args.learned or args.length // 4
-    for followed in (False, True):
-        what = "with alignment and share followed" if followed else "dense"
-        print(f"bytes a row and epoch, 100,000 rows, {what}: {file_bytes(100_000, followed):.1f}")
+    print(f"bytes a row and epoch, 100,000 rows: {file_bytes(100_000):.1f}")
     for name, kind in () if args.bytes else (("own", SiftTrainer), ("any", Trainer)):
         with tempfile.TemporaryDirectory() as folder:
             found = share(kind, args, Path(folder))

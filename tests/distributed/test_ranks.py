@@ -202,7 +202,7 @@ def test_two_ranks_have_one_record_of_all_rows(tmp_path):
     ranks = run(tmp_path / "two", 2, "row_record.py")
     wanted, found = (read_visits(tmp_path / name / "rows.parquet").visits for name in ("one", "two"))
     assert len(found) == 64
-    for name in ("row", "step", "tokens", "followed"):
+    for name in ("row", "step", "tokens"):
         assert getattr(found, name).tolist() == getattr(wanted, name).tolist(), name
     np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-3)
     half = read_visits(tmp_path / "two" / "checkpoint-2" / "rows.parquet").visits

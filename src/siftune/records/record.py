@@ -13,8 +13,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from siftune.base.errors import UnsupportedError
 from siftune.engine.ranks import columns_of_ranks, world_size
-from siftune.methods.drivers.sample_callback import SampleCallback
-from siftune.methods.drivers.sample_choice import SampleChoice
 from siftune.methods.host.callback import calling_trainer, resumed_from
 from siftune.methods.host.row_numbers import RowNumbers, row_numbers
 from siftune.models.loss import by_row, row_losses
@@ -57,9 +55,8 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
         self._trainer: Trainer | None = None
         self._numbers: RowNumbers | None = None
         self._handle: Any = None
-        self._methods: list[SampleCallback] = []
         self._losses: list[Tensor] = []  # (2, B) of the batch at work, from the model's output, by pass
-        self._waiting: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self._waiting: list[tuple[int, Tensor, Tensor]] = []
         self._done: list[NDArray[np.float64]] = [NOTHING]
 
     def visits(self, since: int = 0) -> Visits:
@@ -81,7 +78,6 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
         self.path = self._given or Path(args.output_dir) / NAME
         self._numbers = row_numbers(trainer)
         self._handle = kwargs["model"].register_forward_hook(self._look)
-        self._methods = [part for part in trainer.callback_handler.callbacks if isinstance(part, SampleCallback)]
         self._waiting, self._done, self._losses = [], [self._resumed(state)], []
 
     def on_epoch_begin(
@@ -165,29 +161,18 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
             losses = [by_row(losses_N, labels_BT)]
         if rows_B is None or [each.shape[1] for each in losses] != [len(rows_B)]:
             raise UnsupportedError(_why(rows_B, labels_BT, losses))
-        self._waiting.append((step, rows_B, losses[0], self._choices(rows_B)))
+        self._waiting.append((step, rows_B, losses[0]))
         self._numbers.rows, self._losses = None, []
         if len(self._waiting) >= _WAITING:
             self._settle()
 
-    def _choices(self, rows_B: Tensor) -> Tensor:
-        """Alignment and followed share of each row of a batch, (2, B), on the CPU; NaN if no method chose.
-
-        Alignment is the mean of a row's scores over the layers that chose (ours).
-        """
-        for method in self._methods:
-            choice = method.last
-            if choice is not None and choice.rows is not None and torch.equal(choice.rows, rows_B):
-                return torch.stack([choice.scores.float().nanmean(0), _share(choice)])
-        return torch.full((2, len(rows_B)), torch.nan)
-
     def _settle(self) -> None:
-        """Append the waiting batches to the table, (6, V)."""
+        """Append the waiting batches to the table, (4, V)."""
         if self._waiting:
-            steps, rows, losses, choices = zip(*self._waiting, strict=True)
+            steps, rows, losses = zip(*self._waiting, strict=True)
             counts = torch.tensor([len(each) for each in rows])
             step_V = torch.tensor(steps).repeat_interleave(counts)
-            parts = [torch.cat(rows)[None], step_V[None], torch.cat(losses, 1).cpu(), torch.cat(choices, 1)]
+            parts = [torch.cat(rows)[None], step_V[None], torch.cat(losses, 1).cpu()]
             self._done.append(torch.cat([part.double() for part in parts]).numpy())
         self._waiting, self._done = [], [np.concatenate(self._done, axis=1)]
 
@@ -205,12 +190,6 @@ def _at_labels(output: Any, labels_BT: Tensor) -> bool:
     """Whether an output has logits at label positions alone; a row's first token never is one."""
     logits = getattr(output, "logits", None)
     return isinstance(logits, Tensor) and logits.shape[:2] != labels_BT.shape
-
-
-def _share(choice: SampleChoice) -> Tensor:
-    """Share of the layers that followed each sample; (S,) float32."""
-    counts_S = torch.bincount(choice.selected.flatten(), minlength=choice.scores.shape[1])
-    return counts_S.float() / len(choice.layers)
 
 
 def _why(rows_B: Tensor | None, labels_BT: Tensor | None, losses: Sequence[Tensor]) -> str:

@@ -1,16 +1,14 @@
 """Visits of training rows, and their Parquet file: a line for each time that a row was trained on.
 
-    row        int32    number among the training rows, from 0
-    place      string   place of the row, such as rows.jsonl:17, if known
-    step       int32    optimizer steps done before
-    loss       float32  mean cross entropy of its label tokens in nats, in the forward pass of training; NaN without
-                        label tokens
-    tokens     int32    its label tokens
-    alignment  float32  its score by a method, mean over all layers; NaN without a score
-    followed   float32  share of the layers that followed it
+    row     int32    number among the training rows, from 0
+    place   string   place of the row, such as rows.jsonl:17, if known
+    step    int32    optimizer steps done before
+    loss    float32  mean cross entropy of its label tokens in nats, in the forward pass of training; NaN without
+                     label tokens
+    tokens  int32    its label tokens
 
-Lines are sorted by step, then by row, independent of ranks and batches. The columns `alignment` and `followed` exist if
-a method chose rows. Read it with pandas, polars, DuckDB or `read_visits`.
+Lines are sorted by step, then by row, independent of ranks and batches. Read it with pandas, polars, DuckDB or
+`read_visits`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,10 +28,7 @@ if TYPE_CHECKING:
 
 NAME = "rows.parquet"
 ABOUT = b"siftune"  # key in the Parquet metadata
-_COLUMNS = {
-    "row": "int32", "step": "int32", "loss": "float32", "tokens": "int32",
-    "alignment": "float32", "followed": "float32",
-}  # fmt: skip
+_COLUMNS = {"row": "int32", "step": "int32", "loss": "float32", "tokens": "int32"}
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 
@@ -47,29 +42,25 @@ class Visits:
         step: (V,) int32.
         loss: (V,) float32.
         tokens: (V,) int32.
-        alignment: (V,) float32.
-        followed: (V,) float32.
     """
 
     row: Ints
     step: Ints
     loss: Floats
     tokens: Ints
-    alignment: Floats
-    followed: Floats
 
     def __len__(self) -> int:
         return len(self.row)
 
     @classmethod
     def of(cls, table: NDArray[np.float64]) -> "Visits":
-        """Visits of a table, (6, V), whose lines are the columns, in the order of the file."""
+        """Visits of a table, (4, V), whose lines are the columns, in the order of the file."""
         order = np.lexsort((table[0], table[1]))
         columns = zip(_COLUMNS.items(), table[:, order], strict=True)
         return cls(**{name: values.astype(kind) for (name, kind), values in columns})
 
     def table(self) -> NDArray[np.float64]:
-        """The columns as lines, (6, V)."""
+        """The columns as lines, (4, V)."""
         return np.stack([getattr(self, field.name).astype(np.float64) for field in fields(self)])
 
 
@@ -92,8 +83,6 @@ def write_visits(path: Path, visits: Visits, places: Sequence[str] = (), about: 
     if places:
         columns["place"] = _in_words(visits.row, places)
     columns |= {"step": visits.step, "loss": visits.loss, "tokens": visits.tokens}
-    if not np.isnan(visits.followed).all():
-        columns |= {"alignment": visits.alignment, "followed": visits.followed}
     table = pyarrow.table(columns).replace_schema_metadata({ABOUT: about})
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_beside(path) as [beside]:
@@ -142,20 +131,13 @@ def read_visits(path: Path) -> Record:
         ) from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read ({one_line(str(error))}); train again to have rows recorded.") from None
-    missing = [name for name in ("row", "step", "loss", "tokens") if name not in table.column_names]
+    missing = [name for name in _COLUMNS if name not in table.column_names]
     if missing:
         raise DataError(f"{path} has no column {missing[0]!r}, so it is no record of rows; give the file of a run.")
     try:
-        columns = {name: _column(table, name) for name in _COLUMNS}
+        columns = {name: table[name].to_numpy().astype(kind) for name, kind in _COLUMNS.items()}
     except (ValueError, TypeError):
         raise DataError(f"{path} has columns of other types than a record of rows; give the file of a run.") from None
     places = table["place"].to_pylist() if "place" in table.column_names else []
     metadata: Mapping[bytes, bytes] = table.schema.metadata or {}
     return Record(Visits(**columns), places, metadata.get(ABOUT, b"").decode(errors="replace"))
-
-
-def _column(table: "pyarrow.Table", name: str) -> NDArray[Any]:
-    if name not in table.column_names:
-        return np.full(len(table), np.nan, dtype=_COLUMNS[name])
-    values: NDArray[Any] = table[name].to_numpy().astype(_COLUMNS[name])
-    return values

@@ -18,7 +18,6 @@ from siftune.base.errors import UnsupportedError
 from siftune.data.read import load_rows
 from siftune.data.tokens import tokenize_rows
 from siftune.models.loss import by_row, row_losses
-from siftune.records.record import _share
 from siftune.records.visits import read_visits
 from siftune.train.run import train as siftune_train
 
@@ -74,7 +73,6 @@ def test_the_losses_are_those_of_a_loop_over_rows(tmp_path, settings):
     assert [(int(s), int(r)) for s, r in zip(found.step, found.row, strict=True)] == [each[:2] for each in wanted]
     np.testing.assert_allclose(found.loss, [each[2] for each in wanted], rtol=1e-4)
     assert found.tokens.tolist() == [each[3] for each in wanted]
-    assert np.isnan(found.followed).all()
     assert "training_step" not in vars(trainer)
     assert not trainer.model._forward_hooks
     loader = trainer.get_train_dataloader()
@@ -87,33 +85,6 @@ def test_training_is_the_same_to_the_bit(tmp_path):
     without, _ = train(tmp_path / "without", GAST(select=2), **settings)
     for name, value in weights(without).items():
         assert torch.equal(value, weights(with_it)[name])
-
-
-def test_with_a_method_alignment_and_share_are_of_the_same_row(tmp_path):
-    choices, gast, record = [], GAST(select=2, keep=True), RowRecord()
-    gast.on_select = choices.append
-    train(tmp_path, record, gast, gradient_accumulation_steps=2, max_steps=3)
-    found = read_visits(tmp_path / "rows.parquet").visits
-    assert len(choices) == 6 == len(gast.history)
-    seen = {
-        (int(s), int(r)): (a, f)
-        for s, r, a, f in zip(*map(found.__getattribute__, ("step", "row", "alignment", "followed")), strict=True)
-    }
-    for choice in choices:
-        for place, row in enumerate(choice.rows.tolist()):
-            alignment, followed = seen[choice.step, row]
-            assert followed == pytest.approx(sum(place in chosen for chosen in choice.selected.tolist()) / 4)
-            assert alignment == pytest.approx(float(choice.scores[:, place].mean()), rel=1e-4)
-    assert 0 < found.followed.mean() < 1
-
-
-def test_shares_are_of_layers():
-    from siftune.methods.drivers.sample_choice import SampleChoice
-
-    choice = SampleChoice(
-        0, 0, ("a", "b"), (0, 1), torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 7.0]]), torch.tensor([[0, 2], [2, 1]])
-    )
-    assert _share(choice).tolist() == [0.5, 0.5, 1.0]
 
 
 def test_a_resumed_run_has_the_record_of_the_unbroken_one(tmp_path):

@@ -46,9 +46,7 @@ def scored(base, tmp_path, monkeypatch):
         (folder / "recipe.yaml").write_text(recipe_to_yaml(resolve_recipe(recipe(base, path, folder, method="dense"))))
         note_recipe(folder)
         about = digest_of(load_rows(str(path)))
-        visits = np.stack(
-            [np.arange(100), np.arange(100) * steps // 100, np.ones(100), np.full(100, 3), *np.full((2, 100), np.nan)]
-        )
+        visits = np.stack([np.arange(100), np.arange(100) * steps // 100, np.ones(100), np.full(100, 3)])
         write_visits(folder / NAME, Visits.of(visits), about=about)
         if losses is None:
             losses = 0.1 + 0.1 * np.sin(np.arange(100))
