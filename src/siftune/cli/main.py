@@ -26,7 +26,6 @@ from siftune.base.environment import LEFT_ALONE, launch_rank, launch_size, quiet
 from siftune.base.errors import InputError, SiftuneError
 from siftune.base.settings import nearest
 from siftune.base.text import jsonable, visible
-from siftune.recipe.other_tools import OTHER_COMMANDS
 
 # group -> command -> its module, and its line of help
 GROUPS = {
@@ -163,8 +162,6 @@ def _dispatch(arguments: Sequence[str]) -> dict[str, Any] | None:
 
         sys.stdout.write(f"siftune {__version__}\n")
         return {"version": __version__}
-    if word in OTHER_COMMANDS:
-        raise InputError(OTHER_COMMANDS[word])
     if word not in COMMANDS:
         close = nearest(word, COMMANDS)
         guess = f"did you mean `siftune {close}`?" if close else "`siftune --help` lists the commands"

@@ -13,7 +13,6 @@ from typing import Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin
 from siftune.base.errors import RecipeError
 from siftune.base.settings import bounds_of, described, help_of, leaves, made, nearest, types_of
 from siftune.methods import METHODS
-from siftune.recipe.other_tools import OTHER_OPTIONS
 from siftune.recipe.presets import FIELDS
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
@@ -253,8 +252,6 @@ def _unexpected(rest: Sequence[str], options: dict[str, _Option], program: str) 
     if word.startswith("-"):
         flag = word.partition("=")[0]
         key = flag.removeprefix("--").replace("-", "_")
-        if sentence := OTHER_OPTIONS.get(key.removeprefix("no_")):
-            return f"{flag}: {sentence}"
         if key == "seed":
             return f"{flag}: `{program}` takes no seed"
         names = {option.name.removeprefix("--").replace("-", "_"): option.name for option in options.values()}

@@ -13,7 +13,6 @@ from siftune.base.text import path_and_split
 from siftune.methods import all_parts
 from siftune.methods.options import OWN
 from siftune.models.smollm2 import NAME as SMOLLM2
-from siftune.recipe.other_tools import OTHER_OPTIONS
 from siftune.recipe.schema import R, Recipe, method_of
 
 _MOST = 2**18  # bytes of a recipe; the parser takes seconds for a megabyte
@@ -76,16 +75,12 @@ def _flat(path: Path, kind: type) -> dict[str, tuple[Any, str]]:
             given |= {f"{key}.{n}": (_plain(e.value), f"{path}:{e.line}: {key}.{n}") for n, e in entry.value.items()}
         else:
             given[key] = _plain(entry.value), f"{where}{key}"
-    for name, (value, label) in given.items():
+    for name, (_, label) in given.items():
         if name not in options:
-            if name in OTHER_OPTIONS:
-                if not value:
-                    continue
-                raise RecipeError(f"{label}: {OTHER_OPTIONS[name]}")
             close = nearest(name, options) or nearest(name.rpartition(".")[2], options)
             hint = f"did you mean {close!r}?" if close else "`siftune train --help-all` lists the keys"
             raise RecipeError(f"{label.removesuffix(name)}unknown key {name!r}; {hint}")
-    return {name: pair for name, pair in given.items() if name in options}
+    return given
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,6 @@ from siftune.base.settings import help_of
 from siftune.methods import METHODS
 from siftune.methods.options import GASTSettings, ISTSettings
 from siftune.recipe.checks import check
-from siftune.recipe.other_tools import OTHER_OPTIONS
 from siftune.recipe.presets import PRESETS, preset, preset_text
 from siftune.recipe.read import anchored, load_recipe, recipe_to_yaml, without_folders
 from siftune.recipe.schema import Recipe, compared_with, resolve_recipe, select_until, shape_of
@@ -99,15 +98,6 @@ def test_an_error_names_file_line_and_key(recipe_file, text, words):
         load_recipe(recipe_file(text))
     assert [word for word in words if word not in str(caught.value)] == [], caught.value
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("key", OTHER_OPTIONS)
-def test_an_option_of_another_tool_gets_one_sentence(recipe_file, key):
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(recipe_file(f"{key}: true\n"))
-    assert str(caught.value).partition(": ")[0].endswith("r.yaml:1")
-    assert str(caught.value).endswith(OTHER_OPTIONS[key])
-    assert load_recipe(recipe_file(f"{key}: false\n")) == Recipe()
 
 
 def test_a_recipe_of_any_size_is_refused_at_once(recipe_file):
