@@ -56,7 +56,7 @@ def test_import_is_light():
 def test_the_signature_of_a_callback_has_all_arguments_and_its_help_their_values():
     names = [*inspect.signature(siftune.GAST).parameters]
     assert names[:2] == ["select", "support"]
-    assert {"seed", "layers", "support_set", "pairs", "keep", "target"} <= {*names}
+    assert {"seed", "layers", "support_set", "pairs", "keep"} <= {*names}
     help_of_gast = " ".join(siftune.GAST.__doc__.split())
     assert "an integer, at least 1, or a number, above 0 and at most 1; default: 0.75." in help_of_gast
     assert "0x" not in str(inspect.signature(siftune.GAST)) + help_of_gast

@@ -313,7 +313,5 @@ def documented(kind: type[S]) -> type[S]:
     signature = inspect.signature(kind.__init__)
     _, *given = signature.parameters.values()
     parameters = [each.replace(annotation=plain.get(each.name, Any)) for each in given]
-    own = inspect.signature(kind.__init__, follow_wrapped=False).parameters  # a decorator may add an argument
-    parameters += [each for each in own.values() if each.kind is each.KEYWORD_ONLY and each.name not in plain]
     kind.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return kind

@@ -32,7 +32,7 @@ from siftune.base.settings import documented
 from siftune.engine.groups import LayerGroup
 from siftune.engine.ranks import world_size
 from siftune.engine.tape import SampleGradients
-from siftune.methods.drivers.sample_callback import SampleCallback, takes_target
+from siftune.methods.drivers.sample_callback import SampleCallback
 from siftune.methods.drivers.sample_choice import Choosing, model_unit
 from siftune.methods.drivers.sample_driver import SampleRule, summed
 from siftune.methods.drivers.support import Gradients, Support
@@ -117,7 +117,6 @@ class HelpfulSamples(SampleRule):
 
 
 @documented
-@takes_target
 @dataclass(eq=False)
 class GREATS(SampleCallback, GREATSSettings):
     """GREATS: all layers follow the samples that most help a support set (Wang et al., NeurIPS 2024).
@@ -128,9 +127,8 @@ class GREATS(SampleCallback, GREATSSettings):
     Args:
         seed: Seed of GREATS' own generator.
         layers: Path of the decoder layers, if their structure does not identify them.
-        support_set: Support rows, in the form in which the Trainer's training rows reach its collator; None: training
-            rows.
-        target: The same: a few rows of the target task.
+        support_set: Support rows, such as a few rows of the target task, in the form in which the Trainer's training
+            rows reach its collator; None: training rows.
         pairs: Row i and row i + B/2 are one sample, as in TRL's preference trainers; None: decided by the Trainer's
             collator.
         keep: Keep the choices of all batches in `history`.

@@ -3,10 +3,9 @@
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
-from functools import wraps
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,26 +33,6 @@ from siftune.methods.options import selects_all
 logger = logging.getLogger(__name__)
 
 _WAITING = 10  # choices on the device at most
-
-C = TypeVar("C", bound=type)
-
-
-def takes_target(kind: C) -> C:
-    """Add the argument `target` to a callback: a target's rows, with the defaults of `with_target`."""
-    plain = kind.__init__  # type: ignore[misc]
-    names = [part.name for part in fields(kind)]
-
-    @wraps(plain)
-    def init(self: Any, *values: Any, target: Any = None, **options: Any) -> None:
-        options |= dict(zip(names, values, strict=False))
-        if target is not None:
-            if options.get("support_set") is not None or options.get("support", "dataset") != "dataset":
-                raise RecipeError(f"{kind.__name__}(target=...) is the support set: leave support and support_set out")
-            options = {**kind.with_target, **options, "support_set": target}  # type: ignore[attr-defined]
-        plain(self, **options)
-
-    kind.__init__ = init  # type: ignore[misc]
-    return kind
 
 
 @dataclass(eq=False, repr=False)
@@ -261,8 +240,8 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         if self.support_set is None:
             name = type(self).__name__
             raise RecipeError(
-                f'support="dataset" needs rows: pass {name}(target=...), in the form of the training rows. If you did, '
-                "restore_callback_states_from_checkpoint has lost them: turn it off, the checkpoint has the state"
+                f'support="dataset" needs rows: pass {name}(support_set=...), in the form of the training rows. If you '
+                "did, restore_callback_states_from_checkpoint has lost them: turn it off, the checkpoint has the state"
             )
         return self.support_set
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from siftune.base.settings import documented
 from siftune.engine.groups import LayerGroup
 from siftune.engine.tape import SampleGradients
-from siftune.methods.drivers.sample_callback import SampleCallback, takes_target
+from siftune.methods.drivers.sample_callback import SampleCallback
 from siftune.methods.drivers.sample_choice import Choosing, Unit, units_of
 from siftune.methods.drivers.sample_driver import SampleRule, summed
 from siftune.methods.drivers.support import Gradients, Support
@@ -60,7 +60,6 @@ class AlignedSamples(SampleRule):
 
 
 @documented
-@takes_target
 @dataclass(eq=False)
 class GAST(SampleCallback, GASTSettings):
     """Gradient-aligned Sparse Tuning: every layer follows the samples that align with a support set (arXiv 2603.09865).
@@ -73,8 +72,7 @@ class GAST(SampleCallback, GASTSettings):
         seed: Seed of GAST's own generator.
         layers: Path of the decoder layers, if their structure does not identify them.
         support_set: Rows for support "dataset", in the form in which the Trainer's training rows reach its collator.
-        target: The same: a few rows of the target task. Other options then default to `GASTSettings.with_target`
-            (ours).
+            With a few rows of the target task, take the options of `with_target` too, as `siftune train` does (ours).
         pairs: Row i and row i + B/2 are one sample, as in TRL's preference trainers; None: decided by the Trainer's
             collator.
         keep: Keep the choices of all batches in `history`.
@@ -90,7 +88,7 @@ class GAST(SampleCallback, GASTSettings):
     Example:
         >>> trainer = Trainer(model, args, train_dataset=rows, callbacks=[GAST(select=0.75)])
         >>> output = trainer.train()
-        >>> GAST(target=rows).support
+        >>> GAST(**GAST.with_target, support_set=rows).support
         'dataset'
         >>> with GAST(select=2, support="rest").attach(model) as sift:
         ...     model(**batch).loss.backward()

@@ -31,7 +31,6 @@ from trl import (
 from siftune import GAST, IST
 from siftune.base.errors import DataError, RecipeError, UnsupportedError
 from siftune.engine.groups import group_by_layer
-from siftune.methods.options import GASTSettings
 
 
 class Batches:
@@ -332,18 +331,6 @@ def test_pairs_may_be_told(tmp_path, pairs, samples):
 def test_what_dataset_needs(tmp_path):
     with pytest.raises(RecipeError, match="dataset"):
         train(tmp_path, GAST(2, "dataset"))
-
-
-def test_with_a_target_what_is_not_given_has_its_defaults():
-    few = rows(3)
-    method = GAST(2, target=few, support_size=3)
-    assert method.support_set is few
-    settings = {**GASTSettings().to_dict(), **GASTSettings.with_target, "select": 2, "support_size": 3}
-    assert method.to_dict() == settings
-    assert GAST(0.75, target=few).select == 0.75
-    for wrong in ({"support": "rest"}, {"support_set": few}):
-        with pytest.raises(RecipeError, match="support"):
-            GAST(target=few, **wrong)
 
 
 def test_evaluation_during_training_is_not_a_batch(tmp_path):

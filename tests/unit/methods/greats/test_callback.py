@@ -54,7 +54,7 @@ def test_a_step_follows_the_chosen_rows_of_every_batch(tmp_path):
 
 @pytest.mark.parametrize("target", [None, rows(7, seed=9)], ids=["training set", "target"])
 def test_support_rows_come_from_the_target_if_there_is_one(tmp_path, target):
-    _, seen, _ = trained(tmp_path, GREATS(2, target=target))
+    _, seen, _ = trained(tmp_path, GREATS(2, support_set=target))
     drawn = [row for inputs in seen if len(inputs["input_ids"]) == 3 for row in inputs["input_ids"].tolist()]
     source = target or rows()
     assert len(drawn) == 6 * 3
