@@ -34,7 +34,7 @@ class Case(NamedTuple):
 # a new method has its line here: group of its settings -> its limit, and settings that select
 CASES = {
     "rst": Case({"active": 1.0}, {"active": 0.5}),
-    "ist": Case({"active": 1.0, "interval": None}, {"active": 0.5, "interval": 2, "score_batch_size": 6}),
+    "ist": Case({"active": 1.0, "interval": 1000}, {"active": 0.5, "interval": 2, "score_batch_size": 6}),
     "lisa": Case({"active": 4}, {"active": 2, "interval": 3}),
     "cut": Case({}, {}),  # its limit are depths of 0, see `limit`
     "gast": Case({"select": 1.0}, {"select": 2, "support_size": SUPPORT_SIZE}),

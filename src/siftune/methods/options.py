@@ -46,8 +46,8 @@ class ISTSettings(Settings):
 
     active: Share = 0.25
     """Share of the layers that train in a step."""
-    interval: Count | None = 10
-    """Optimizer steps between two updates of the importance; None (in YAML null) disables updates."""
+    interval: Count = 10
+    """Optimizer steps between two updates of the importance."""
     score_batch_size: Count = 16
     """Training rows used to measure the loss in an update."""
     candidates: AtLeastTwo = 3

@@ -28,17 +28,16 @@ class Importance(LayerPolicy):
     """Draws layers by importance, which it updates every `interval` steps by comparing candidate sets of layers."""
 
     importance: Tensor  # (L,) float64 logits, high = important
+    needs_rows = True
 
     def __init__(self, stack: LayerStack, settings: ISTSettings, generator: torch.Generator) -> None:
         self.importance = torch.zeros(len(stack.numbers), dtype=torch.float64)
-        self.needs_rows = settings.interval is not None
         self._settings = settings
         self._generator = generator
 
     def choose(self, step: int, compare: Compare) -> LayerChoice:
         """Update the importance if it is time, then draw the layers of the next step."""
-        interval = self._settings.interval
-        due = interval is not None and step > 0 and step % interval == 0
+        due = step > 0 and step % self._settings.interval == 0
         scoring = self._score(step, compare) if due else {}
         active_N = maths.draw_active(self.importance, self._settings.active, self._generator)
         return LayerChoice(step, tuple(active_N.tolist()), self.importance, bool(scoring), **scoring)
@@ -117,7 +116,7 @@ class IST(LayerCallback, ISTSettings):
             A context manager; `last.layers` are the layers that train now.
 
         Raises:
-            RecipeError: `batches` is missing although `interval` asks for updates.
+            RecipeError: `batches` is missing.
 
         Example:
             >>> with IST(active=0.5, interval=2).attach(model, batches=loader, optimizer=optimizer) as sift:
@@ -128,6 +127,6 @@ class IST(LayerCallback, ISTSettings):
             ...     sift.importance.shape
             torch.Size([4])
         """
-        if batches is None and self.interval is not None:
-            raise RecipeError("IST compares layers on rows: pass attach(..., batches=...), or set interval=None")
+        if batches is None:
+            raise RecipeError("IST compares layers on rows: pass attach(..., batches=...), or take RST")
         return self._attach(model, batches, optimizer, loss)

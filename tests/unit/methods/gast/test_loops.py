@@ -239,8 +239,11 @@ def test_support_passes_leave_the_global_generator_alone(model, inputs):
 
 def test_with_ist_only_active_layers_choose(model, inputs):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    ist = IST(active=0.5, interval=None)
-    with ist.attach(model, optimizer=optimizer) as layers_, GAST(2, "rest").attach(model) as sift:
+    ist = IST(active=0.5)
+    with (
+        ist.attach(model, batches=[inputs], optimizer=optimizer) as layers_,
+        GAST(2, "rest").attach(model) as sift,
+    ):
         for _ in range(3):
             backward(model, inputs)
             assert sift.last.layers == layers_.last.layers
@@ -256,10 +259,10 @@ def test_with_ist_only_active_layers_choose(model, inputs):
             optimizer.step()
 
 
-def test_gast_attached_before_ist_is_refused(model):
+def test_gast_attached_before_ist_is_refused(model, inputs):
     with GAST(2, "rest").attach(model), pytest.raises(RecipeError, match="IST"):
-        IST(interval=None).attach(model)
-    IST(interval=None).attach(model).remove()  # the tape is removed
+        IST().attach(model, batches=[inputs])
+    IST().attach(model, batches=[inputs]).remove()  # the tape is removed
 
 
 def test_what_attach_needs(model):
