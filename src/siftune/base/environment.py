@@ -4,6 +4,7 @@ Nothing here imports torch at once: threads are settled before torch is loaded. 
 others spins and takes the processor from them, and in a container with 2 of 64 processors 64 threads would start.
 """
 
+import errno
 import logging
 import os
 import platform
@@ -107,6 +108,25 @@ def empty_cache() -> None:
 
     if torch.accelerator.is_available():
         getattr(torch.get_device_module(), "empty_cache", lambda: None)()
+
+
+# what other errors than MemoryError and torch's OutOfMemoryError say
+_NO_MEMORY = (
+    "can't allocate memory",  # torch's allocator on processors
+    "std::bad_alloc",
+    f"(os error {errno.ENOMEM})",  # safetensors
+    "out of memory",  # CUDA error, MPS backend, XPU, NPU
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error is a failed allocation of a device or the machine."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return getattr(error, "errno", None) == errno.ENOMEM or any(text in str(error) for text in _NO_MEMORY)
 
 
 # --- ranks of a launch: torchrun, `accelerate launch` and `siftune train --processes` set the same variables ---

@@ -22,7 +22,15 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from siftune.base.environment import LEFT_ALONE, launch_rank, launch_size, quiet, settle_threads, told_by_parent
+from siftune.base.environment import (
+    LEFT_ALONE,
+    launch_rank,
+    launch_size,
+    quiet,
+    ran_out,
+    settle_threads,
+    told_by_parent,
+)
 from siftune.base.errors import InputError, SiftuneError
 from siftune.base.settings import nearest
 from siftune.base.text import jsonable, visible
@@ -73,8 +81,6 @@ _CODE = re.compile(r"\(os error (\d+)\)")
 _WRITE_FAILED = "inline_container.cc"
 # advice of bitsandbytes on faster kernels, told wherever PEFT is imported, and on its own rounding, for every module
 _ADVICE = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
-# on processors: of torch's allocator, of its C++, of the system; for devices torch has a class, OutOfMemoryError
-_NO_MEMORY = ("can't allocate memory", "std::bad_alloc", f"(os error {errno.ENOMEM})")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,7 +191,7 @@ def _explain(error: Exception) -> str | None:
         return _explain_missing(error.name or "")
     if launch_size() > 1 and any(words in str(error) for words in _ALONE):
         return LEFT_ALONE
-    if _ran_out(error):
+    if ran_out(error):
         reason = " ".join(str(error).split())[:150] or "MemoryError"
         return f"memory ran out ({reason}): give a smaller --batch-size, a shorter --max-length, or a smaller model"
     if _WRITE_FAILED in str(error):
@@ -196,13 +202,6 @@ def _explain(error: Exception) -> str | None:
     if (told := _CODE.search(str(error))) and (code := int(told[1])) in _MACHINE:
         return f"{os.strerror(code)}; {_MACHINE[code]}"
     return None
-
-
-def _ran_out(error: Exception) -> bool:
-    """Whether an error says that memory could not be had; torch need not be imported to tell."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return getattr(error, "errno", None) == errno.ENOMEM or any(said in str(error) for said in _NO_MEMORY)
 
 
 def _explain_missing(module: str) -> str | None:

@@ -8,22 +8,12 @@ from dataclasses import replace
 
 import torch
 
-from siftune.base.environment import empty_cache, launch_size
+from siftune.base.environment import empty_cache, launch_size, ran_out
 from siftune.base.errors import RecipeError, TrainingError
 from siftune.base.text import counted
 from siftune.recipe.schema import Recipe, method_of
 
 logger = logging.getLogger(__name__)
-
-# messages of a plain RuntimeError: torch's allocator on CPUs, C++, drivers of accelerators, and their libraries
-_MESSAGES = (
-    "can't allocate memory",
-    "std::bad_alloc",
-    "out of memory",  # CUDA error, MPS backend, XPU, NPU
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUSOLVER_STATUS_ALLOC_FAILED",
-)
 
 
 class OutOfMemory(TrainingError):
@@ -47,11 +37,6 @@ def memory_faults(recipe: Recipe) -> Iterator[None]:
             f"Out of memory ({reason}) with {counted(recipe.batch_size, 'row')} of up to {recipe.max_length} tokens "
             f"in a forward pass. Reduce memory with {', '.join(_options(recipe))}; --dry-run estimates it."
         ) from error
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether an error is a failed allocation of a device or the machine."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in _MESSAGES)
 
 
 def _options(recipe: Recipe) -> Iterator[str]:

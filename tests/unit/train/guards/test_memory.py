@@ -8,9 +8,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 from support.tiny_run import choices_of, recipe
 
+from siftune.base.environment import ran_out
 from siftune.base.errors import RecipeError
 from siftune.recipe.read import load_recipe
-from siftune.train.guards.memory import OutOfMemory, halved, memory_faults, ran_out
+from siftune.train.guards.memory import OutOfMemory, halved, memory_faults
 from siftune.train.run import train
 from siftune.train.trainer import SiftTrainer
 
