@@ -16,6 +16,7 @@ from siftune.base.files import write_beside
 from siftune.base.text import finite, jsonable, parsed
 from siftune.data.rows import Row
 from siftune.evaluate.measure import PERPLEXITY, Metric, MetricRow
+from siftune.records.rows import text_of
 from siftune.report.table import Table
 
 logger = logging.getLogger(__name__)
@@ -54,17 +55,15 @@ def answers_of(rows: Sequence[Row], base: Mapping[str, Metric], tuned: Mapping[s
     before, after = base["exact_match"], tuned["exact_match"]
     return tuple(
         Answer(
-            prompt_of(row), _right(row), before.texts[i], after.texts[i], bool(before.values[i]), bool(after.values[i])
+            text_of(row).prompt,
+            _right(row),
+            before.texts[i],
+            after.texts[i],
+            bool(before.values[i]),
+            bool(after.values[i]),
         )
         for i, row in enumerate(rows[:_SHOWN])
     )
-
-
-def prompt_of(row: Row) -> str:
-    """A row's turns before the completion; with their speakers where there are several."""
-    if len(row.prompt) == 1:
-        return row.prompt[0].content
-    return "\n".join(f"{turn.role}: {turn.content}" for turn in row.prompt)
 
 
 def _right(row: Row) -> str:
