@@ -1,19 +1,19 @@
 """Greedy generation, and exact match of its texts with answers."""
 
 import string
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
+from transformers import GenerationConfig
 
 from siftune.base.errors import AdapterError, DataError
 from siftune.data.batches import by_length
+from siftune.models.generate import continued
 from siftune.models.loss import contiguous_head_input
-from siftune.models.modules import evaluating, model_device, model_window
+from siftune.models.modules import evaluating, model_window
 
 
 def greedy(
@@ -47,10 +47,16 @@ def greedy(
     inner = _generator(model)
     _check_prompts(prompts_ids, max_new_tokens, model_window(inner))
     outputs: list[list[int]] = [[] for _ in prompts_ids]
-    settings = _plain_settings(inner, max_new_tokens, pad_id, eos_ids)
-    with evaluating(model), settings, contiguous_head_input(inner):
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_id,
+        eos_token_id=list(eos_ids) or None,
+    )
+    with evaluating(model), contiguous_head_input(inner):
         for batch in by_length([len(ids) for ids in prompts_ids], batch_size):
-            texts = _continue(inner, [prompts_ids[i] for i in batch], pad_id)
+            texts = continued(inner, [prompts_ids[i] for i in batch], settings)
             for i, ids in zip(batch, texts, strict=True):
                 outputs[i] = _until_end(ids, eos_ids)
     return outputs
@@ -99,39 +105,6 @@ def _check_prompts(prompts_ids: Sequence[Sequence[int]], max_new_tokens: int, wi
                 f"prompt {index}: {len(ids)} tokens and {max_new_tokens} new ones don't fit the model's "
                 f"window of {window}. Shorten the prompt or ask for fewer new tokens."
             )
-
-
-@contextmanager
-def _plain_settings(model: Any, max_new_tokens: int, pad_id: int, eos_ids: Sequence[int]) -> Iterator[None]:
-    """Replace the model's generation settings, which `generate` would merge into any that we pass."""
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad_id,
-        eos_token_id=list(eos_ids) or None,
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def _continue(model: Any, prompts_ids: Sequence[Sequence[int]], pad_id: int) -> list[list[int]]:
-    """Continue one batch; return the new tokens per prompt, including those after the end token."""
-    longest = max(len(ids) for ids in prompts_ids)
-    gaps = [longest - len(ids) for ids in prompts_ids]
-    device = model_device(model)
-    padded = [[*[pad_id] * gap, *ids] for gap, ids in zip(gaps, prompts_ids, strict=True)]
-    seen = [[0] * gap + [1] * (longest - gap) for gap in gaps]
-    output = model.generate(
-        input_ids=torch.tensor(padded, device=device), attention_mask=torch.tensor(seen, device=device)
-    )
-    new: list[list[int]] = output[:, longest:].tolist()
-    return new
 
 
 def _until_end(ids: list[int], eos_ids: Sequence[int]) -> list[int]:

@@ -7,13 +7,13 @@ the Fisher information, so that the penalty is second order in the update: ½ δ
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from transformers import GenerationConfig
 
 from siftune.base.errors import UnsupportedError
 from siftune.base.files import Progress
 from siftune.data.batches import by_length
 from siftune.methods.drivers.support import own_randomness
+from siftune.models.generate import continued
 from siftune.models.loss import IGNORED, contiguous_head_input
 from siftune.models.modules import evaluating, model_device
 
@@ -79,20 +79,12 @@ def first_token(model: Any) -> int:
 
 def _continued(model: Any, begins: Sequence[list[int]], rooms: Sequence[int]) -> list[list[int]]:
     """Continue each beginning up to a token that ends a text, or by as many tokens as it has room for."""
-    ends, device, longest = _end_tokens(model), model_device(model), max(map(len, begins))
-    gaps = [longest - len(ids) for ids in begins]
-    ids_BT = torch.tensor([[0] * gap + ids for gap, ids in zip(gaps, begins, strict=True)], device=device)
-    mask_BT = torch.tensor([[0] * gap + [1] * len(ids) for gap, ids in zip(gaps, begins, strict=True)], device=device)
-    own = model.generation_config  # `generate` would merge it into the arguments
-    model.generation_config = GenerationConfig(
+    ends = _end_tokens(model)
+    settings = GenerationConfig(
         do_sample=True, top_k=0, max_new_tokens=max(rooms), pad_token_id=0, eos_token_id=ends or None
     )
-    try:
-        output_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT)
-    finally:
-        model.generation_config = own
     texts = []
-    for begin, room, new in zip(begins, rooms, output_BT[:, longest:].tolist(), strict=True):
+    for begin, room, new in zip(begins, rooms, continued(model, begins, settings), strict=True):
         stops = [place for place, token in enumerate(new) if token in ends]
         texts.append(begin + new[: min(room, stops[0] + 1 if stops else room)])
     return texts
