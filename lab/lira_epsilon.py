@@ -106,7 +106,7 @@ def _told(lines: Sequence[dict[str, Any]], number: int) -> tuple[float, ...]:
     trained = halves(job["models"], job["rows"], job["seed"])[[line["job"]["number"] for line in lines]]
     nll = np.array([line["nll"] for line in lines])
     others = np.arange(len(lines)) != number
-    scores, inside = lira(confidence(nll[number]), confidence(nll[others]), trained[others]).online, trained[number]
+    scores, inside = lira(confidence(nll[number]), confidence(nll[others]), trained[others]), trained[number]
     by_lira = measure_attack(scores[inside], scores[~inside], Bootstrap(1))
     by_loss = measure_attack(-nll[number][inside], -nll[number][~inside], Bootstrap(1))
     figures = (by_lira.auc.value, by_lira.tpr_5.value, by_loss.auc.value, float(nll[number][inside].mean()))

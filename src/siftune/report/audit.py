@@ -21,11 +21,10 @@ _MEASURES = {"accuracy": "by accuracy", "nll": "by log-likelihood"}
 _MEANINGS = """\
 ZS: nothing tuned. FT: the outer layers tuned on the same rows in the same order. Plug-in: the base with the
 outer layers that were tuned on the emulator. Recovered: the emulator with all its decoder layers tuned.
-Random weights: the base's architecture, untrained.
 
 Log-likelihood is per label token, the NLL with the other sign, so that more is better in either column.
 Δ = Plug-in − Emulator FT. Gain share = (Plug-in − Full ZS) / (Full FT − Full ZS).
-CPL = (Emulator ZS − random) / (Full ZS − random). Recovery = (Recovered − Emulator ZS) / (Full FT − Emulator ZS).
+Recovery = (Recovered − Emulator ZS) / (Full FT − Emulator ZS).
 A share is not defined where the whole of which it is one is not above 0, and has no interval where the whole's own
 interval is not above 0. Intervals are bootstrap percentiles over held-out rows, the same draws for all conditions;
 those of an accuracy are Wilson's. They say nothing of how another seed would have tuned."""
@@ -108,7 +107,7 @@ def _comparisons(audit: Audit) -> str:
     measures = [name for name in _MEASURES if name in audit.comparisons]
     header = ["", *(_MEASURES[name] for name in measures)]
     rows = [["Δ", *(shown(audit.comparisons[name].delta, name == "accuracy", signed=True) for name in measures)]]
-    for field, label in (("gain_share", "gain share"), ("cpl", "CPL"), ("recovery", "recovery")):
+    for field, label in (("gain_share", "gain share"), ("recovery", "recovery")):
         estimates = [getattr(audit.comparisons[name], field) for name in measures]
         if None not in estimates:  # recovery was not tried
             rows.append([label, *map(shown, estimates)])
@@ -157,8 +156,8 @@ _KINDS = {"attention": "attention's matrices", "mlp": "the MLPs' matrices", "all
 def membership_section(found: Membership, base: str = "base") -> str:
     """Membership inference on the training rows; `base` names the model of the reference losses."""
     named = {"by loss": found.loss, f"by loss against the {base}'s": found.reference}
-    if found.online is not None and found.offline is not None:
-        named |= {"LiRA, online": found.online, "LiRA, offline": found.offline}
+    if found.online is not None:
+        named["LiRA, online"] = found.online
     words_on_them = _membership_words(named)
     named[f"blind: the {base}'s loss alone"] = found.blind
     counts = f"Rows: {found.members} members, {found.others} others, {found.left_out} left out as both"
@@ -198,12 +197,9 @@ def calibration_section(found: CalibrationLeak) -> str:
         named["blind: the base's loss alone"] = found.blind
     strongest = found.strongest
     assert strongest is not None
-    worst = max(found.matrices, key=lambda name: found.matrices[name].auc.value or 0.0)
     words = [
         _attack_table(named),
-        f"Rows: {strongest.members} that calibrated the kit, {strongest.others} others. Of the {len(found.matrices)} "
-        f"matrices alone, {worst} tells most: AUC {shown(found.matrices[worst].auc)} (the highest of that many is "
-        "high by chance too).",
+        f"Rows: {strongest.members} that calibrated the kit, {strongest.others} others.",
         _calibration_words(strongest),
         _few(strongest),
     ]

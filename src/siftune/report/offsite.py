@@ -65,9 +65,11 @@ def _middle(manifest: Manifest) -> Grid:
 
 
 _ATTACKS = {
-    "loss": "by loss", "reference": "by loss against the base's", "online": "LiRA, online", "offline": "LiRA, offline",
+    "loss": "by loss",
+    "reference": "by loss against the base's",
+    "online": "LiRA, online",
     "blind": "blind: the base's loss alone",
-}  # fmt: skip
+}
 _GUESSING = 0.5
 
 

@@ -25,7 +25,6 @@ WORTH = {
     "emulator_ft": (2.0, 12),
     "plug_in": (1.5, 15),
     "recovered": (1.75, 14),
-    "floor": (6.0, 4),
 }
 
 
@@ -65,12 +64,10 @@ def test_summaries_by_hand():
     nll, accuracy = audit.comparisons["nll"], audit.comparisons["accuracy"]
     assert nll.delta == Estimate(0.5, 0.5, 0.5)  # in nats that the plug-in is better by
     assert nll.gain_share == Estimate(0.75, 0.75, 0.75)
-    assert nll.cpl.value == pytest.approx(2 / 3)
     assert nll.recovery == Estimate(0.75, 0.75, 0.75)
     assert accuracy.delta.value == pytest.approx(0.15)
     assert accuracy.delta.low < 0.15 < accuracy.delta.high
     assert accuracy.gain_share.value == pytest.approx(0.7)
-    assert accuracy.cpl.value == pytest.approx(0.5)
     assert accuracy.recovery.value == pytest.approx(8 / 12)
     one = audit.conditions["plug_in"]
     assert (one.nll, one.accuracy.value) == (Estimate(1.5, 1.5, 1.5), 0.75)

@@ -27,10 +27,9 @@ def cells(text, first):
 
 
 def test_membership_with_shadow_models():
-    found = Membership(attack(0.55), attack(0.56), attack(0.5), 40, 200, 3, attack(0.9), attack(0.7), 16)
+    found = Membership(attack(0.55), attack(0.56), attack(0.5), 40, 200, 3, attack(0.9), 16)
     text = membership_section(found)
     assert cells(text, "LiRA, online") == ["0.900 [0.820, 0.980]", "2.0 % [0.0, 10.0]", "30.0 % [20.0, 40.0]"]
-    assert cells(text, "LiRA, offline")[0].startswith("0.700")
     assert "16 shadow models" in text
     assert "Training rows can be told from others: LiRA, online, with an AUC of 0.900 [0.820, 0.980]" in text
     assert "too few" not in text
@@ -47,7 +46,7 @@ def test_at_chance_nothing_is_promised():
 def test_sources_that_differ_are_warned_of(auc):
     text = membership_section(Membership(attack(0.8), attack(0.5), attack(auc), 40, 200))
     assert "**Members and others differ by source**" in text
-    leak = CalibrationLeak({"all": attack(0.9)}, {"3.mlp.down_proj": attack(0.9)}, attack(auc))
+    leak = CalibrationLeak({"all": attack(0.9)}, attack(auc))
     assert "**The two kinds of rows differ by source**" in calibration_section(leak)
 
 
@@ -71,12 +70,10 @@ def test_recovery_by_rate():
 
 
 def test_calibration():
-    matrices = {"3.self_attn.q_proj": attack(0.7), "4.mlp.down_proj": attack(0.95)}
-    leak = CalibrationLeak({"attention": attack(0.7), "mlp": attack(0.9)}, matrices, attack(0.5))
+    leak = CalibrationLeak({"attention": attack(0.7), "mlp": attack(0.9)}, attack(0.5))
     text = calibration_section(leak)
     assert cells(text, "by attention's matrices")[0] == "0.700 [0.620, 0.780]"
-    assert "4.mlp.down_proj tells most: AUC 0.950 [0.870, 1.000]" in text
     assert "Whoever has the base can tell which rows calibrated the kit: AUC 0.900" in text
     chance = calibration_section(replace(leak, attacks={"all": attack(0.52)}))
     assert "not told from others beyond chance" in chance
-    assert "only complete layers" in calibration_section(CalibrationLeak({}, {}))
+    assert "only complete layers" in calibration_section(CalibrationLeak({}))

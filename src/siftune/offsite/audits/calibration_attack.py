@@ -24,7 +24,7 @@ Matrices that the kit holds whole are left out, and a kit of whole layers has no
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,6 @@ Batches = Sequence[Mapping[str, Tensor]]
 KINDS = ("attention", "mlp", "all")
 
 _FLOOR = 1e-12  # relative: what float32 loses; a matrix that left nothing out tells nothing apart
-_SHORT = 1000  # resamples of each single matrix's interval, of which there are hundreds
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,6 @@ class CalibrationLeak:
 
     # `attention`, `mlp`, `all`: the mean over those matrices; kinds that the kit holds whole are not there
     attacks: dict[str, Attack]
-    matrices: dict[str, Attack]  # name of a matrix, such as `3.mlp.down_proj` -> the attack that looks at it alone
     # no attack: the base's loss alone. If it tells the sides apart, they differ by source; None where it was not
     # measured
     blind: Attack | None = None
@@ -110,9 +108,7 @@ def attack_calibration(
         if names:
             own, other = (-np.mean([side[name] for name in names], axis=0) for side in (members, outsiders))
             attacks[kind] = measure_attack(own, other, bootstrap)
-    short = replace(bootstrap, resamples=min(bootstrap.resamples, _SHORT))
-    alone = {one.name: measure_attack(-members[one.name], -outsiders[one.name], short) for one in matrices}
-    return CalibrationLeak(attacks, alone)
+    return CalibrationLeak(attacks)
 
 
 def compared(base: PreTrainedModel, emulator: nn.Module, split: Split) -> list[Compared]:

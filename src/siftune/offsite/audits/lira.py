@@ -9,10 +9,9 @@ model, scaled so that it is nearly normal over models,
 has one distribution over the models that were tuned on the row and another over those that were not. φ* being the row's
 confidence under the model in question,
 
-    online     score = ln 𝒩(φ*; μ_in, σ_in²) − ln 𝒩(φ*; μ_out, σ_out²)
-    offline    score = (φ* − μ_out) / σ_out          the same order as P(φ ≤ φ*) under 𝒩(μ_out, σ_out²)
+    score = ln 𝒩(φ*; μ_in, σ_in²) − ln 𝒩(φ*; μ_out, σ_out²)
 
-Offline is for an attacker who cannot tune on the candidates themselves.
+This is the paper's online attack, by an attacker who can tune on the candidates themselves.
 
 Ours: σ_in and σ_out are one each for all rows, whatever N: the paper's choice for fewer than 64 shadows. Models come in
 pairs, tuned on complementary halves, so that no row has only models of one side. A model's half is drawn among
@@ -22,8 +21,6 @@ Symbols: φ of the shadows `shadows_NR`, whether tuned on the row `trained_NR`, 
 Shapes: N shadow models, R candidate rows.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,13 +29,6 @@ from siftune.evaluate.bootstrap import Floats
 Flags = NDArray[np.bool_]
 
 _LEAST = 1e-12  # nats: a row whose every token is certain has no finite φ
-
-
-class LiraScores(NamedTuple):
-    """Scores of candidate rows, (R,) each; the higher the likelier a member."""
-
-    online: Floats
-    offline: Floats
 
 
 def confidence(nll: Floats) -> Floats:
@@ -62,8 +52,11 @@ def halves(count: int, rows: int, seed: int) -> Flags:
     return drawn
 
 
-def lira(target_R: Floats, shadows_NR: Floats, trained_NR: Flags) -> LiraScores:
+def lira(target_R: Floats, shadows_NR: Floats, trained_NR: Flags) -> Floats:
     """Score candidate rows.
+
+    Returns:
+        (R,); the higher the likelier a member.
 
     Raises:
         ValueError: A row has no shadow model that was tuned on it, or none that was not.
@@ -72,9 +65,10 @@ def lira(target_R: Floats, shadows_NR: Floats, trained_NR: Flags) -> LiraScores:
         raise ValueError("every row needs a shadow model that was tuned on it and one that was not")
     mean_in, sigma_in = _normal(shadows_NR, trained_NR)
     mean_out, sigma_out = _normal(shadows_NR, ~trained_NR)
-    offline = (target_R - mean_out) / sigma_out
     inside = -0.5 * ((target_R - mean_in) / sigma_in) ** 2 - np.log(sigma_in)
-    return LiraScores(inside + 0.5 * offline**2 + np.log(sigma_out), offline)
+    outside = -0.5 * ((target_R - mean_out) / sigma_out) ** 2 - np.log(sigma_out)
+    scores_R: Floats = inside - outside
+    return scores_R
 
 
 def _normal(shadows_NR: Floats, counted_NR: Flags) -> tuple[Floats, float]:

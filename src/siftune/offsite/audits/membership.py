@@ -73,7 +73,6 @@ class Membership:
     left_out: int = 0  # held-out rows that stand among the training rows too, token by token; they are on neither side
     # LiRA with shadow models that were and others that were not trained on a row; None where not tried
     online: Attack | None = None
-    offline: Attack | None = None  # LiRA with the latter alone
     shadows: int = 0
 
 

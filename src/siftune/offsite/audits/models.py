@@ -4,7 +4,6 @@ Both models are in memory once. The outer layers' tensors are swapped in and out
 training path, and afterwards every tensor is restored bit for bit.
 """
 
-import copy
 import random
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.base.errors import KitError
 from siftune.models.layers import find_layers
@@ -96,17 +95,6 @@ def plugged(model: nn.Module, split: Split, tensors: Mapping[str, Tensor]) -> It
     with restored(model, names.values()):
         _write(model, {names[neutral]: tensor for neutral, tensor in tensors.items()})
         yield
-
-
-def random_floor(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """A model of the same architecture with random weights, as its config initialises them.
-
-    The global generator is as before afterwards.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        floor = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype)
-    return floor.to(model.device).eval()
 
 
 def on_accelerator(models: OffsiteModels) -> OffsiteModels:

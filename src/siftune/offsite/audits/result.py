@@ -1,20 +1,18 @@
 """The result of an audit as plain data, and its figures by the scores of the models.
 
 A measure is a score of which more is better: accuracy, or log-likelihood per label token (−nll). In either, with the
-conditions' means and F the random-weights floor:
+conditions' means:
 
 | figure     | formula                                                  | says                                        |
 |------------|----------------------------------------------------------|---------------------------------------------|
 | Δ          | Plug-in − Emulator FT                                    | above 0: the data owner needs the owner     |
 | gain share | (Plug-in − Full ZS) / (Full FT − Full ZS)                | 1: as good as tuning on the base            |
-| CPL        | (Emulator ZS − F) / (Full ZS − F)                        | part of the base's skill that is given away |
 | recovery   | (Recovered − Emulator ZS) / (Full FT − Emulator ZS)      | 1: tuning the whole emulator closes the gap |
 
 Recovered is the best of several learning rates on the held-out rows, as an attacker would choose (`recovery.py`).
 
-Δ and the five conditions are offsite-tuning's (Xiao et al. 2023) and GradOT's. The design names CPL as the ratio of
-the two zero-shot scores; taking the floor off both, so that guessing counts as nothing left, is ours, and so are gain
-share, recovery and the use of log-likelihood as a measure.
+Δ and the five conditions are offsite-tuning's (Xiao et al. 2023) and GradOT's. Gain share, recovery and the use of
+log-likelihood as a measure are ours.
 """
 
 from collections.abc import Mapping
@@ -32,7 +30,7 @@ from siftune.offsite.audits.settings import AuditSettings
 
 FULL_ZS, FULL_FT = "full_zs", "full_ft"
 EMULATOR_ZS, EMULATOR_FT = "emulator_zs", "emulator_ft"
-PLUG_IN, RECOVERED, FLOOR = "plug_in", "recovered", "floor"
+PLUG_IN, RECOVERED = "plug_in", "recovered"
 
 # condition -> what the reader sees
 LABELS = {
@@ -42,7 +40,6 @@ LABELS = {
     EMULATOR_FT: "Emulator FT",
     PLUG_IN: "Plug-in",
     RECOVERED: "Recovered",
-    FLOOR: "Random weights",
 }
 
 
@@ -61,7 +58,6 @@ class Comparison:
 
     delta: Estimate  # Plug-in − Emulator FT; more is better in either measure
     gain_share: Estimate  # Plug-in's share of the gain of Full FT over Full ZS
-    cpl: Estimate  # the emulator's share of the base's zero-shot skill above random weights
     # share of the gap from Emulator ZS to Full FT that tuning the whole emulator closes; None where that was not
     # tried
     recovery: Estimate | None
@@ -140,7 +136,6 @@ def _comparison(means: Means) -> Comparison:
     return Comparison(
         delta=means.difference(PLUG_IN, EMULATOR_FT),
         gain_share=means.share(PLUG_IN, FULL_ZS, FULL_FT),
-        cpl=means.share(EMULATOR_ZS, FLOOR, FULL_ZS),
         recovery=means.share(RECOVERED, EMULATOR_ZS, FULL_FT) if RECOVERED in means.point else None,
     )
 

@@ -7,10 +7,9 @@ Five conditions on the same held-out rows, as in offsite-tuning (Xiao et al. 202
     Plug-in   the base with the outer layers that were tuned on the emulator
 
 and *(ours)*: *recovered*, the emulator with all its decoder layers tuned (embeddings, final norm and head are the
-base's own in any kit, so that nothing of them is left to recover); a floor of random weights; the cosine of the outer
-layers' gradients; membership inference on the plugged model, with shadow models on request; and the attack on the kit's
-calibration rows if these are given. All tunings start from the base's outer layers and see the same rows in the same
-order.
+base's own in any kit, so that nothing of them is left to recover); the cosine of the outer layers' gradients;
+membership inference on the plugged model, with shadow models on request; and the attack on the kit's calibration rows
+if these are given. All tunings start from the base's outer layers and see the same rows in the same order.
 
 A data owner has no base. `own_audit` makes the same attacks on a return with the loss under the emulator, before the
 return is sent. If the emulator is near the base, so are the figures; the owner's own may be higher or lower, and so may
@@ -39,14 +38,12 @@ from siftune.offsite.audits.models import (
     on_accelerator,
     parameter_shares,
     plugged,
-    random_floor,
     read_outer,
     tuned,
 )
 from siftune.offsite.audits.result import (
     EMULATOR_FT,
     EMULATOR_ZS,
-    FLOOR,
     FULL_FT,
     FULL_ZS,
     PLUG_IN,
@@ -135,12 +132,9 @@ def audit(
 
 
 def _untuned(job: Job) -> tuple[Scores, GradientCosine]:
-    """Measure base, emulator and random weights, and compare gradients."""
+    """Measure base and emulator, and compare gradients."""
     models = job.models
     scores = {FULL_ZS: job.measure(FULL_ZS, models.base), EMULATOR_ZS: job.measure(EMULATOR_ZS, models.emulator)}
-    floor = random_floor(models.base, job.settings.seed)
-    scores[FLOOR] = job.measure(FLOOR, floor)
-    del floor  # before gradients need its memory
     job.tell("gradients of the outer layers")
     some = job.rows.held_out.select(range(min(job.settings.gradient_rows, len(job.rows.held_out))))
     chosen = in_batches(some, job.settings.batch_size, padding(models.tokenizer))

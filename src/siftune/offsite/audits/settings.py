@@ -59,7 +59,7 @@ class AuditSettings(Validated):
     level: Chance = 0.95
     """Coverage of the intervals."""
     seed: Seed = 0
-    """Seed of the order of rows, the random-weights floor and the bootstrap."""
+    """Seed of the order of rows and the bootstrap."""
 
     @property
     def rates(self) -> tuple[float, ...]:

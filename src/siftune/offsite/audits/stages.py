@@ -154,10 +154,10 @@ def with_shadows(job: Job, membership: Membership, sides: Sides) -> Membership:
         shadows.append(_shadow(job, pool, np.flatnonzero(chosen_R).tolist(), number + 1))
     job.tell("shadow models", count, count)
     target_R = confidence(np.concatenate([side.plugged for side in sides]))
-    scores = lira(target_R, confidence(np.stack(shadows)), trained_NR)
+    scores_R = lira(target_R, confidence(np.stack(shadows)), trained_NR)
     split = len(candidates.members)
-    online, offline = (measure_attack(one[:split], one[split:], job.bootstrap) for one in scores)
-    return replace(membership, online=online, offline=offline, shadows=count)
+    online = measure_attack(scores_R[:split], scores_R[split:], job.bootstrap)
+    return replace(membership, online=online, shadows=count)
 
 
 def _shadow(job: Job, pool: Dataset, rows: list[int], number: int) -> Floats:

@@ -24,7 +24,7 @@ from siftune.data.batches import Collator
 from siftune.data.rows import rows_from
 from siftune.offsite.audits.gradients import gradient_cosine
 from siftune.offsite.audits.membership import measure_attack
-from siftune.offsite.audits.models import random_floor, read_outer
+from siftune.offsite.audits.models import read_outer
 from siftune.offsite.audits.result import LABELS
 from siftune.offsite.audits.rows import drawn, not_among, tokenize_audit
 from siftune.offsite.audits.run import audit
@@ -98,7 +98,6 @@ def test_all_conditions_are_what_they_say(audited, small, tmp_path):
         "emulator_ft": small,
         "plug_in": moved(small, both.base),
         "recovered": tune(both.emulator, (0, 1, 2, 3), 1e-3, tmp_path),
-        "floor": random_floor(both.base, 0),
     }
     data = rows().held_out
     assert found.accuracy == "choices"
@@ -123,7 +122,6 @@ def test_the_figures_follow_from_the_conditions(audited):
         assert one.delta.low <= one.delta.value <= one.delta.high
         shares = {
             "gain_share": ("plug_in", "full_zs", "full_ft"),
-            "cpl": ("emulator_zs", "floor", "full_zs"),
             "recovery": ("recovered", "emulator_zs", "full_ft"),
         }
         for name, (a, b, c) in shares.items():
@@ -176,8 +174,7 @@ def test_progress_is_told(audited):
     tunings = [label for label, done, total in told if (done, total) == (6, 6)]
     assert tunings == [f"{label}: tuning" for label in ("Full FT", "Emulator FT", "Recovered")]
     assert [label for label, done, _ in told if not done and label.endswith("measuring")] == [
-        f"{label}: measuring"
-        for label in ("Full ZS", "Emulator ZS", "Random weights", "Full FT", "Emulator FT", "Plug-in", "Recovered")
+        f"{label}: measuring" for label in ("Full ZS", "Emulator ZS", "Full FT", "Emulator FT", "Plug-in", "Recovered")
     ]
 
 
@@ -193,7 +190,6 @@ def test_an_emulator_that_is_the_base_loses_nothing():
     one = found.comparisons["nll"]
     assert (one.delta.value, one.delta.low, one.delta.high) == (0, 0, 0)
     assert (one.gain_share.value, one.gain_share.low, one.gain_share.high) == (1, 1, 1)
-    assert one.cpl.value == 1
     assert found.cosine.per_layer == pytest.approx([1, 1], abs=1e-12)
     assert (found.shares.middle, found.shares.whole) == (1, 1)
 
@@ -223,7 +219,6 @@ def test_the_same_seed_gives_the_same_audit_and_leaves_the_generators_alone():
     torch.rand(3)
     assert audit(models(), rows(False), QUICK).to_dict(rows=True) == first
     other = audit(models(), rows(False), replace(QUICK, seed=1)).to_dict(rows=True)
-    assert other["conditions"]["floor"]["nll"] != first["conditions"]["floor"]["nll"]
     assert other["conditions"]["full_ft"]["nll"] != first["conditions"]["full_ft"]["nll"]
     assert other["conditions"]["full_zs"]["rows"] == first["conditions"]["full_zs"]["rows"]
 

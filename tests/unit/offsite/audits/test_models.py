@@ -5,7 +5,7 @@ import torch
 from support.audits import QUICK, SPLIT, TOKENIZER, base, models, rows, same, shorter, snapshot
 
 from siftune.base.errors import DataError, KitError, LayerError, TrainingError
-from siftune.offsite.audits.models import OffsiteModels, plugged, random_floor, read_outer, restored
+from siftune.offsite.audits.models import OffsiteModels, plugged, read_outer, restored
 from siftune.offsite.audits.run import audit
 from siftune.offsite.emulator.model import Split, outer_names
 
@@ -111,22 +111,3 @@ def test_swaps():
         for p in model.parameters():
             p.data.zero_()
     assert same(model, before)
-
-
-def test_the_floor_is_random_weights_of_the_same_architecture():
-    model = base()
-    before = snapshot(model)
-    states = torch.get_rng_state()
-    one, again, other = random_floor(model, 0), random_floor(model, 0), random_floor(model, 1)
-    assert torch.equal(torch.get_rng_state(), states)
-    assert same(model, before)
-    assert not one.training
-    shapes = {name: t.shape for name, t in model.state_dict().items()}
-    assert {name: t.shape for name, t in one.state_dict().items()} == shapes
-    weight = "model.layers.1.mlp.up_proj.weight"
-    weights = [m.state_dict()[weight] for m in (one, again, other, model)]
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
-    assert not torch.equal(weights[0], weights[3])
-    assert weights[0].std().item() == pytest.approx(model.config.initializer_range, rel=0.1)
-    assert random_floor(model.bfloat16(), 0).dtype == torch.bfloat16
