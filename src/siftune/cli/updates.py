@@ -17,10 +17,9 @@ def show_returns(parts: Sequence[Part]) -> None:
     rows = []
     for part in parts:
         cosine = "none" if part.cosine is None else f"{part.cosine:.3f}"
-        clipped = "" if part.factor == 1 else f"{part.factor:.3f}, clipped"
         loss = "" if part.report.loss is None else f"{part.report.loss.after:.4f}"
-        rows.append([part.name, _number(part.report.whole.relative), cosine, f"{part.weight:.3f}", clipped, loss])
-    header = ["return", _MOVED, "cosine to the merged", "weight", "scaled by", "loss alone"]
+        rows.append([part.name, _number(part.report.whole.relative), cosine, f"{part.weight:.3f}", loss])
+    header = ["return", _MOVED, "cosine to the merged", "weight", "loss alone"]
     print_table(Table(header, rows), Console(highlight=False, soft_wrap=True))
 
 

@@ -35,9 +35,8 @@ def test_three_returns_are_merged(owners, half, tmp_path, capsys):
         assert read_json(owners / name / "return" / "manifest.json")["lora"]
         assert "of rank 2 at most" in shown(capsys, "verify", owners / name / "return", "--kit", owners / "kit")
     command = words(owners, half, tmp_path / "tuned", *"abc")
-    found, _ = siftune(capsys, *command, "--clip-norm", "1")
+    found, _ = siftune(capsys, *command)
     assert [part["return"] for part in found["returns"]] == [f"{owners}/{name}/return" for name in "abc"]
-    assert sorted(part["clipped"] for part in found["returns"]) in ([False, False, True], [False] * 3)
     assert all(part["cosine"] > 0 and 0 < part["update"] < 0.25 for part in found["returns"])
     text = shown(capsys, *words(owners, half, tmp_path / "again", *"abc"), "--merge", "trimmed")
     for name in "abc":
@@ -64,7 +63,7 @@ def test_what_several_returns_refuse(owners, half, tmp_path, capsys):
         ("ab", ("--weights", "1"), "--weights"),
         ("ab", ("--weights", "1,x"), "--weights"),
         ("ab", ("--merge", "median"), "--merge"),
-        ("abc", ("--clip-norm", "0"), "--clip-norm"),
+        ("abc", ("--merge", "trimmed", "--trim", "0"), "--trim"),
         ("aa", (), f"{owners}/a/return"),
         (["a", tmp_path / "copy"], (), f"{tmp_path}/copy/return"),
         (["a", "full"], (), f"{owners}/full/return"),

@@ -22,7 +22,7 @@ from siftune.offsite.exchange.returned import OpenReturn, Tuned, is_thin
 from siftune.offsite.exchange.settings import Merging
 from siftune.offsite.exchange.updates import Part, compare
 from siftune.offsite.kit.strict import about
-from siftune.offsite.maths.merging import clip_factors, mean, shares, trimmed_mean
+from siftune.offsite.maths.merging import mean, shares, trimmed_mean
 
 _SAME = 0.999  # cosine of two updates
 
@@ -83,8 +83,7 @@ def merged(
         return is not computed with: its tensors are as they came, and factors are put into the base's.
 
     Raises:
-        KitError: Two returns make the same update, or more than half of them change nothing, so that clipping would
-            leave nothing of the others.
+        KitError: Two returns make the same update.
     """
     if len(returns) == 1:
         [one] = returns
@@ -92,12 +91,6 @@ def merged(
         values = {name: _stored(one.tuned[name], before[name]) for name in before}
         return values, [replace(one.part, cosine=1.0 if moves else None)]
     norms = [candidate.part.report.whole.change for candidate in returns]
-    factors = [1.0] * len(returns) if how.clip_norm is None else clip_factors(norms, how.clip_norm)
-    if 0 in factors:
-        raise KitError(
-            "half of the returns or more change nothing, so that --clip-norm would clip the others to nothing: leave "
-            "out the returns that change nothing, or --clip-norm"
-        )
     weights = shares(how.weights or [1.0] * len(returns))
     values, dots, square = {}, torch.zeros(len(returns), dtype=torch.float64), 0.0
     gram_NN = torch.zeros(len(returns), len(returns), dtype=torch.float64)
@@ -106,8 +99,7 @@ def merged(
         tuned = [candidate.tuned[name].detach().to(old.device) for candidate in returns]
         # the kit is rounded so
         updates_NX = torch.stack([in_float64(new) - in_float64(old.to(new.dtype)) for new in tuned])
-        scaled_NX = updates_NX * updates_NX.new_tensor(factors).reshape(-1, *[1] * old.ndim)
-        update_X = trimmed_mean(scaled_NX, how.trim) if how.merge == "trimmed" else mean(scaled_NX, weights)
+        update_X = trimmed_mean(updates_NX, how.trim) if how.merge == "trimmed" else mean(updates_NX, weights)
         values[name] = _stored(in_float64(old) + update_X, old)
         flat_NX = updates_NX.reshape(len(returns), -1)
         dots += (flat_NX @ update_X.flatten()).cpu()
@@ -118,10 +110,9 @@ def merged(
         replace(
             candidate.part,
             weight=weight,
-            factor=factor,
             cosine=float(dot) / (norm * math.sqrt(square)) if norm * square else None,
         )
-        for candidate, weight, factor, norm, dot in zip(returns, weights, factors, norms, dots, strict=True)
+        for candidate, weight, norm, dot in zip(returns, weights, norms, dots, strict=True)
     ]
 
 

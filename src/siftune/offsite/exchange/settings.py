@@ -26,8 +26,6 @@ class Merging(Validated):
     """Of several returns: their mean; or, element by element, the mean without the largest and the smallest."""
     trim: Annotated[float, Field(gt=0, lt=0.5)] = TRIM
     """With --merge trimmed: share of the returns that is dropped at either end; at least one is."""
-    clip_norm: Positive | None = None
-    """Of several returns: limit the norm of each update to this factor times the median norm."""
 
     def check_merging(self, count: int) -> None:
         """Check the ranges, and that `count` returns can be merged with these settings.
@@ -47,10 +45,9 @@ class Merging(Validated):
             )
         if self.trim != TRIM and self.merge != "trimmed":
             raise RecipeError("--trim has no effect on a mean of all: add --merge trimmed, or leave it out")
-        robust = "--merge trimmed" if self.merge == "trimmed" else None if self.clip_norm is None else "--clip-norm"
-        if robust and count < MIN_ROBUST:
+        if self.merge == "trimmed" and count < MIN_ROBUST:
             raise RecipeError(
-                f"{robust} needs {MIN_ROBUST} returns or more, to tell which of them is far off, and {count} "
+                f"--merge trimmed needs {MIN_ROBUST} returns or more, to tell which of them is far off, and {count} "
                 f"{'is' if count == 1 else 'are'} given: give more, or leave it out"
             )
 

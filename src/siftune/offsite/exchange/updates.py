@@ -168,7 +168,6 @@ class Part:
         name: Its folder, or its number where it has none.
         report: What it would change by itself.
         weight: Its share of the mean.
-        factor: What its update was scaled by; below 1 where it was clipped.
         cosine: Between its update and the merged one; None where either is zero.
         privacy: What it says of its differential privacy.
     """
@@ -176,7 +175,6 @@ class Part:
     name: str
     report: UpdateReport
     weight: float = 1.0
-    factor: float = 1.0
     cosine: float | None = None
     privacy: Mapping[str, Any] | None = None
 
@@ -189,8 +187,6 @@ class Part:
             "largest": {"tensor": own.largest, "update": own.tensors[own.largest].relative},
             "cosine": self.cosine,
             "weight": self.weight,
-            "factor": self.factor,
-            "clipped": self.factor < 1,
             "loss": None if own.loss is None else asdict(own.loss),
             "privacy": self.privacy,
         }

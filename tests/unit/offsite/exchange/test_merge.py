@@ -61,16 +61,10 @@ def change(before, returned, name):
     return sum(torch.outer(up[:, r], down[r]) for r in range(up.shape[1]))
 
 
-def plain(before, returns, weights=None, trim=None, clip=None):
+def plain(before, returns, weights=None, trim=None):
     """The merged outer layers, by loops."""
     weights = weights or [1.0] * len(returns)
     changes = [{name: change(before, returned, name) for name in before} for returned in returns]
-    norms = [math.sqrt(sum(float((c**2).sum()) for c in parts.values())) for parts in changes]
-    if clip is not None:
-        bound = clip * sorted(norms)[(len(norms) - 1) // 2]
-        for parts, norm in zip(changes, norms, strict=True):
-            for name in parts if norm > bound else ():
-                parts[name] = parts[name] * bound / norm
     merged = {}
     for name, old in before.items():
         if trim is None:
@@ -89,9 +83,6 @@ HOW = {
     "weights": (Merging(weights=(1, 2, 7.5)), 3, {"weights": [1, 2, 7.5]}),
     "trimmed": (Merging(merge="trimmed"), 4, {"trim": 1}),
     "trimmed more": (Merging(merge="trimmed", trim=0.4), 5, {"trim": 2}),
-    "clipped": (Merging(clip_norm=1.0), 4, {"clip": 1.0}),
-    "clipped and weighted": (Merging(clip_norm=1.1, weights=(3, 1, 1)), 3, {"clip": 1.1, "weights": [3, 1, 1]}),
-    "clipped and trimmed": (Merging(clip_norm=0.5, merge="trimmed"), 3, {"clip": 0.5, "trim": 1}),
 }
 
 
@@ -114,19 +105,16 @@ def test_against_a_plain_loop(model, kit, how, kind):
 
 
 def check_parts(parts, before, returns, wanted, given):
-    """Sizes, cosines, weights and factors against flat vectors."""
+    """Sizes, cosines and weights against flat vectors."""
     flat = [torch.cat([change(before, r, name).flatten() for name in before]) for r in returns]
     merged = torch.cat([(wanted[name] - before[name].double()).flatten() for name in before])
     size = torch.cat([before[name].double().flatten() for name in before]).norm()
     weights = given.get("weights", [1] * len(returns))
     assert [part.name for part in parts] == [str(n) for n in range(1, len(returns) + 1)]
-    bound = given.get("clip", math.inf) * sorted(float(f.norm()) for f in flat)[(len(flat) - 1) // 2]
     for part, vector, weight in zip(parts, flat, weights, strict=True):
         assert part.report.whole.relative == pytest.approx(float(vector.norm() / size), rel=1e-5)
         assert part.cosine == pytest.approx(float(torch.cosine_similarity(vector, merged, dim=0)), abs=1e-5)
         assert part.weight == pytest.approx(weight / sum(weights))
-        assert part.factor == pytest.approx(min(1.0, bound / float(vector.norm())), rel=1e-5)
-        assert part.to_dict()["clipped"] == (part.factor < 1)
 
 
 def test_the_mean_of_products_is_no_product_of_means(model, kit):
@@ -162,11 +150,9 @@ def test_one_bad_return_is_held_back(model, kit, kind):
         return float(torch.cosine_similarity(way, moved, dim=0)), report.parts[-1]
 
     assert cosine(Merging())[0] < -0.9  # a mean follows whoever moves most
-    for merging in (Merging(merge="trimmed"), Merging(clip_norm=1.0)):
-        found, part = cosine(merging)
-        assert found > 0.9
-        assert part.cosine < -0.9
-    assert part.factor == pytest.approx(0.05, rel=0.2)
+    found, part = cosine(Merging(merge="trimmed"))
+    assert found > 0.9
+    assert part.cosine < -0.9
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -226,7 +212,6 @@ def test_the_merged_update_is_held_to_the_limit_too(model, kit):
         (Merging(weights=(1, 1, 1), merge="trimmed"), 3, "--weights"),
         (Merging(merge="trimmed"), 2, "--merge trimmed"),
         (Merging(trim=0.3), 3, "--trim"),
-        (Merging(clip_norm=1.0), 2, "--clip-norm"),
     ],
 )
 def test_settings_that_cannot_be(model, kit, merging, count, option):
@@ -235,7 +220,7 @@ def test_settings_that_cannot_be(model, kit, merging, count, option):
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
 def test_a_setting_out_of_its_range_is_refused(bad):
-    for given in ({"weights": (1.0, bad)}, {"trim": bad}, {"clip_norm": bad}):
+    for given in ({"weights": (1.0, bad)}, {"trim": bad}):
         (name,) = given
         with pytest.raises(RecipeError, match=name):
             Merging(**given)
@@ -245,10 +230,9 @@ def test_two_kinds_are_refused(model, kit):
     untouched(model, kit, [whole(kit, 0), thin(kit, 1)], "return 2 .* return 1")
 
 
-def test_clipping_to_nothing_is_refused(model, kit):
+def test_returns_that_change_nothing_have_no_direction(model, kit):
     same = {name: tensor.clone() for name, tensor in outer_of(model, kit).items()}
     returns = [dict(same), whole(kit, 0), dict(same)]
-    untouched(model, kit, returns, "half of the returns or more change nothing", merging=Merging(clip_norm=2.0))
     report = plug_in(copy.deepcopy(model), kit, returns, LIMIT)
     assert [part.cosine is None for part in report.parts] == [True, False, True]
 

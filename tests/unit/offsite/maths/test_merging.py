@@ -1,13 +1,11 @@
 """Merging against plain loops over numbers."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftune.offsite.maths.merging import clip_factors, mean, shares, trimmed_count, trimmed_mean
+from siftune.offsite.maths.merging import mean, shares, trimmed_count, trimmed_mean
 
 
 def draw(count, shape, seed):
@@ -61,22 +59,3 @@ def test_one_bad_return_of_three_or_more_stays_within_the_others(count, seed, pl
 )
 def test_how_many_are_trimmed(count, share, dropped):
     assert trimmed_count(count, share) == dropped
-
-
-@given(norms=st.lists(st.floats(0, 1e6), min_size=3, max_size=9), multiple=st.floats(0.1, 10))
-def test_norms_are_bounded_by_the_lower_median(norms, multiple):
-    bound = multiple * sorted(norms)[(len(norms) - 1) // 2]
-    for norm, factor in zip(norms, clip_factors(norms, multiple), strict=True):
-        assert 0 <= factor <= 1
-        assert factor * norm <= bound * (1 + 1e-12)
-        assert (factor == 1) == (norm <= bound)
-        if norm > bound:
-            assert factor * norm == pytest.approx(bound)
-
-
-def test_fewer_than_half_cannot_raise_the_bound():
-    """One of four, as large as it likes: the rest are scaled as without it, or not at all."""
-    assert clip_factors([1.0, 2.0, 3.0, 1e12], 1.0)[:3] == [1.0, 1.0, 2 / 3]
-    assert clip_factors([1.0, 2.0, 3.0, 1e12], 1.0)[3] == 2e-12
-    assert clip_factors([0.0, 0.0, 1.0], 2.0) == [1.0, 1.0, 0.0]
-    assert math.isclose(clip_factors([5.0, 5.0, 10.0], 1.5)[2], 0.75)
