@@ -25,9 +25,6 @@ class Options(Validated):
     """Base model: a folder, hub id or smollm2; the one that the adapter was trained on if not given."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the merged weights; auto keeps that of the base."""
-    public_key: Path | None = None
-    """Public key of a model's owner, a PEM file; the run must then be on a kit that the owner has signed (which is not
-    merged here, but by the owner's siftune plug)."""
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -39,7 +36,7 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.models.load import quiet_bars
     from siftune.models.save import save_model, save_tokenizer
 
-    subject = find_subject(options.run, options.public_key, options.base)
+    subject = find_subject(options.run, base=options.base)
     if is_of_kit(subject):
         raise ModelError(
             f"{options.run} is of a kit, an emulator that only stands in for a model: send the folder `return` of the "

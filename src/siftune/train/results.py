@@ -105,8 +105,7 @@ class Results:
         if newest is None:
             return saved
         where = "there" if step_of(newest) == step else f"step {step_of(newest)}"
-        key = " --public-key FILE" if "public_key" in self.source.identity else ""
-        return f"{saved}, and `siftune train --resume {self.folder.path}{key}` continues from {where}"
+        return f"{saved}, and `siftune train --resume {self.folder.path}` continues from {where}"
 
     def write(self, status: str, summary: dict[str, Any]) -> None:
         """Write trained weights, run.json and the model card."""

@@ -49,14 +49,14 @@ def find_checkpoint(recipe: Recipe, folder: RunFolder) -> Path:
 
 
 def refuse_other_source(checkpoint: Path, identity: Mapping[str, str]) -> None:
-    """Refuse to resume on another kit than that of a checkpoint, or without the public key that it was checked with.
+    """Refuse to resume on another kit than that of a checkpoint.
 
     Args:
         checkpoint: Folder of a complete checkpoint.
         identity: Of the `Source` that the run would resume on.
 
     Raises:
-        RecipeError: The kit differs, or the key differs or is missing.
+        RecipeError: The kit differs.
     """
     before = identity_in(checkpoint)
     if before.get("kit") != identity.get("kit"):
@@ -64,10 +64,6 @@ def refuse_other_source(checkpoint: Path, identity: Mapping[str, str]) -> None:
         raise RecipeError(
             f"{checkpoint} is of a run on {was}, but its model is now {now} (SHA-256 of the manifest): restore the "
             "kit, or train in another folder with --out"
-        )
-    if "public_key" in before and before["public_key"] != identity.get("public_key"):
-        raise RecipeError(
-            f"{checkpoint} is of a run whose kit was checked with a public key: give the same key with --public-key"
         )
 
 

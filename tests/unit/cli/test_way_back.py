@@ -1,6 +1,5 @@
 """What an owner demands of a return, what a data owner of a kit: limits, own rows, public keys."""
 
-import json
 import math
 import re
 import shutil
@@ -10,14 +9,14 @@ import pytest
 from safetensors.torch import load_file
 from support.commands import EMULATE, TRAIN, error_of, siftune
 from support.keys import make_keys
-from support.kits import edit
+from support.kits import edit, read_json
 from support.opened import opened
 from support.tiny_run import save_rows
 
 from siftune.cli.main import main
 from siftune.offsite.exchange.returned import write_return
 from siftune.offsite.kit.folder import read_kit
-from siftune.offsite.kit.signing import key_hash
+from siftune.offsite.kit.signing import sign
 
 
 def spoiled(folder, kit, change):
@@ -129,12 +128,24 @@ def signed(half, tmp_path_factory):
     return place
 
 
+def copied(signed, place):
+    """A copy to change, with recipes that name its own kit and rows."""
+    shutil.copytree(signed, place)
+    for recipe in place.glob("*/recipe.yaml"):
+        recipe.write_text(recipe.read_text().replace(str(signed), str(place)))
+    return place
+
+
+def snapshot(run):
+    """Contents of all files of a run."""
+    return {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
 def commands(place, half, what, out):
     """What takes a key, on a kit or model, or on a run."""
     rows = place / "rows.jsonl"
     if (place / what / "recipe.yaml").exists():
         yield ("eval", place / what, "--data", rows, "--limit", "2", "--metrics", "perplexity")
-        yield ("export", place / what, "--out", out)
         return
     yield ("train", "--model", place / what, "--train", rows, "--out", out, *TRAIN)
     sweep = ("--eval", rows, "--rates", "1e-3", "--out", f"{out}-sweep")
@@ -149,39 +160,75 @@ def test_a_key_is_asked_whether_the_kit_is_the_owners(signed, half, tmp_path, ca
         assert f"kit {signed}/kit: kit.sig is no signature of this folder by the key" in refusal
         assert "is no public key" in error_of(capsys, *arguments, "--public-key", signed / "rows.jsonl")
         assert arguments[0] != "train" or not (tmp_path / "out" / "recipe.yaml").exists()
-        if arguments[0] == "export":  # whose kit it is is known by then
-            assert "is of a kit" in error_of(capsys, *arguments, "--public-key", signed / "owner.pub.pem")
-        else:
-            siftune(capsys, *arguments, "--public-key", signed / "owner.pub.pem")
+        siftune(capsys, *arguments, "--public-key", signed / "owner.pub.pem")
 
 
 @pytest.mark.parametrize("what", ["kit", "full"])
 def test_a_kit_that_was_forged_or_whose_signature_is_gone_is_refused_with_a_key(signed, half, tmp_path, capsys, what):
-    place = tmp_path / "place"
-    shutil.copytree(signed, place)
-    for recipe in place.glob("*/recipe.yaml"):
-        recipe.write_text(recipe.read_text().replace(str(signed), str(place)))
-    edit(place / "kit", "config.json", lambda config: config.update(rms_norm_eps=2e-5))
+    place = copied(signed, tmp_path / "place")
+    forged(place / "kit", place)
     for arguments in commands(place, half, what, tmp_path / "out"):
         assert "Hash mismatch" in error_of(capsys, *arguments, "--public-key", place / "owner.pub.pem")
-    (place / "kit" / "kit.sig").unlink()
+    unsigned(place / "kit", place)
     for arguments in commands(place, half, what, tmp_path / "out"):
         assert "it has no kit.sig" in error_of(capsys, *arguments, "--public-key", place / "owner.pub.pem")
 
 
-def test_a_run_resumes_with_the_key_that_its_kit_was_checked_with(signed, tmp_path, capsys):
-    run, key = tmp_path / "full", ("--public-key", signed / "owner.pub.pem")
-    shutil.copytree(signed / "full", run)
-    more = ("train", "--resume", run, "--steps", "3")
-    assert "--public-key" in error_of(capsys, *more)
-    assert "kit.sig" in error_of(capsys, *more, "--public-key", signed / "other.pub.pem")
-    (tmp_path / "key.pem").write_text((signed / "owner.pub.pem").read_text().replace("\n", "\r\n"))  # the same key
-    result, _ = siftune(capsys, *more, "--public-key", tmp_path / "key.pem")
-    assert result["steps"] == 3
-    assert "--public-key" in error_of(capsys, "train", "--resume", run, "--steps", "4")
-    siftune(capsys, "train", "--resume", run, "--steps", "4", *key)
-    source = json.loads((run / "run.json").read_text())["source"]
-    assert source == {"kit": read_kit(signed / "kit").digest, "public_key": key_hash(signed / "owner.pub.pem")}
+def unsigned(kit, place):
+    (kit / "kit.sig").unlink()
+
+
+def forged(kit, place):
+    """Other contents, the manifest in line with them, and the owner's signature of before."""
+    edit(kit, "config.json", lambda config: config.update(rms_norm_eps=2e-5))
+
+
+def signed_by_another(kit, place):
+    """The owner's contents."""
+    sign(kit, place / "other.pem")
+
+
+def forged_and_signed(kit, place):
+    forged(kit, place)
+    signed_by_another(kit, place)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (unsigned, "it has no kit.sig"),
+        (forged, "Hash mismatch"),
+        (signed_by_another, "no signature of this folder by the key"),
+        (forged_and_signed, "no signature of this folder by the key"),
+    ],
+)
+def test_a_run_does_not_resume_on_a_kit_that_the_key_did_not_sign(signed, tmp_path, capsys, change, words):
+    place = copied(signed, tmp_path / "place")
+    more = ("train", "--resume", place / "full", "--steps", "3")
+    before = snapshot(place / "full")
+    change(place / "kit", place)
+    assert words in error_of(capsys, *more, "--public-key", place / "owner.pub.pem")
+    assert snapshot(place / "full") == before
+
+
+@pytest.mark.parametrize("key", [(), ("--public-key", "other.pub.pem")])
+def test_a_run_does_not_resume_on_another_kit_whoever_has_signed_it(signed, tmp_path, capsys, key):
+    """Nobody need give the key again: the checkpoint says of which kit it is."""
+    place = copied(signed, tmp_path / "place")
+    forged_and_signed(place / "kit", place)
+    key = [place / word if word.endswith(".pem") else word for word in key]
+    refusal = error_of(capsys, "train", "--resume", place / "full", "--steps", "3", *key)
+    assert f"is of a run on the kit {read_kit(signed / 'kit').digest[:12]}" in refusal
+    assert f"is now the kit {read_kit(place / 'kit').digest[:12]}" in refusal
+
+
+def test_a_run_resumes_on_its_kit_with_the_key_and_without(signed, tmp_path, capsys):
+    place = copied(signed, tmp_path / "place")
+    more, key = ("train", "--resume", place / "full", "--steps"), ("--public-key", place / "owner.pub.pem")
+    assert "no signature" in error_of(capsys, *more, "3", "--public-key", place / "other.pub.pem")
+    assert siftune(capsys, *more, "3", *key)[0]["steps"] == 3
+    assert siftune(capsys, *more, "4")[0]["steps"] == 4
+    assert read_json(place / "full" / "run.json")["source"] == {"kit": read_kit(signed / "kit").digest}
 
 
 def test_a_key_with_what_is_no_kit_is_refused(signed, half, base, tmp_path, capsys):
@@ -197,7 +244,6 @@ def test_a_key_with_what_is_no_kit_is_refused(signed, half, base, tmp_path, caps
     for what in (base, tmp_path / "run"):
         assert error_of(capsys, "eval", what, *measure, *key) == f"{base} {words}"
     assert words in error_of(capsys, "eval", signed / "kit", base, *measure, *key)
-    assert error_of(capsys, "export", tmp_path / "run", *key) == f"{base} {words}"
     # a kit whose manifest no longer says what it is, or that was moved away
     shutil.copytree(signed / "kit", tmp_path / "kit")
     (tmp_path / "kit" / "manifest.json").write_text("{}")

@@ -20,7 +20,6 @@ from siftune.offsite.emulator.model import Split, outer_names, places
 from siftune.offsite.exchange.load import kit_tokenizer, load_kit
 from siftune.offsite.exchange.returned import DOWN, UP, largest_rank, read_return, write_return
 from siftune.offsite.kit.folder import Kit, is_kit, read_kit
-from siftune.offsite.kit.signing import key_hash
 from siftune.offsite.kit.tensors import DTYPES, check_finite
 from siftune.offsite.maths.drd import canonical
 from siftune.recipe.schema import Recipe
@@ -44,7 +43,6 @@ class KitSource:
     """A kit as what is tuned: its outer layers, or adapters in them."""
 
     kit: Kit  # read and checked
-    key_hash: str | None = None  # of the public key that its signature was checked with
 
     @property
     def usage(self) -> str:
@@ -53,8 +51,8 @@ class KitSource:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Hashes of the manifest, and so of every file, and of the public key."""
-        return {"kit": self.kit.digest, **({} if self.key_hash is None else {"public_key": self.key_hash})}
+        """Hash of the manifest, and so of every file."""
+        return {"kit": self.kit.digest}
 
     def settle(self, recipe: Recipe) -> Recipe:
         """Fill in which layers train: the outer ones, or those of them that the recipe names.
@@ -116,9 +114,7 @@ def source_of(name: str, public_key: str | Path | None = None) -> Source:
         KitError: The kit is damaged or not signed by the key, or a key was given and it is no kit.
     """
     kit = find_kit(name, public_key)
-    if kit is None:
-        return ModelSource(name)
-    return KitSource(kit, None if public_key is None else key_hash(Path(public_key).expanduser()))
+    return ModelSource(name) if kit is None else KitSource(kit)
 
 
 def find_kit(name: str, public_key: str | Path | None = None) -> Kit | None:

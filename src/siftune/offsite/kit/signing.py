@@ -13,7 +13,6 @@ also write down the folder's own name; that is replaced by "kit". This checks it
 """
 
 import contextlib
-import hashlib
 import io
 import tempfile
 from collections.abc import Mapping
@@ -80,15 +79,6 @@ def load_signer(private_key: Path) -> Any:
 def load_verifier(public_key: Path) -> Any:
     """Load the public key; as `load_signer`."""
     return _load(public_key, "verifying")
-
-
-def key_hash(public_key: Path) -> str:
-    """SHA-256 in hexadecimal of a public key that `load_verifier` accepts, whatever the layout of its PEM file."""
-    from cryptography.hazmat.primitives import serialization
-
-    key = serialization.load_pem_public_key(public_key.read_bytes())
-    encoded = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return hashlib.sha256(encoded).hexdigest()
 
 
 def _load(key: Path, part: str) -> Any:
