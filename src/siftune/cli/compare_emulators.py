@@ -86,7 +86,7 @@ def run(options: Options) -> dict[str, Any]:
         used = calibration_facts(options, batches)
         facts = {
             "model": options.model, "calibration": str(used), "calibration_rows": used.number,
-            "held_out_rows": len(held_out), "max_length": options.max_length, "first": options.first,
+            "held_out_rows": len(held_out), "max_length": options.longest_row, "first": options.first,
             "last": options.last, "allot": options.allot,
         }  # fmt: skip
         write_sweep(points, folder, facts)

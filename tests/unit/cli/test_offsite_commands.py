@@ -144,7 +144,7 @@ def own(half, rows, tmp_path, monkeypatch, capsys):
 
     def emulate(name, *flags):
         monkeypatch.setenv("SIFTUNE_CACHE", str(tmp_path / f"cache of {name}"))
-        arguments = ("--model", half, "--calibration", "own", "--out", tmp_path / name, *EMULATE, "--max-length", "20")
+        arguments = ("--model", half, "--out", tmp_path / name, *EMULATE, "--max-length", "20")
         prompts = () if "--calibration-prompts" in flags else ("--calibration-prompts", rows)
         return siftune(capsys, "emulate", *arguments, *prompts, *flags)
 
@@ -166,12 +166,25 @@ def test_a_kit_of_own_texts(own, rows, tmp_path, capsys):
     }
     for name, flags in others.items():
         own(name, *flags)
+    assert own("named", "--calibration", "own", "--seed", "7")[0]["digest"] == made["digest"]
     frozen = {(tmp_path / name / "emulator.safetensors").read_bytes() for name in ("one", *others)}
     assert len(frozen) == 4
 
 
+def test_own_texts_if_nothing_else_is_given(half, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SIFTUNE_CACHE", str(tmp_path / "cache"))
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "x" * 5, "completion": "y" * n} for n in (3, 7, 4, 30)]
+    prompts.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    flags = ("--first", 1, "--last", 1, "--template", "none", "--allot", "uniform")
+    arguments = ("--model", half, "--calibration-prompts", prompts, "--out", tmp_path / "kit", *flags)
+    made, _ = siftune(capsys, "emulate", *arguments)
+    # three of four rows have at most 13 tokens, with the end token
+    assert made["calibration"] == {"kind": "own texts", "number": 256, "tokens": 13, "seed": 0}
+
+
 def test_rows_are_what_a_manifest_says(parties):
-    assert str(read_kit(parties / "kit").manifest.calibration) == "6 rows of at most 128 tokens"
+    assert str(read_kit(parties / "kit").manifest.calibration) == "6 rows of at most 12 tokens"
 
 
 def test_a_sweep_of_own_texts(half, rows, tmp_path, monkeypatch, capsys):
@@ -218,7 +231,7 @@ def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties):
         ({"--out": few}, f"{few}"),
         ({"--calibration-prompts": rows}, "--calibration-prompts has no effect on rows"),
         ({"--seed": 3}, "--seed has no effect on rows"),
-        ({"--calibration": "own"}, "--calibration own needs prompts"),
+        ({"--calibration": "own"}, "give public rows like those of the tuning with --calibration-prompts FILE"),
         ({"--calibration": "own", "--calibration-prompts": tmp_path / "none.jsonl"}, "none.jsonl does not exist"),
         (
             {"--calibration": "own", "--calibration-prompts": rows, "--max-length": 5},
@@ -239,8 +252,9 @@ def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties):
         arguments = [str(word) for pair in {**usual, **flags}.items() for word in pair if word is not None]
         assert words in error_of(capsys, "emulate", *arguments), flags
         assert sorted(path.name for path in tmp_path.iterdir()) == before, flags
-    for missing, given in (("--out", ("--calibration", rows)), ("--calibration", ("--out", tmp_path / "kit"))):
-        assert error_of(capsys, "emulate", "--model", half, *given).startswith(f"{missing} must be given")
+    assert error_of(capsys, "emulate", "--model", half, "--calibration", rows).startswith("--out must be given")
+    said = error_of(capsys, "emulate", "--model", half, "--out", tmp_path / "kit")
+    assert said.endswith("or rows to calibrate on with --calibration FILE")
 
 
 # --- sweep ---

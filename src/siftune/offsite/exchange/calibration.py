@@ -29,11 +29,11 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class CalibrationOptions(Validated):
     """Options of all commands that make emulators: the model, the calibration rows, and the outer layers."""
 
-    calibration: str
-    """Calibration rows: a .jsonl, .json, .csv or .parquet file, or a hub id; or own, for texts that
-    the model samples itself."""
+    calibration: str = OWN
+    """own, for texts that the model samples itself after --calibration-prompts; or calibration rows: a .jsonl, .json,
+    .csv or .parquet file, or a hub id."""
     calibration_prompts: str | None = None
-    """With own: rows whose prompts begin the texts, as for --calibration; their completions are not used."""
+    """Public rows like those of the tuning, whose prompts begin own texts: a file or hub id, as for --calibration."""
     seed: Seed = 0
     """Seed of own texts."""
     out: Path
@@ -47,10 +47,11 @@ class CalibrationOptions(Validated):
     allot: Literal["measured", "uniform"] = "measured"
     """gradot: measured distributes what is kept by what each matrix would lose, measured on half of the tokens; uniform
     keeps the same share of each."""
-    rows: Count = 32
-    """Number of rows to use, from the first, or of own texts."""
-    max_length: AtLeastTwo = 128
-    """Longest row or own text in tokens; what is over is cut off."""
+    rows: Count | None = None
+    """Number of own texts, or of rows to use, from the first. If not given, 256 own texts or 32 rows."""
+    max_length: AtLeastTwo | None = None
+    """Longest row or own text in tokens; what is over is cut off. If not given, 128; for own texts, the length that
+    three quarters of the rows with the prompts have at most, up to 128."""
     batch_size: Count = 4
     """Rows in a forward and backward pass."""
     completion_only: bool = False
@@ -74,12 +75,22 @@ class CalibrationOptions(Validated):
         refuse_full(self.out)
         if self.calibration != OWN and (self.calibration_prompts is not None or self.seed):
             name = "--seed" if self.calibration_prompts is None else "--calibration-prompts"
-            raise RecipeError(f"{name} has no effect on rows: leave it out, or give --calibration {OWN}")
+            raise RecipeError(f"{name} has no effect on rows: leave it or --calibration out")
         if self.calibration == OWN and self.calibration_prompts is None:
             raise RecipeError(
-                f"--calibration {OWN} needs prompts that begin the texts: give public rows like those of the tuning "
-                "with --calibration-prompts FILE"
+                "calibration texts that the model samples itself need prompts: give public rows like those of the "
+                "tuning with --calibration-prompts FILE, or rows to calibrate on with --calibration FILE"
             )
+
+    @property
+    def count(self) -> int:
+        """Number of rows or own texts."""
+        return self.rows or (256 if self.calibration == OWN else 32)
+
+    @property
+    def longest_row(self) -> int:
+        """Longest row in tokens."""
+        return self.max_length or 128
 
 
 def calibration_rows(options: CalibrationOptions) -> "list[Row]":
@@ -89,8 +100,8 @@ def calibration_rows(options: CalibrationOptions) -> "list[Row]":
         DataError: They cannot be read.
     """
     if options.calibration_prompts is None:
-        return _read(options.calibration, options, options.rows)
-    return _read(options.calibration_prompts, options, sampled(options.rows))
+        return _read(options.calibration, options, options.count)
+    return _read(options.calibration_prompts, options, sampled(options.count))
 
 
 def sampled(count: int) -> int:
@@ -102,10 +113,11 @@ def calibration_facts(options: CalibrationOptions, batches: "Sequence[dict[str, 
     """What a manifest says of the calibration."""
     from siftune.offsite.kit.manifest import OWN_TEXTS, ROWS, Calibration
 
-    count = sum(len(batch["input_ids"]) for batch in batches)
+    shapes = [batch["input_ids"].shape for batch in batches]
+    count, tokens = sum(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
     if options.calibration != OWN:
-        return Calibration(ROWS, count, options.max_length)
-    return Calibration(OWN_TEXTS, count, options.max_length, options.seed)
+        return Calibration(ROWS, count, tokens)
+    return Calibration(OWN_TEXTS, count, tokens, options.seed)
 
 
 def calibration_and_held_out(
@@ -123,13 +135,13 @@ def calibration_and_held_out(
         raise RecipeError(f"--calibration {OWN} leaves no rows to measure on: give some with --held-out FILE")
     if held_out is not None:
         return calibration_rows(options), _read(held_out, options, count)
-    rows = _read(options.calibration, options, options.rows + count)
-    if len(rows) <= options.rows:
+    rows = _read(options.calibration, options, options.count + count)
+    if len(rows) <= options.count:
         raise DataError(
-            f"{options.calibration} has {len(rows)} rows, all of which --rows {options.rows} uses for calibration: "
+            f"{options.calibration} has {len(rows)} rows, all of which --rows {options.count} uses for calibration: "
             "give other rows to measure on with --held-out FILE, or a smaller --rows"
         )
-    return rows[: options.rows], rows[options.rows :]
+    return rows[: options.count], rows[options.count :]
 
 
 def load_base(options: CalibrationOptions, streamed: bool = False) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -164,10 +176,11 @@ def calibration_batches(
     """
     if options.calibration != OWN:
         return batches_of(rows, tokenizer, options)
-    from siftune.offsite.exchange.own_texts import own_texts, prompt_ids
+    from siftune.offsite.exchange.own_texts import own_texts, prompt_ids, usual_length
 
-    prompts = prompt_ids(rows, tokenizer, options.max_length, options.template)
-    texts = own_texts(model, options.rows, options.max_length, options.seed, prompts, progress)
+    length = options.max_length or usual_length(rows, tokenizer, options.longest_row, options.template)
+    prompts = prompt_ids(rows, tokenizer, length, options.template)
+    texts = own_texts(model, options.count, length, options.seed, prompts, progress)
     if not options.completion_only:
         texts = [{**text, "labels": text["input_ids"]} for text in texts]
     return in_batches(texts, options.batch_size, tokenizer.pad_token_id)
@@ -183,7 +196,7 @@ def batches_of(
     """
     from siftune.data.tokens import tokenize_rows
 
-    table = tokenize_rows(rows, tokenizer, options.max_length, options.template, options.completion_only)
+    table = tokenize_rows(rows, tokenizer, options.longest_row, options.template, options.completion_only)
     return in_batches(table, options.batch_size, tokenizer.pad_token_id)
 
 

@@ -20,6 +20,7 @@ from siftune.base.errors import DataError
 from siftune.base.files import Progress, write_beside
 from siftune.data.encode import Encoder
 from siftune.data.rows import Row
+from siftune.data.tokens import tokenize_rows
 from siftune.evaluate.likelihood import row_nll
 from siftune.methods.keep.texts import TokenRow, sample_texts
 from siftune.models.smollm2 import cache_root
@@ -85,12 +86,7 @@ def prompt_ids(
     Raises:
         DataError: A row has no prompt, or every prompt is too long; the message names a row.
     """
-    encoder = Encoder(tokenizer, template)
-    found = []
-    for row in rows:
-        if not row.prompt:
-            raise DataError(f"{row.origin} has no prompt, with which a text could begin; remove the row")
-        found.append(encoder.prompt(row))
+    found = _prompts(rows, tokenizer, template)
     short = [ids for ids in found if len(ids) + _LEAST <= length]
     if not short:
         least, place = min((len(ids), place) for place, ids in enumerate(found))
@@ -104,6 +100,31 @@ def prompt_ids(
             len(found) - len(short), len(found), _LEAST, length,
         )  # fmt: skip
     return short
+
+
+def usual_length(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, most: int, template: str | Path = "auto"
+) -> int:
+    """The length in tokens that three quarters of the rows have at most, but no more than `most` *(ours)*.
+
+    Texts that go on long after their answer calibrate worse (docs/offsite.md). A row whose answer is shorter than what
+    is sampled at least counts as longer.
+
+    Raises:
+        DataError: A row has no prompt; the message names it.
+    """
+    complete: list[int] = tokenize_rows(rows, tokenizer, most, template, completion_only=False)["length"]
+    prompts = _prompts(rows, tokenizer, template)
+    lengths = sorted(max(length, len(ids) + _LEAST) for length, ids in zip(complete, prompts, strict=True))
+    return min(lengths[(3 * len(lengths) - 1) // 4], most)
+
+
+def _prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: str | Path) -> list[list[int]]:
+    encoder = Encoder(tokenizer, template)
+    for row in rows:
+        if not row.prompt:
+            raise DataError(f"{row.origin} has no prompt, with which a text could begin; remove the row")
+    return [encoder.prompt(row) for row in rows]
 
 
 def _read(path: Path) -> list[TokenRow] | None:

@@ -12,7 +12,7 @@ from siftune.data.rows import rows_from
 from siftune.data.tokens import tokenize_rows
 from siftune.methods.keep.texts import sample_texts
 from siftune.offsite.exchange import own_texts as module
-from siftune.offsite.exchange.own_texts import own_texts, prompt_ids
+from siftune.offsite.exchange.own_texts import own_texts, prompt_ids, usual_length
 
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
 
@@ -96,8 +96,24 @@ def test_prompts_that_leave_too_little_are_left_out(caplog):
         prompt_ids(rows, byte_tokenizer(), lengths[1] + 3, "none")
 
 
+@pytest.mark.parametrize(
+    ("prompts", "answers", "most", "expected"),
+    [
+        ((4, 6, 8, 9), (6, 5, 4, 9), 64, 13),  # lengths with the end token 11, 12, 13 and 19
+        ((4, 6, 8, 9), (6, 5, 4, 9), 11, 11),
+        ((5, 5, 5), (1, 1, 1), 64, 9),  # two tokens of an answer, but four are sampled
+        ((7,), (9,), 64, 17),
+    ],
+)
+def test_three_quarters_of_the_rows_are_as_long_at_most(prompts, answers, most, expected):
+    rows = rows_from([{"prompt": "x" * n, "completion": "y" * m} for n, m in zip(prompts, answers, strict=True)])
+    assert usual_length(rows, byte_tokenizer(), most, "none") == expected
+
+
 def test_rows_without_prompts_are_refused():
     rows = rows_from([{"text": "All of it."}])
+    with pytest.raises(DataError, match="row 1 has no prompt"):
+        usual_length(rows, byte_tokenizer(), 64)
     with pytest.raises(DataError, match="row 1 has no prompt, with which a text could begin; remove the row"):
         prompt_ids(rows, byte_tokenizer(), 64)
 
