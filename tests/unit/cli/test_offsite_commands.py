@@ -176,11 +176,11 @@ def test_own_texts_if_nothing_else_is_given(half, tmp_path, monkeypatch, capsys)
     prompts = tmp_path / "prompts.jsonl"
     lines = [{"prompt": "x" * 5, "completion": "y" * n} for n in (3, 7, 4, 30)]
     prompts.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    flags = ("--first", 1, "--last", 1, "--template", "none", "--allot", "uniform")
+    flags = ("--first", 1, "--last", 1, "--template", "none", "--method", "layerdrop")
     arguments = ("--model", half, "--calibration-prompts", prompts, "--out", tmp_path / "kit", *flags)
     made, _ = siftune(capsys, "emulate", *arguments)
     # three of four rows have at most 13 tokens, with the end token
-    assert made["calibration"] == {"kind": "own texts", "number": 256, "tokens": 13, "seed": 0}
+    assert made["calibration"] == {"kind": "own texts", "number": 1024, "tokens": 13, "seed": 0}
 
 
 def test_rows_are_what_a_manifest_says(parties):
@@ -195,7 +195,7 @@ def test_a_sweep_of_own_texts(half, rows, tmp_path, monkeypatch, capsys):
     found, _ = siftune(capsys, "compare-emulators", *words)
     assert (found["calibration_rows"], found["held_out_rows"]) == (6, 16)
     assert "which the base wrote itself" in found["calibration"]
-    assert "give some with --held-out FILE" in error_of(
+    assert "own texts leave no rows to measure on: give some with --held-out FILE" in error_of(
         capsys, "compare-emulators", *arguments[:6], "--out", tmp_path / "x"
     )
 
@@ -229,8 +229,8 @@ def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties):
         ({"--calibration": tmp_path / "none.jsonl"}, "none.jsonl"),
         ({"--out": tmp_path / "used"}, f"{tmp_path}/used"),
         ({"--out": few}, f"{few}"),
-        ({"--calibration-prompts": rows}, "--calibration-prompts has no effect on rows"),
-        ({"--seed": 3}, "--seed has no effect on rows"),
+        ({"--calibration-prompts": rows}, "--calibration-prompts is for own texts, but --calibration names rows"),
+        ({"--seed": 3}, "--seed is for own texts"),
         ({"--calibration": "own"}, "give public rows like those of the tuning with --calibration-prompts FILE"),
         ({"--calibration": "own", "--calibration-prompts": tmp_path / "none.jsonl"}, "none.jsonl does not exist"),
         (

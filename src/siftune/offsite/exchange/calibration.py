@@ -48,7 +48,7 @@ class CalibrationOptions(Validated):
     """gradot: measured distributes what is kept by what each matrix would lose, measured on half of the tokens; uniform
     keeps the same share of each."""
     rows: Count | None = None
-    """Number of own texts, or of rows to use, from the first. If not given, 256 own texts or 32 rows."""
+    """Number of own texts, or of rows to use, from the first. If not given, 1,024 own texts or 32 rows."""
     max_length: AtLeastTwo | None = None
     """Longest row or own text in tokens; what is over is cut off. If not given, 128; for own texts, the length that
     three quarters of the rows with the prompts have at most, up to 128."""
@@ -75,7 +75,7 @@ class CalibrationOptions(Validated):
         refuse_full(self.out)
         if self.calibration != OWN and (self.calibration_prompts is not None or self.seed):
             name = "--seed" if self.calibration_prompts is None else "--calibration-prompts"
-            raise RecipeError(f"{name} has no effect on rows: leave it or --calibration out")
+            raise RecipeError(f"{name} is for own texts, but --calibration names rows: leave one of them out")
         if self.calibration == OWN and self.calibration_prompts is None:
             raise RecipeError(
                 "calibration texts that the model samples itself need prompts: give public rows like those of the "
@@ -85,7 +85,7 @@ class CalibrationOptions(Validated):
     @property
     def count(self) -> int:
         """Number of rows or own texts."""
-        return self.rows or (256 if self.calibration == OWN else 32)
+        return self.rows or (1024 if self.calibration == OWN else 32)
 
     @property
     def longest_row(self) -> int:
@@ -132,7 +132,7 @@ def calibration_and_held_out(
         RecipeError: No `held_out`, beside own texts.
     """
     if options.calibration == OWN and held_out is None:
-        raise RecipeError(f"--calibration {OWN} leaves no rows to measure on: give some with --held-out FILE")
+        raise RecipeError("own texts leave no rows to measure on: give some with --held-out FILE")
     if held_out is not None:
         return calibration_rows(options), _read(held_out, options, count)
     rows = _read(options.calibration, options, options.count + count)

@@ -107,8 +107,7 @@ def usual_length(
 ) -> int:
     """The length in tokens that three quarters of the rows have at most, but no more than `most` *(ours)*.
 
-    Texts that go on long after their answer calibrate worse (docs/offsite.md). A row whose answer is shorter than what
-    is sampled at least counts as longer.
+    So texts are like rows of the tuning. A row with a shorter answer than what is sampled at least counts as longer.
 
     Raises:
         DataError: A row has no prompt; the message names it.
