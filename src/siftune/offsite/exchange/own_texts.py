@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _RULE = 1  # by which texts are sampled and left out
 _LEAST = 4  # tokens to sample after a prompt
+_UNCUT = 1 << 20  # tokens that no row has
 
 
 def own_texts(
@@ -112,7 +113,7 @@ def usual_length(
     Raises:
         DataError: A row has no prompt; the message names it.
     """
-    complete: list[int] = tokenize_rows(rows, tokenizer, most, template, completion_only=False)["length"]
+    complete: list[int] = tokenize_rows(rows, tokenizer, _UNCUT, template, completion_only=False)["length"]
     prompts = _prompts(rows, tokenizer, template)
     lengths = sorted(max(length, len(ids) + _LEAST) for length, ids in zip(complete, prompts, strict=True))
     return min(lengths[(3 * len(lengths) - 1) // 4], most)

@@ -105,9 +105,10 @@ def test_prompts_that_leave_too_little_are_left_out(caplog):
         ((7,), (9,), 64, 17),
     ],
 )
-def test_three_quarters_of_the_rows_are_as_long_at_most(prompts, answers, most, expected):
+def test_three_quarters_of_the_rows_are_as_long_at_most(prompts, answers, most, expected, caplog):
     rows = rows_from([{"prompt": "x" * n, "completion": "y" * m} for n, m in zip(prompts, answers, strict=True)])
     assert usual_length(rows, byte_tokenizer(), most, "none") == expected
+    assert not caplog.messages  # such as on rows that are cut
 
 
 def test_rows_without_prompts_are_refused():
