@@ -23,7 +23,7 @@ def test_blocks_run_in_order(tmp_path):
     commands = re.findall(r"owner +(siftune [^#\n]+)", README)
     assert [command.split()[1] for command in commands] == ["emulate", "train", "plug"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    commands[0] += "--rows 32"
+    commands[0] += " --rows 32"
     for command in ([sys.executable, "-c", script], *(line.replace("FILE", "rows.jsonl").split() for line in commands)):
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]

@@ -111,13 +111,9 @@ def sampled(count: int) -> int:
 
 def calibration_facts(options: CalibrationOptions, batches: "Sequence[dict[str, Tensor]]") -> "Calibration":
     """What a manifest says of the calibration."""
-    from siftune.offsite.kit.manifest import OWN_TEXTS, ROWS, Calibration
+    from siftune.offsite.exchange.emulate import calibrated_on
 
-    shapes = [batch["input_ids"].shape for batch in batches]
-    count, tokens = sum(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
-    if options.calibration != OWN:
-        return Calibration(ROWS, count, tokens)
-    return Calibration(OWN_TEXTS, count, tokens, options.seed)
+    return calibrated_on(batches, options.seed if options.calibration == OWN else None)
 
 
 def calibration_and_held_out(

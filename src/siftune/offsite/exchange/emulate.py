@@ -31,7 +31,7 @@ from siftune.offsite.emulator.model import Base, LayerShape
 from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
 from siftune.offsite.emulator.record import record
 from siftune.offsite.kit.folder import Kit, KitContents, write_kit
-from siftune.offsite.kit.manifest import ROWS, Calibration, fingerprint
+from siftune.offsite.kit.manifest import OWN_TEXTS, ROWS, Calibration, fingerprint
 from siftune.offsite.kit.tokenizer import make_tokenizer, tokenizer_files
 
 logger = logging.getLogger(__name__)
@@ -103,16 +103,18 @@ def emulate(
     contents = KitContents(
         parts.config, parts.split, parts.middle, converted(parts.frozen, options.dtype),
         converted(parts.outer, options.outer_dtype), tokenizer, base.depth, identity,
-        options.calibration or _rows(batches),
+        options.calibration or calibrated_on(batches),
     )  # fmt: skip
     kit = write_kit(out, contents, options.signing_key)
     work.remove()
     return kit
 
 
-def _rows(batches: Sequence[dict[str, Tensor]]) -> Calibration:
+def calibrated_on(batches: Sequence[dict[str, Tensor]], seed: int | None = None) -> Calibration:
+    """What a manifest says of the calibration: rows, or own texts of a seed."""
     shapes = [batch["input_ids"].shape for batch in batches]
-    return Calibration(ROWS, sum(shape[0] for shape in shapes), max(shape[1] for shape in shapes))
+    kind = ROWS if seed is None else OWN_TEXTS
+    return Calibration(kind, sum(shape[0] for shape in shapes), max(shape[1] for shape in shapes), seed)
 
 
 def _digest(batches: Sequence[dict[str, Tensor]]) -> str:
