@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from siftune.models.families import Family
 from siftune.models.streamed import tensor_of
+from siftune.offsite.emulator.curvature import LayerCurvature
 from siftune.offsite.emulator.model import Base, LayerShape, features, weight_OI
-from siftune.offsite.emulator.record import Captured
 from siftune.offsite.maths.channels import DAMPING as REFIT_DAMPING
 from siftune.offsite.maths.channels import channel_scores, keep_channels, refit, refit_scores
 from siftune.offsite.maths.drd import Basis, Components, components, factor, rank_of
-from siftune.offsite.maths.kfac import DAMPING, Curvature, LambdaUnit, Moments, moments
+from siftune.offsite.maths.kfac import DAMPING, Curvature, LambdaUnit
 
 Method = Literal["gradot", "layerdrop"]
 Mlp = Literal["refit", "channels"]
@@ -73,38 +73,12 @@ class Compression:
         return (*attention, *scored, family.writes)
 
 
-@dataclass
-class LayerCurvature:
-    """Curvature of a layer's matrices, and what was computed from it already."""
-
-    captured: Mapping[str, Captured] = field(default_factory=dict)  # what the matrices saw, by path
-    curvature: Mapping[str, Curvature] = field(default_factory=dict)  # their curvature, by path
-    # components by path and basis, so that several λ and ranks cost one decomposition
-    components: dict[tuple[str, str, float], Components] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class CompressedLayer:
     """A layer of an emulator."""
 
     shape: LayerShape
     tensors: Mapping[str, Tensor]  # all its parameters and buffers, by name in the layer; matrices as (out, in)
-
-
-def layer_curvature(captured: Mapping[str, Captured], slopes: bool = True) -> LayerCurvature:
-    """Curvature of the matrices of a layer, by path; those that read the same tensor share their input moments.
-
-    Without `slopes`, where every λ is 0, zeros stand for D.
-    """
-    inputs: dict[int, Moments] = {}
-    curvature = {}
-    for path, seen in captured.items():
-        if id(seen.x_NI) not in inputs:
-            inputs[id(seen.x_NI)] = moments(seen.x_NI)
-        shape = seen.g_NO.shape[1], seen.x_NI.shape[1]
-        slope_OI = seen.g_NO.T @ seen.x_NI if slopes else seen.x_NI.new_zeros(()).expand(shape)
-        curvature[path] = Curvature(inputs[id(seen.x_NI)], moments(seen.g_NO), slope_OI)
-    return LayerCurvature(captured, curvature)
 
 
 def compress_layer(base: Base, number: int, seen: LayerCurvature, how: Compression) -> CompressedLayer:

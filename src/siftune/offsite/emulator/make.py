@@ -7,6 +7,7 @@ states and gradients that the pass keeps, or one layer's where they lie in a fol
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,10 +17,9 @@ from siftune.offsite.emulator.assemble import EmulatorParts, assemble
 from siftune.offsite.emulator.compress import (
     CompressedLayer,
     Compression,
-    LayerCurvature,
     compress_layer,
-    layer_curvature,
 )
+from siftune.offsite.emulator.curvature import LayerCurvature, kept_whole, layer_curvature
 from siftune.offsite.emulator.model import Base
 from siftune.offsite.emulator.plan import EmulatorSettings, Step, measure, plan
 from siftune.offsite.emulator.record import Recording, record, replay
@@ -100,6 +100,14 @@ def _compress_one(
 ) -> None:
     """Compress a layer for every job; a function of its own, so that nothing of the layer is left in memory."""
     paths = list(dict.fromkeys(path for how in jobs.values() if how.keep < 1 for path in how.judged(base.family)))
-    seen = layer_curvature(replay(base, recording, number, paths), slopes) if paths else LayerCurvature()
+    seen = _curvature(base, recording, number, paths, slopes) if paths else LayerCurvature()
     for place, how in jobs.items():
         take(place, number, compress_layer(base, number, seen, how))
+
+
+def _curvature(base: Base, recording: Recording, number: int, paths: Sequence[str], slopes: bool) -> LayerCurvature:
+    """Curvature of a layer's matrices, kept since costs were measured, or computed."""
+    device = next(base.layers[number].parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device  # of a layer that is loaded when it runs
+    kept = None if slopes else kept_whole(recording.curvature, number, paths, device)
+    return kept or layer_curvature(replay(base, recording, number, paths), slopes)

@@ -19,15 +19,14 @@ from siftune.models.families import Family
 from siftune.models.streamed import tensor_of
 from siftune.offsite.emulator.compress import (
     Compression,
-    LayerCurvature,
     Parts,
     channel_count,
     components_of,
-    layer_curvature,
     score_channels,
 )
+from siftune.offsite.emulator.curvature import Halves, halves, keep_whole
 from siftune.offsite.emulator.model import Base, Split, weight_OI
-from siftune.offsite.emulator.record import Captured, Recording, replay
+from siftune.offsite.emulator.record import Recording, replay
 from siftune.offsite.maths.allotment import water_fill
 from siftune.offsite.maths.channels import costs_of_counts
 from siftune.offsite.maths.drd import component_scores, joint_costs, keep_components, rank_of
@@ -161,19 +160,6 @@ def measured_paths(family: Family, parts: Parts = "both") -> tuple[str, ...]:
     return attention if parts == "attention" else (*attention, family.writes)
 
 
-@dataclass(frozen=True)
-class Halves:
-    """Curvature of a layer's matrices on the two halves of the calibration tokens."""
-
-    chosen: LayerCurvature  # by which is chosen and fitted
-    other: LayerCurvature  # in which costs are measured
-
-
-def halves(captured: Mapping[str, Captured], slopes: bool) -> Halves:
-    """Curvature on either half of what a layer's matrices saw, with slopes for λ."""
-    return Halves(layer_curvature(_half(captured, False), slopes), layer_curvature(_half(captured, True), False))
-
-
 def layer_costs(base: Base, number: int, seen: Halves, how: Compression) -> list[Tensor]:
     """Parameters and costs of a layer's matrices at every share of `SHARES`.
 
@@ -191,18 +177,6 @@ def layer_costs(base: Base, number: int, seen: Halves, how: Compression) -> list
         _factored(path, weights[path], seen, how) if path in family.attention else _narrowed(weights, family, seen, how)
         for path in measured_paths(family, how.parts)
     ]
-
-
-def _half(captured: Mapping[str, Captured], second: bool) -> dict[str, Captured]:
-    """The first or second half of the tokens; matrices that read the same tensor still share it."""
-    inputs: dict[int, Tensor] = {}
-    halves = {}
-    for path, seen in captured.items():
-        middle = len(seen.x_NI) // 2
-        part = slice(middle, None) if second else slice(middle)
-        x_NI = inputs.setdefault(id(seen.x_NI), seen.x_NI[part])
-        halves[path] = Captured(x_NI, seen.g_NO[part])
-    return halves
 
 
 def _factored(path: str, weight: Tensor, seen: Halves, how: Compression) -> Tensor:
@@ -252,7 +226,9 @@ def _measure_one(base: Base, recording: Recording, number: int, forms: Sequence[
     """Measure the costs of a layer; a function of its own, so that nothing of the layer is left in memory."""
     paths = dict.fromkeys(path for form in forms for path in form.judged(base.family))
     slopes = any(form.lambda_attn or form.lambda_mlp for form in forms)
-    seen = halves(replay(base, recording, number, list(paths)), slopes)
+    captured = replay(base, recording, number, list(paths))
+    seen = halves(captured, slopes)
+    keep_whole(recording.curvature, number, seen, len(next(iter(captured.values())).x_NI))
     for form in forms:
         recording.costs(form).put(number, layer_costs(base, number, seen, form))
 

@@ -12,7 +12,7 @@ Shapes: B rows, T positions, H hidden size, N real tokens of all batches, F feat
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,7 +33,7 @@ from siftune.offsite.emulator.model import Base
 
 
 class States:
-    """Tensors by number of the layer, one per batch, on the CPU.
+    """Tensors by number of the layer, one per batch or by name, on the CPU.
 
     Args:
         folder: Where they lie, one file per layer, there whole or not at all; None keeps them in memory.
@@ -42,7 +42,7 @@ class States:
 
     def __init__(self, folder: Path | None = None, name: str = "") -> None:
         self._folder, self._name = folder, name
-        self._here: dict[int, list[Tensor]] = {}
+        self._here: dict[int, dict[str, Tensor]] = {}
 
     def beside(self, name: str) -> "States":
         """Others of another name, kept as these are."""
@@ -50,20 +50,26 @@ class States:
 
     def put(self, number: int, batches: Sequence[Tensor]) -> None:
         """Keep a layer's tensors."""
-        plain = [tensor.detach().cpu() for tensor in batches]
+        self.put_named(number, {str(place): tensor for place, tensor in enumerate(batches)})
+
+    def put_named(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep a layer's tensors by name."""
+        plain = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         if self._folder is None:
             self._here[number] = plain
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         with write_beside(self._file(self._folder, number)) as [beside]:
-            save_file({str(place): tensor.contiguous() for place, tensor in enumerate(plain)}, beside)
+            save_file({name: tensor.contiguous() for name, tensor in plain.items()}, beside)
 
     def get(self, number: int) -> list[Tensor]:
         """A layer's tensors, not to be changed in place; those of a folder are read as they are used."""
-        if self._folder is None:
-            return self._here[number]
-        batches = load_file(self._file(self._folder, number))
+        batches = self.get_named(number)
         return [batches[str(place)] for place in range(len(batches))]
+
+    def get_named(self, number: int) -> dict[str, Tensor]:
+        """A layer's tensors by name, otherwise as `get`."""
+        return self._here[number] if self._folder is None else load_file(self._file(self._folder, number))
 
     def has(self, number: int) -> bool:
         """Whether a layer's tensors are there."""
@@ -110,6 +116,8 @@ class Recording:
     numbers: Sequence[int]  # numbers of these layers
     hidden: States  # what goes into a layer, by its number
     grads: States  # gradients of the summed loss for what comes out; a `replay` adds those of the layer below
+    curvature: States  # of the layers' matrices, where it is kept (`curvature.py`)
+
     # what layers' matrices would cost, by what that depends on
     measured: dict[Hashable, States] = field(default_factory=dict)
     calls: list[list[Call]] = field(default_factory=list)  # by batch, then by number of the layer
@@ -129,8 +137,8 @@ class Recording:
 
     def forget(self, number: int) -> None:
         """Free the memory of a layer that is done with."""
-        self.hidden.drop(number)
-        self.grads.drop(number)
+        for states in (self.hidden, self.grads, self.curvature):
+            states.drop(number)
 
 
 @dataclass(frozen=True)
@@ -176,7 +184,8 @@ def record(
         DataError: There is no batch, or not one label in all of them, or the loss is not finite.
     """
     model, layers, numbers = base.model, base.layers, base.middle
-    recording = Recording(numbers, States(folder, "hidden"), States(folder, "grad"))
+    hidden, grads, curvature = (States(folder, name) for name in ("hidden", "grad", "curvature"))
+    recording = Recording(numbers, hidden, grads, curvature)
     used = [batch for batch in batches if bool(label_positions(batch["labels"]).any())]
     if not used:
         raise DataError("the calibration rows hold no token to learn: give rows with text")

@@ -6,7 +6,8 @@ from support.emulators import FAMILIES, base, calibration
 
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
-from siftune.offsite.emulator.compress import Compression, compress_layer, layer_curvature
+from siftune.offsite.emulator.compress import Compression, compress_layer
+from siftune.offsite.emulator.curvature import layer_curvature
 from siftune.offsite.emulator.model import Base, Split, weight_OI
 from siftune.offsite.emulator.record import record, replay
 from siftune.offsite.maths.channels import channel_scores, keep_channels, refit, refit_scores
@@ -127,8 +128,8 @@ def test_each_lambda_acts_on_its_own_part(mlp):
 
 def test_without_slopes_nothing_else_changes():
     model = base()
-    *_, with_slopes = seen(model)
-    without = layer_curvature(with_slopes.captured, slopes=False)
+    _, _, captured, with_slopes = seen(model)
+    without = layer_curvature(captured, slopes=False)
     results = [
         compress_layer(Base(model, Split(1, 1)), NUMBER, known, Compression(keep=0.5))
         for known in (with_slopes, without)

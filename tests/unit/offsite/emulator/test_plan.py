@@ -13,9 +13,10 @@ from siftune.models.families import family_of
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator import plan as plans
 from siftune.offsite.emulator.compress import Compression
+from siftune.offsite.emulator.curvature import halves
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.model import Base, Split, weight_OI
-from siftune.offsite.emulator.plan import SHARES, halves, layer_costs, measured_paths, plan, uniform_layers
+from siftune.offsite.emulator.plan import SHARES, layer_costs, measured_paths, plan, uniform_layers
 from siftune.offsite.emulator.record import States, record, replay
 from siftune.offsite.maths.channels import channel_scores, keep_channels, refit, refit_scores
 from siftune.offsite.maths.drd import components, factor, rank_of

@@ -137,7 +137,7 @@ def tell(stage, done, _):
     if stage == what and done == int(at):
         os.kill(os.getpid(), signal.SIGKILL)
 model, tokenizer = load_model(name, "float32", streamed=True)
-emulate(model, tokenizer, calibration(model), out, settings(keep=0.5, allot="measured"), progress=tell)
+emulate(model, tokenizer, calibration(model, count=5, rows=7), out, settings(keep=0.5, allot="measured"), progress=tell)
 """
 
 
@@ -155,7 +155,7 @@ def test_a_killed_run_continues(tmp_path, what, at, rest):
     assert ended.returncode == -signal.SIGKILL
     assert not out.exists()
     model, tokenizer = load_model(name, "float32", streamed=True)
-    told, batches = [], calibration(model)
+    told, batches = [], calibration(model, count=5, rows=7)
     how = settings(keep=0.5, allot="measured")
     kit = emulate(model, tokenizer, batches, out, how, progress=lambda *one: told.append(one))
     assert [*tmp_path.glob(".kit*")] == []
