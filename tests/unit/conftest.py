@@ -1,6 +1,10 @@
 """A list of recipes of its own, and a way to interfere with the runs of `train`."""
 
+import os
+from unittest.mock import patch
+
 import pytest
+import torch
 
 from siftune.train.trainer import SiftTrainer
 
@@ -9,8 +13,8 @@ from siftune.train.trainer import SiftTrainer
 def list_of_recipes(tmp_path_factory):
     """Keep the user's list of own recipes out of the tests."""
     cache = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("siftune.records.again.cache_root", lambda: cache)
+    with pytest.MonkeyPatch.context() as changes:
+        changes.setattr("siftune.records.again.cache_root", lambda: cache)
         yield
 
 
@@ -26,3 +30,13 @@ def interfere(monkeypatch):
         monkeypatch.setattr(SiftTrainer, "__init__", start)
 
     return add
+
+
+@pytest.fixture
+def restored_algorithms():
+    """Undo after a test what transformers sets for the whole process when it trains with full determinism."""
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    with patch.dict(os.environ):
+        yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn

@@ -170,7 +170,7 @@ class Recipe(Validated):
     seed: Seed = 0
     """Random seed."""
     deterministic: bool = False
-    """Use torch's deterministic algorithms alone: runs repeat bit for bit on the same machine, but take longer."""
+    """The Trainer's `full_determinism`: runs repeat bit for bit on the same machine, but take longer."""
 
     out: str | None = None
     """Run folder. Default: runs/DATE-METHOD."""

@@ -228,6 +228,7 @@ def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> Training
         **(checkpointing if recipe.checkpointing else {}),
         fp16=fp16 and _scales_losses(),
         seed=recipe.seed,
+        full_determinism=recipe.deterministic,
         train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
         length_column_name="length",
         include_num_input_tokens_seen="non_padding",

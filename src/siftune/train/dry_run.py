@@ -25,7 +25,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from siftune.base.determinism import deterministic_algorithms
 from siftune.base.environment import peak_memory_mb, synchronize
 from siftune.base.errors import RecipeError
 from siftune.base.stages import stages
@@ -129,8 +128,7 @@ def dry_run(recipe: Recipe, console: Console, source_of: Callable[[str], Source]
     with stages(console) as progress:
         prepared = prepare(replace(recipe, bad_rows="drop"), tokenizer, read, progress)
         progress("trying some steps", 0, 0)
-        with deterministic_algorithms(recipe.deterministic):
-            estimate = _estimate(recipe, model, tokenizer, prepared.data)
+        estimate = _estimate(recipe, model, tokenizer, prepared.data)
     data, rows = prepared.data["train"], prepared.rows["train"]
     order = np.argsort(row_lengths(data), kind="stable")
     examples = []

@@ -12,7 +12,6 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from siftune.base.determinism import deterministic_algorithms
 from siftune.base.environment import quiet, unsaid
 from siftune.base.errors import TrainingError
 from siftune.base.files import disk_faults, only_process
@@ -94,7 +93,7 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
     with only_process(folder.path) if first else nullcontext(), folder.removed_on_failure() if first else nullcontext():
         while True:
             try:
-                with memory_faults(recipe), deterministic_algorithms(recipe.deterministic):
+                with memory_faults(recipe):
                     run = _train(recipe, folder, console, source_of)
                 break
             except OutOfMemory:

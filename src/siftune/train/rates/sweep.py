@@ -26,7 +26,6 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from siftune.base.determinism import deterministic_algorithms
 from siftune.base.environment import launch_size
 from siftune.base.errors import RecipeError, TrainingError
 from siftune.base.files import Progress
@@ -204,8 +203,7 @@ def _tuned(
         # a rate that breaks a step is a result
         built = build(quiet, model, tokenizer, used, Path(folder), [StepProgress(steps)], bad_steps=0)
         try:
-            with deterministic_algorithms(recipe.deterministic):
-                built.trainer.train()
+            built.trainer.train()
         finally:
             built.release()
     losses = [entry["loss"] for entry in built.trainer.state.log_history if "loss" in entry]

@@ -103,6 +103,7 @@ def test_one_model_is_in_memory_at_a_time(plain, tmp_path, monkeypatch):
     assert not (tmp_path / "unused").exists()
 
 
+@pytest.mark.usefixtures("restored_algorithms")
 def test_deterministic_algorithms_of_the_recipe_are_used(plain, tmp_path, monkeypatch):
     on, step = [], SiftTrainer.training_step
 
