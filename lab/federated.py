@@ -45,7 +45,7 @@ from lab.lines import append, key, read
 from lab.offsite import text_batches
 from siftune.base.environment import hardware, versions
 from siftune.data.rows import rows_from
-from siftune.data.tasks import split
+from siftune.data.tasks import arithmetic_rows
 from siftune.evaluate.bootstrap import Bootstrap, resample
 from siftune.models.load import load_model
 from siftune.offsite.audits.rows import AuditRows, score_rows, tokenize_audit
@@ -203,7 +203,8 @@ def _shards(tasks: Sequence[Records], owners: int) -> list[Records]:
 def _rows(job: Job, data: Path | None) -> tuple[list[Records], Records]:
     """Training rows task by task, as many of each, and held-out rows of all of them."""
     if job["task"] == "arithmetic":
-        train_rows, test = split(job["rows"], job["questions"], job["seed"])
+        test = arithmetic_rows(job["questions"], job["seed"])
+        train_rows = arithmetic_rows(job["rows"], job["seed"] + 1, exclude=test)
         kinds = dict.fromkeys(row["kind"] for row in train_rows)
         return [[row for row in train_rows if row["kind"] == kind] for kind in sorted(kinds)], test
     from lab.pays.pool import read_options

@@ -45,7 +45,7 @@ from siftune.base.environment import hardware, versions
 from siftune.data.batches import Collator
 from siftune.data.read import load_rows
 from siftune.data.rows import Row, rows_from
-from siftune.data.tasks import split
+from siftune.data.tasks import arithmetic_rows
 from siftune.data.tokens import tokenize_rows
 from siftune.evaluate.bootstrap import Bootstrap, Estimate, resample
 from siftune.models.layers import find_layers
@@ -238,7 +238,8 @@ def _task(job: Job, setting: Setting) -> tuple[AuditRows, Tuning]:
         parts = (("train", rows), ("test", questions))
         train, test = (_options(setting.data / f"openbookqa.{part}.json", n, job["seed"]) for part, n in parts)
     else:
-        train, test = split(rows, questions, job["seed"])
+        test = arithmetic_rows(questions, job["seed"])
+        train = arithmetic_rows(rows, job["seed"] + 1, exclude=test)
     rows = tokenize_audit(rows_from(train), rows_from(test), setting.tokenizer, settings)
     return rows, Tuning(rows.train, setting.tokenizer, settings)
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 from dataclasses import asdict, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,8 +30,6 @@ class Options(Workload):
     """Methods to measure, with commas between: those of siftune train (gast as gast-sample, gast-averaged with
     support rows drawn in every fourth step and averaged, or gast-rest), dense-compiled, dense-dp, trl,
     trl-no-checkpointing. Default: dense,rst,ist,gast-rest; with --plan dense,ist,gast-rest,gast-sample,dense-dp."""
-    batch: str | None = None
-    """Rows and tokens of a batch, such as 16x256; the same as --batch-size 16 --length 256."""
     plan: str | None = None
     """Compute memory and operations of a step from a model's config, without its weights: llama-7b, llama-8b, a
     config.json, a folder or a hub id."""
@@ -52,7 +49,6 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.report.bench import cost_table, notes
     from siftune.report.table import print_table
 
-    options = _sized(options)
     if options.plan is not None:
         return _planned(options, options.plan)
     methods = chosen(options)
@@ -115,20 +111,6 @@ def chosen(options: Options) -> list[str]:
 
 def _workload(options: Options) -> Workload:
     return Workload(**{field.name: getattr(options, field.name) for field in fields(Workload)})
-
-
-def _sized(options: Options) -> Options:
-    """The options with the sizes that `batch` names.
-
-    Raises:
-        RecipeError: It names none.
-    """
-    if options.batch is None:
-        return options
-    sizes = re.fullmatch(r"(\d+)x(\d+)", options.batch)
-    if sizes is None:
-        raise RecipeError(f"--batch is {options.batch!r}, but must be rows x tokens, such as 16x256")
-    return replace(options, batch_size=int(sizes[1]), length=int(sizes[2]))
 
 
 _NOT_PLANNED = ("model", "steps", "warmup", "against", "rounds", "threads", "out")

@@ -1,8 +1,7 @@
 """Seeded tasks with checkable answers: arithmetic on two-digit numbers, alone or in a pool with other tasks.
 
-The demo and the laboratory use them. They need no download, every answer can be checked, and wrong labels can be
-planted in recorded rows. There are four kinds of question, equally often: the sum, the difference, the larger and the
-smaller of two different numbers from 10 to 99.
+The demo and the laboratory use them. They need no download, and every answer can be checked. There are four kinds of
+question, equally often: the sum, the difference, the larger and the smaller of two different numbers from 10 to 99.
 
 In the mixed pool the task that counts is the smaller part, as in collected pools: a quarter are right rows of
 arithmetic, a quarter rows of arithmetic with a wrong answer, and the rest other tasks (reversing digits, sorting,
@@ -33,46 +32,26 @@ PROBLEMS = len(KINDS) * len(_PAIRS)  # all that there are
 Problem = tuple[str, int, int]  # kind, lower number, higher number
 
 
-def arithmetic_rows(
-    n: int, seed: int, noise: float = 0.0, exclude: Iterable[dict[str, Any]] | None = None
-) -> list[dict[str, Any]]:
+def arithmetic_rows(n: int, seed: int, exclude: Iterable[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
     """Draw `n` different questions with their answers.
 
     Args:
         n: number of rows; the four kinds differ in number by at most one.
         seed: the same arguments give the same rows.
-        noise: share of the rows, 0 to 1, whose completion is a wrong number: exactly `round(noise * n)` rows.
         exclude: rows whose problems must not come again, whatever the wording or the order of the numbers.
 
     Returns:
-        Rows with `prompt`, `completion` (a number as a string, wrong where `wrong` is True), `answer` (always
-        right), `choices` (4 different strings, the answer among them), `kind`, `a`, `b` and `wrong`.
+        Rows with `prompt`, `completion` and `answer` (the same number as a string), `choices` (4 different strings,
+        the answer among them), `kind`, `a`, `b` and `wrong`, which is False.
 
     Raises:
-        DataError: there are fewer different problems left than `n`, or `noise` is not a share.
+        DataError: there are fewer different problems left than `n`.
     """
-    if not 0 <= noise <= 1:
-        raise DataError(f"noise is {noise}, but it is a share of the rows; give a number from 0 to 1.")
     rng = random.Random(seed)
     seen = {_problem(row) for row in exclude or ()}
     problems = [problem for i, kind in enumerate(KINDS) for problem in _draw(rng, kind, _share(n, i), seen)]
     rng.shuffle(problems)
-    wrong = set(rng.sample(range(n), round(noise * n)))
-    return [_row(rng, problem, i in wrong) for i, problem in enumerate(problems)]
-
-
-def split(
-    n_train: int, n_test: int, seed: int, noise: float = 0.0
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Draw training and held-out rows that share no problem; only the training rows carry `noise`.
-
-    The held-out rows depend on `n_test` and `seed` alone, so runs with different training sets compare.
-
-    Raises:
-        DataError: as `arithmetic_rows`.
-    """
-    test = arithmetic_rows(n_test, seed)
-    return arithmetic_rows(n_train, seed + 1, noise, exclude=test), test
+    return [_row(rng, problem) for problem in problems]
 
 
 def _problem(row: dict[str, Any]) -> Problem:
@@ -96,8 +75,8 @@ def _draw(rng: random.Random, kind: str, count: int, seen: set[Problem]) -> list
     return rng.sample(pool, count)
 
 
-def _row(rng: random.Random, problem: Problem, wrong: bool) -> dict[str, Any]:
-    """Word one problem, with its choices and its (possibly wrong) completion."""
+def _row(rng: random.Random, problem: Problem) -> dict[str, Any]:
+    """Word one problem, with its choices and its answer."""
     kind, low, high = problem
     a, b = rng.sample((low, high), 2)
     answer = _answer(problem)
@@ -105,13 +84,13 @@ def _row(rng: random.Random, problem: Problem, wrong: bool) -> dict[str, Any]:
     choices = [str(choice) for choice in rng.sample([answer, *others], 4)]
     return {
         "prompt": rng.choice(_WORDINGS[kind]).format(a=a, b=b, low=low, high=high),
-        "completion": str(others[0] if wrong else answer),
+        "completion": str(answer),
         "answer": str(answer),
         "choices": choices,
         "kind": kind,
         "a": a,
         "b": b,
-        "wrong": wrong,
+        "wrong": False,
     }
 
 

@@ -45,7 +45,8 @@ def test_checkpointing_takes_memory_for_operations_and_selection_adds_some():
 def test_a_table_of_any_config(tmp_path, capsys, where):
     CONFIG.save_pretrained(tmp_path)
     model = tmp_path / "config.json" if where == "file" else tmp_path
-    arguments = ["bench", "--plan", str(model), "--batch", "4x32", "--methods", "dense,rst", "--json"]
+    sizes = ["--batch-size", "4", "--length", "32"]
+    arguments = ["bench", "--plan", str(model), *sizes, "--methods", "dense,rst", "--json"]
     assert main(arguments) == 0
     result = json.loads(capsys.readouterr().out)
     assert [(step["method"], step["checkpointing"]) for step in result["plan"]] == [
@@ -56,7 +57,6 @@ def test_a_table_of_any_config(tmp_path, capsys, where):
 
 def test_what_has_no_plan_is_refused(tmp_path, capsys):
     for arguments, said in (
-        (["--plan", "llama-7b", "--batch", "16"], "--batch"),
         (["--plan", "llama-7b", "--rounds", "2"], "rounds"),
         (["--plan", "llama-7b", "--methods", "trl"], "trl"),
         (["--plan", str(tmp_path / "none.json")], "none.json"),

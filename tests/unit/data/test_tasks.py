@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from siftune.base.errors import DataError
-from siftune.data.tasks import KINDS, OTHERS, arithmetic_rows, mixed_pool, split
+from siftune.data.tasks import KINDS, OTHERS, arithmetic_rows, mixed_pool
 
 
 def solve(prompt: str) -> int:
@@ -58,29 +58,15 @@ def test_kinds_are_balanced_and_problems_differ(n):
     assert max(counts.values(), default=0) - min((counts[kind] for kind in KINDS), default=0) <= 1
 
 
-@pytest.mark.parametrize(("n", "noise", "expected"), [(200, 0.3, 60), (10, 1.0, 10), (10, 0.0, 0), (7, 0.5, 4)])
-def test_noise_plants_exactly_its_share_of_wrong_completions(n, noise, expected):
-    rows = arithmetic_rows(n, seed=5, noise=noise)
-    wrong = [row for row in rows if row["completion"] != str(solve(row["prompt"]))]
-    assert len(wrong) == expected
-    assert [row for row in rows if row["wrong"]] == wrong
-    for row in rows:
-        assert row["answer"] == str(solve(row["prompt"]))
-        assert row["completion"] in row["choices"]
-
-
-def test_split_shares_no_problem_even_when_the_pool_is_nearly_used_up():
-    train, test = split(12_000, 3_900, seed=2, noise=0.1)
+def test_excluded_problems_do_not_come_again_even_when_the_pool_is_nearly_used_up():
+    test = arithmetic_rows(3_900, seed=2)
+    train = arithmetic_rows(12_000, seed=3, exclude=test)
     assert not {problem(row) for row in train} & {problem(row) for row in test}
-    assert not any(row["wrong"] for row in test)
-    assert sum(row["wrong"] for row in train) == 1200
 
 
-def test_too_many_rows_and_impossible_noise_are_refused():
+def test_too_many_rows_are_refused():
     with pytest.raises(DataError, match=r"5000 arithmetic rows of the kind 'sum'.*only 4005.*at most 16020"):
         arithmetic_rows(20_000, seed=0)
-    with pytest.raises(DataError, match=r"noise is 1\.5.*from 0 to 1"):
-        arithmetic_rows(10, seed=0, noise=1.5)
 
 
 def answer(row):
