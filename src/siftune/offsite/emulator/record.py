@@ -246,7 +246,8 @@ def _enter(model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Batc
         return hidden
 
     for batch in batches:
-        _logits(model, layers, batch, note)
+        nowhere_BT = torch.zeros_like(batch["labels"], dtype=torch.bool)  # no logits are needed
+        _logits(model, layers, batch, note, nowhere_BT)
         to.real.append(batch.get("attention_mask", torch.ones_like(batch["labels"])).bool().cpu())
     return entering
 
@@ -299,7 +300,7 @@ def _loss(model: nn.Module, layers: Sequence[nn.Module], batch: Batch, last_BTH:
         return last_BTH.to(hidden.device) if number == len(layers) - 1 else hidden
 
     with torch.enable_grad():
-        logits_NV = _logits(model, layers, batch, end)
+        logits_NV = _logits(model, layers, batch, end, label_positions(batch["labels"]))
         targets_N = next_labels(batch["labels"]).to(logits_NV.device)
         loss = cross_entropy(logits_NV, targets_N).sum()
     return float(loss.detach()), torch.autograd.grad(loss, last_BTH)[0]
@@ -341,12 +342,13 @@ def _logits(
     layers: Sequence[nn.Module],
     batch: Batch,
     instead: Callable[[int, Tensor, Call], Tensor],
+    at_BT: Tensor,
 ) -> Tensor:
-    """Logits at the labels of a batch, (N, V), with something else in the place of every layer."""
+    """Logits at some positions of a batch, (N, V), with something else in the place of every layer."""
     device = next(model.parameters()).device
     device = torch.device("cpu") if device.type == "meta" else device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
-    with _replaced(layers, instead), logits_at(model, label_positions(batch["labels"])):
+    with _replaced(layers, instead), logits_at(model, at_BT):
         logits: Tensor = model(**inputs, use_cache=False).logits[0]
     return logits
 
