@@ -1,4 +1,4 @@
-"""The documentation: links, headings, files, functions, tests, commands and flags exist; the wording is plain."""
+"""The documentation: links, headings, files, functions, tests, commands and flags exist; plain wording, whole tables."""
 
 import ast
 import re
@@ -83,6 +83,14 @@ def test_links_resolve(page):
         linked = (page.parent / path).resolve() if path else page
         assert linked.exists(), f"{page.name} links to {target}"
         assert not anchor or anchor in anchors(linked), f"{page.name} links to {target}: no such heading"
+
+
+@every_page
+def test_a_blank_line_is_between_tables(page):
+    """Without one, a second table is rows of the first."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    heads = [place for place, line in enumerate(lines) if line.startswith("|--")]
+    assert [lines[place - 2] for place in heads if lines[place - 2].startswith("|")] == []
 
 
 @every_page
