@@ -1,4 +1,4 @@
-"""The documentation: links, headings, files, functions, tests, commands and flags exist; plain wording, whole tables."""
+"""The documentation: what it names exists (links, files, functions, commands, flags), plain wording, whole tables."""
 
 import ast
 import re
