@@ -1,11 +1,11 @@
-"""Draw the README's chart: quality of the methods against the time and the memory of a step.
+"""Draw the README's chart: quality of the methods against their time and memory.
 
     python -m lab.chart
 
 Quality is the difference in correct answers to LoRA on all rows (`dense`), paired by seed and question, with 95 %
 bootstrap intervals over seeds and questions. It comes from `pays.jsonl` and `quality.jsonl`. Time and memory of
-`gast` and `ist` come from `gast_cost.jsonl`, the time of `--target` from its own runs. The SVG follows the reader's
-light or dark theme.
+`gast` and `ist` come from `gast_cost.jsonl`, the time of `--target` from its own runs; that of `--sift` counts 120
+steps and the 150 that sifting takes as long as (docs/sifting.md). The SVG follows the reader's light or dark theme.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from lab.seeds import seed_means
 
 HERE = Path(__file__).parent
 TEXT, MIXED, CLEAN = "#010203", "#2f81f7", "#d1730b"
+STEPS, SIFTING = 120, 150
 THEME = "<style>svg{color:#1f2328}@media(prefers-color-scheme:dark){svg{color:#e6edf3}}</style>"
 
 
@@ -62,12 +63,12 @@ def paired(ours: dict[int, list[float]], dense: dict[int, list[float]]) -> tuple
 
 
 def from_pays(path: Path, cell: str, known: int, lr: float) -> dict[str, dict[int, dict[str, Any]]]:
-    """Method -> seed -> run of SmolLM2 in 120 steps; the last of equal jobs counts."""
+    """Method -> seed -> run of SmolLM2; the last of equal jobs counts."""
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     for line in lines(path):
         job = line["job"]
         same = (job["model"], job["cell"]["name"], job["cell"]["known"], job["lr"], job["steps"])
-        if same == ("smollm2", cell, known, lr, 120):
+        if same == ("smollm2", cell, known, lr, STEPS):
             runs.setdefault(job["method"]["name"], {})[job["seed"]] = line
     return runs
 
@@ -105,6 +106,8 @@ def points(results: Path) -> list[Point]:
     gast = paired(quality["sample 12 of 16"], quality["dense"])
     ist = paired(right(clean["ist"]), right(clean["dense"]))
     return [
+        Point("--target --sift", MIXED, *paired(right(mixed["sifted"]), right(mixed["dense"])),
+              (STEPS + SIFTING) / STEPS, None),
         Point("--target", MIXED, *paired(right(mixed["late-known"]), right(mixed["dense"])), 1.0, None),
         Point("--target --method gast", MIXED, *paired(right(mixed["late-gast-half"]), right(mixed["dense"])),
               slower("late-gast-half"), None),
@@ -123,20 +126,20 @@ def draw(methods: list[Point], out: Path) -> None:
     for axes, part, label in zip(panels, ("time", "memory"), ("time", "peak memory"), strict=True):
         axes.axhline(0, color=TEXT, linewidth=0.8)
         axes.plot(1, 0, "s", color=TEXT, markersize=7)
-        axes.annotate("LoRA on all rows", (1, 0), (-8, 6), textcoords="offset points", ha="right")
         for point in methods:
             x = getattr(point, part)
             if x is not None:
                 bars = [[point.points - point.low], [point.high - point.points]]
                 axes.errorbar(x, point.points, bars, fmt="o", color=point.colour, capsize=3, markersize=7)
                 axes.annotate(point.name, (x, point.points), (9, 4), textcoords="offset points", color=point.colour)
-        axes.set_xlabel(f"{label} of a step, × LoRA on all rows")
+        axes.set_xlabel(f"{label}, × LoRA on all rows")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_xlim(0.82, 1.85)
+    panels[0].set_xlim(0.8, 2.9)
     panels[1].set_xlim(0.86, 1.14)
     panels[0].set_ylabel("points of correct answers")
-    panels[1].text(0.02, 0.98, "mixed pool, a few correct rows\n", color=MIXED, transform=panels[1].transAxes, va="top")
-    panels[1].text(0.02, 0.89, "rows without errors", color=CLEAN, transform=panels[1].transAxes, va="top")
+    legend = (("mixed pool, a few correct rows", MIXED), ("rows without errors", CLEAN), ("■ LoRA on all rows", TEXT))
+    for place, (text, colour) in enumerate(legend):
+        panels[1].text(0.02, 0.98 - 0.09 * place, text, color=colour, transform=panels[1].transAxes, va="top")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, transparent=True, metadata={"Date": None})
     svg = out.read_text(encoding="utf-8").replace(TEXT, "currentColor")
