@@ -25,7 +25,8 @@ the error of the output alone (G = I) and one after the other. Here G counts too
 The fit itself is a ridge regression, as in GRAIL (Tang et al., arXiv 2602.23795) and CORP (Zhang and Yang, arXiv
 2602.05243), which also fold it into the write matrix, for channels chosen in other ways.
 The damping is by the median, since a few channels may be so large that the mean is theirs: one of SmolLM2's layer 11
-has 89 % of the trace. Channels that never move are left out of the median.
+has 89 % of the trace. Channels that never move are left out of the median. Where A was summed in float32, its diagonal
+grows by 1e-5 of itself, more than rounding took (`_widened`).
 If there are fewer tokens than channels, A is rows X with A = Xᵀ X, and A_δ⁻¹ = (I − Xᵀ (δ I + X Xᵀ)⁻¹ X) / δ
 (Woodbury): no matrix of channels by channels is formed, the largest of all in a large model. Where tokens are few,
 costs need none either (`costs_of_counts`).
