@@ -13,21 +13,23 @@ from siftune.offsite.exchange.plug import plug_in
 pytestmark = pytest.mark.compiled
 
 
-def plugged(capsys, base, rows, folder):
-    """Base and plugged model, after a kit of the base was tuned."""
+def plugged(capsys, base, rows, folder, count):
+    """Base and plugged model, after a kit of the base was tuned that is calibrated on some of the rows."""
     kit, run, tuned = folder / "kit", folder / "run", folder / "tuned"
-    siftune(capsys, "emulate", "--model", base, "--calibration", rows, "--out", kit, *EMULATE)
+    siftune(capsys, "emulate", "--model", base, "--calibration", rows, "--out", kit, *EMULATE, "--rows", count)
     siftune(capsys, "train", "--model", kit, "--train", rows, "--out", run, *TRAIN)
     siftune(capsys, "plug", "--model", base, "--kit", kit, "--return", run / "return", "--out", tuned)
     return load_file(base / "model.safetensors"), load_file(tuned / "model.safetensors")
 
 
-def test_a_plugged_model_is_that_of_the_cpu(base, rows, tmp_path, capsys):
+@pytest.mark.parametrize("count", [6, 24])
+def test_a_plugged_model_is_that_of_the_cpu(base, rows, tmp_path, capsys, count):
+    """Of more rows, the curvature is kept between measuring and compression."""
     with standin.observed() as seen:
-        before, there = plugged(capsys, base, rows, tmp_path / "there")
+        before, there = plugged(capsys, base, rows, tmp_path / "there", count)
     assert sum(seen.operations.values()) > 1000
     with standin.hidden():
-        _, here = plugged(capsys, base, rows, tmp_path / "here")
+        _, here = plugged(capsys, base, rows, tmp_path / "here", count)
     moved = {name for name, value in before.items() if not torch.equal(value, there[name])}
     assert len(moved) == 2 * 9  # first and last layer: seven matrices and two norms
     for name, value in here.items():

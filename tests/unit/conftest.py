@@ -1,4 +1,4 @@
-"""A list of recipes of its own, and a way to interfere with the runs of `train`."""
+"""A list of recipes of its own, a way to interfere with the runs of `train`, and one to undo full determinism."""
 
 import os
 from unittest.mock import patch

@@ -79,6 +79,7 @@ _ALONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe"
 # safetensors and torch.save say in their own words that a write failed; the latter does not say why
 _CODE = re.compile(r"\(os error (\d+)\)")
 _WRITE_FAILED = "inline_container.cc"
+_NOT_DETERMINISTIC = " does not have a deterministic implementation"  # torch, after the name of an operation
 # advice of bitsandbytes on faster kernels, told wherever PEFT is imported, and on its own rounding, for every module
 _ADVICE = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
 
@@ -194,6 +195,9 @@ def _explain(error: Exception) -> str | None:
     if ran_out(error):
         reason = " ".join(str(error).split())[:150] or "MemoryError"
         return f"memory ran out ({reason}): give a smaller --batch-size, a shorter --max-length, or a smaller model"
+    operation, found, _ = str(error).partition(_NOT_DETERMINISTIC)
+    if found:
+        return f"{operation} has no deterministic implementation on this device: train without --deterministic"
     if _WRITE_FAILED in str(error):
         return f"the disk is full; {_MACHINE[errno.ENOSPC]}"
     if isinstance(error, OSError) and error.errno in _MACHINE:

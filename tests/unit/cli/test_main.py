@@ -275,6 +275,14 @@ def test_memory_that_runs_out_anywhere_is_no_bug(command, capsys, error):
     assert error_of(capsys, 2, "train").startswith("memory ran out (")
 
 
+def test_an_operation_without_deterministic_implementation_is_no_bug(command, capsys, restored_algorithms):
+    torch.use_deterministic_algorithms(True)
+    with pytest.raises(RuntimeError) as told:
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+    fail(command, told.value)
+    assert error_of(capsys, 2, "train").startswith("put_ has no deterministic implementation on this device: train")
+
+
 # --- JSON ---
 
 

@@ -1,24 +1,21 @@
 """Make a model's compressed middle: one pass over calibration rows, then one layer after the other.
 
 Peak memory is the model, or one layer of a model whose layers are loaded as they run (`models/streamed.py`); the hidden
-states and gradients that the pass keeps, or one layer's where they lie in a folder; and one layer's factors.
+states, gradients and curvature that the passes keep, or one layer's where they lie in a folder; and one layer's
+factors.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from siftune.base.errors import RecipeError
 from siftune.base.files import Progress
+from siftune.models.streamed import tensor_of
 from siftune.offsite.emulator.assemble import EmulatorParts, assemble
-from siftune.offsite.emulator.compress import (
-    CompressedLayer,
-    Compression,
-    compress_layer,
-)
+from siftune.offsite.emulator.compress import CompressedLayer, Compression, compress_layer
 from siftune.offsite.emulator.curvature import LayerCurvature, kept_whole, layer_curvature
 from siftune.offsite.emulator.model import Base
 from siftune.offsite.emulator.plan import EmulatorSettings, Step, measure, plan
@@ -107,7 +104,6 @@ def _compress_one(
 
 def _curvature(base: Base, recording: Recording, number: int, paths: Sequence[str], slopes: bool) -> LayerCurvature:
     """Curvature of a layer's matrices, kept since costs were measured, or computed."""
-    device = next(base.layers[number].parameters()).device
-    device = torch.device("cpu") if device.type == "meta" else device  # of a layer that is loaded when it runs
+    device = tensor_of(base.layers[number], f"{paths[0]}.weight").device
     kept = None if slopes else kept_whole(recording.curvature, number, paths, device)
     return kept or layer_curvature(replay(base, recording, number, paths), slopes)

@@ -14,12 +14,12 @@ NUMBER = 2
 CPU = torch.device("cpu")
 
 
-def kept(model, folder, rows, slopes=False):
+def kept(model, folder, rows):
     """What the matrices of a layer saw, and where its curvature is kept."""
     whole = Base(model, Split(1, 1))
     captured = replay(whole, record(whole, calibration(model, count=5, rows=rows)), NUMBER, whole.family.matrices)
     states = States(folder, "curvature")
-    keep_whole(states, NUMBER, halves(captured, slopes), len(next(iter(captured.values())).x_NI))
+    keep_whole(states, NUMBER, halves(captured, slopes=False), len(next(iter(captured.values())).x_NI))
     return captured, states
 
 
