@@ -3,13 +3,12 @@
     python -m lab.tokens --rows 200000
 
 The rows are those of `siftune.data.tasks`, numbered, written to a file in a new folder; the cache is there, too.
-It prints a line of JSON: seconds on the clock, and of processor time in this process and in those that it starts.
+It prints a line of JSON: seconds on the clock and of processor time.
 """
 
 import argparse
 import json
 import os
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -37,19 +36,14 @@ def write_rows(path: Path, count: int) -> None:
 def timed(recipe: Recipe, model: str) -> dict[str, Any]:
     """Read and tokenise, and say how long it took."""
     tokenizer = AutoTokenizer.from_pretrained(resolve(model))
-    started, before = time.perf_counter(), _processor()
+    started, before = time.perf_counter(), time.process_time()
     read = read_rows(recipe)
     reading = time.perf_counter() - started
     prepare(recipe, tokenizer, read)
-    own, others = (after - earlier for after, earlier in zip(_processor(), before, strict=True))
-    found = {"seconds": time.perf_counter() - started, "of_them_reading": reading, "cpu": own, "cpu_of_workers": others}
+    found = {
+        "seconds": time.perf_counter() - started, "of_them_reading": reading, "processor": time.process_time() - before,
+    }  # fmt: skip
     return {name: round(value, 1) for name, value in found.items()}
-
-
-def _processor() -> list[float]:
-    """Seconds of processor time so far: of this process, and of those that it started and that have ended."""
-    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return [one.ru_utime + one.ru_stime for one in used]
 
 
 def main(argv: list[str] | None = None) -> None:

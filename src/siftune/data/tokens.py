@@ -1,26 +1,16 @@
-"""Tokenisation of rows into Arrow tables, in chunks and, for many rows, in several processes.
+"""Tokenisation of rows into Arrow tables, in chunks.
 
-A row that cannot be used is left out and reported; the other rows of its chunk are not affected.
-
-Processes are forks of this one, so that only numbers are sent to them, and only on Linux. Elsewhere there is one
-process, in which the tokenizer uses threads of its own. (`datasets.map` makes the same tokens, but takes 1.26 times the
-processor time for 100,000 rows of text; with rows as objects, which it pickles, 2.8 times.)
+A row that cannot be used is left out and reported; the other rows of its chunk are not affected. (`datasets.map` makes
+the same tokens, but takes 1.26 times the processor time for 100,000 rows of text; with rows as objects, which it
+pickles, 2.8 times.)
 """
 
 from __future__ import annotations
 
-import gc
 import logging
-import multiprocessing
-import os
-import signal
-import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,9 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 1000  # rows held as Python lists at a time; the table itself is in Arrow memory
-_WORTH_IT = 10_000  # rows from which processes are started
-_MOST = 8  # processes
-_THREADS = "TOKENIZERS_PARALLELISM"
+_MANY = 10_000  # rows that take seconds: their progress is shown
 
 
 @dataclass(frozen=True)
@@ -106,32 +94,24 @@ def tokens_of(rows: Sequence[Row], form: Form, progress: Progress | None = None)
         progress: receives the number of tokenised rows if there are many.
 
     Raises:
-        DataError: no rows, or a process that tokenised some has died.
+        DataError: no rows.
         RecipeError, ModelError: as `Encoder`.
     """
     if not rows:
         raise DataError("there are no rows to tokenise; give at least one.")
     encoder = Encoder(form.tokenizer, form.template)
-
-    def work(start: int) -> _Chunk:
-        return _chunk(encoder, rows[start : start + _CHUNK], form)
-
     bad: dict[int, str] = {}
     chunks, cut, notes = [], 0, Counter[str]()
-    starts = range(0, len(rows), _CHUNK)
-    for start, chunk in zip(starts, _worked(work, starts, _workers(len(rows))), strict=True):
+    for start in range(0, len(rows), _CHUNK):
+        with no_garbage():
+            chunk = _tokenised(encoder, rows[start : start + _CHUNK], form)
         chunks.append(_lists(chunk))
         bad |= {start + place: reason for place, reason in chunk.bad.items()}
         cut += chunk.cut
         notes += chunk.notes
-        if progress is not None and len(rows) >= _WORTH_IT:
+        if progress is not None and len(rows) >= _MANY:
             progress("tokenising rows", min(start + _CHUNK, len(rows)), len(rows))
     return Tokens(_table(chunks), bad, cut, notes)
-
-
-def _chunk(encoder: Encoder, rows: Sequence[Row], form: Form) -> _Chunk:
-    with no_garbage():
-        return _tokenised(encoder, rows, form)
 
 
 def _tokenised(encoder: Encoder, rows: Sequence[Row], form: Form) -> _Chunk:
@@ -187,61 +167,6 @@ def _table(chunks: Sequence[dict[str, Any]]) -> Dataset:
     return Dataset.from_dict(
         columns, features=Features({"input_ids": numbers, "labels": numbers, "length": Value("int32")})
     )
-
-
-_work: Callable[[int], _Chunk]  # of a process that was forked to do it
-
-
-def _worked(work: Callable[[int], _Chunk], starts: Sequence[int], workers: int) -> Iterator[_Chunk]:
-    """Run pieces of work in their order, in `workers` processes."""
-    if workers < 2:
-        yield from map(work, starts)
-        return
-    context = multiprocessing.get_context("fork")  # the rows are there already
-    with _one_thread_each(), ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(work,)) as pool:
-        try:
-            yield from pool.map(_do, starts)
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a process that tokenised rows was ended from outside, as systems do where memory is short; free some, "
-                "or give fewer rows with --limit."
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _workers(rows: int) -> int:
-    """Return the number of processes: one per core of this process, shared with other ranks on this machine."""
-    if rows < _WORTH_IT or sys.platform != "linux":
-        return 1
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(cores, _MOST)
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Set the tokenizers of forked processes to one thread, about which they would otherwise warn."""
-    before = os.environ.get(_THREADS)
-    os.environ[_THREADS] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_THREADS]
-        else:
-            os.environ[_THREADS] = before
-
-
-def _begin(work: Callable[[int], _Chunk]) -> None:
-    """Initialise a worker; its parent handles Ctrl-C."""
-    global _work
-    _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.freeze()  # the parent's objects are not scanned
-
-
-def _do(start: int) -> _Chunk:
-    return _work(start)
 
 
 logger = logging.getLogger(__name__)

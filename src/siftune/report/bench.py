@@ -92,19 +92,19 @@ def sentence(record: Mapping[str, Any]) -> str:
 
 def section(other: Other) -> Section:
     """Time and memory of every method."""
-    record, name = other.content, slug(other.name)
+    record = other.content
     try:
         figures = [
-            _figure(f"step-{name}", "Time of a step", record, ("seconds_per_step", "fastest", "slowest"), "seconds"),
-            _figure(f"memory-{name}", "Peak memory", record, ("peak_memory_mb",), "10⁶ bytes"),
+            _figure("Time of a step", record, ("seconds_per_step", "fastest", "slowest"), "seconds"),
+            _figure("Peak memory", record, ("peak_memory_mb",), "10⁶ bytes"),
         ]
         table, words = grid_of(cost_table(record)), notes(record)
     except UNREADABLE as error:
         raise InputError(f"{other.path} is not what siftune bench --out writes ({error!r}): measure again") from error
-    return Section(f"bench-{name}", f"Costs in {other.name}", words, figures, [table])
+    return Section(f"bench-{slug(other.name)}", f"Costs in {other.name}", words, figures, [table])
 
 
-def _figure(name: str, title: str, record: Mapping[str, Any], keys: tuple[str, ...], unit: str) -> Figure:
+def _figure(title: str, record: Mapping[str, Any], keys: tuple[str, ...], unit: str) -> Figure:
     """A line for each method: its median, and its fastest and slowest round where they are known."""
     points = []
     for number, (method, cost) in enumerate(record["methods"].items()):
@@ -112,4 +112,4 @@ def _figure(name: str, title: str, record: Mapping[str, Any], keys: tuple[str, .
         low, high = ends or (None, None)
         points.append(Point(str(method), value, low, high, colour=number))
     note = "Bars go from the fastest round to the slowest." if len(keys) > 1 else ""
-    return listed_points(name, title, points, Scale(unit), note)
+    return listed_points(title, points, Scale(unit), note)

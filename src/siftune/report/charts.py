@@ -121,9 +121,7 @@ class Chart:
     percent: bool = False  # the values are shares
 
 
-def line_chart(
-    name: str, title: str, lines: Sequence[Line], chart: Chart, note: str = "", size: Size = "third"
-) -> Figure:
+def line_chart(title: str, lines: Sequence[Line], chart: Chart, note: str = "", size: Size = "third") -> Figure:
     """Draw lines; values that are not finite are left out, and lines without any."""
     kept = [thin for thin in map(_thinned, lines) if thin.xs]
     hover = {
@@ -133,9 +131,7 @@ def line_chart(
         "percent": chart.percent,
     }
 
-    return Figure(
-        name, title, lambda width: _draw_lines(width, title, kept, chart), note, size, hover if kept else None
-    )
+    return Figure(title, lambda width: _draw_lines(width, title, kept, chart), note, size, hover if kept else None)
 
 
 def _draw_lines(width: int, title: str, lines: Sequence[Line], chart: Chart) -> Markup:
@@ -207,19 +203,17 @@ class Scale:
         return percent(value) if self.percent else short(value)
 
 
-def listed_points(
-    name: str, title: str, points: Sequence[Point], scale: Scale, note: str = "", size: Size = "half"
-) -> Figure:
+def listed_points(title: str, points: Sequence[Point], scale: Scale, note: str = "", size: Size = "half") -> Figure:
     """Draw a line for each point: its name, its interval and its value in figures."""
-    return Figure(name, title, lambda width: _draw_list(width, title, points, scale), note, size)
+    return Figure(title, lambda width: _draw_list(width, title, points, scale), note, size)
 
 
 def scatter(
-    name: str, title: str, points: Sequence[Point], axes: tuple[str, Scale], note: str, size: Size = "half",
+    title: str, points: Sequence[Point], axes: tuple[str, Scale], note: str, size: Size = "half",
     front: Sequence[Point] = (),
 ) -> Figure:  # fmt: skip
     """Draw values against others, each named beside it; a line through those in `front`."""
-    return Figure(name, title, lambda width: _draw_scatter(width, title, points, axes, front), note, size)
+    return Figure(title, lambda width: _draw_scatter(width, title, points, axes, front), note, size)
 
 
 def _draw_list(width: int, title: str, points: Sequence[Point], scale: Scale) -> Markup:

@@ -59,7 +59,7 @@ def _who(run: RunData, trained_LS: NDArray[np.float64], steps: Sequence[LayersOf
     unit = "share of the steps" if share else "trained"
     cells = Cells(values[::-1], _numbers(len(values)), columns, 0, 1, "optimizer step", "layer", unit)
     note = f"Each column is {-(-len(steps) // BINS)} steps." if share else ""
-    return heat_map(f"trained-{slug(run.name)}", "Trained layers by step", cells, note, "full")
+    return heat_map("Trained layers by step", cells, note, "full")
 
 
 def _importance(run: RunData, steps: Sequence[LayersOfStep]) -> list[Figure]:
@@ -78,7 +78,7 @@ def _importance(run: RunData, steps: Sequence[LayersOfStep]) -> list[Figure]:
         values[::-1], _numbers(len(values)), labels, -bound, bound, "optimizer step", "layer", "importance"
     )  # fmt: skip
     note = "Logits. Layers whose suppressed adapters increase the loss most get high ones. All begin at zero."
-    return [heat_map(f"importance-{slug(run.name)}", "Importance", cells, note, "full")]
+    return [heat_map("Importance", cells, note, "full")]
 
 
 def _numbers(count: int) -> list[str]:
@@ -171,7 +171,7 @@ def _shares(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) -> 
         lines.append(Line(name, [step for step, _ in kept], [share for _, share in kept], colour))
     note = "Share of the rows of each source that a layer followed in these steps, on average."
     chart = Chart("share followed", percent=True)
-    return [line_chart(f"followed-{slug(run.name)}", "Shares followed", lines, chart, note, "half")]
+    return [line_chart("Shares followed", lines, chart, note, "half")]
 
 
 def _one_batch(run: RunData, batch: RowsOfBatch, sources: _Sources) -> Figure:
@@ -188,7 +188,7 @@ def _one_batch(run: RunData, batch: RowsOfBatch, sources: _Sources) -> Figure:
         f"The last batch of which rows were left out, at step {batch.step:,}. Numbers: places in the training rows."
         + (" Colour: a row's score against the others in that layer. Dot: the layer follows the row." if low else "")
     )
-    return heat_map(f"batch-{slug(run.name)}", "Rows and layers of one batch", cells, note, "two-thirds")
+    return heat_map("Rows and layers of one batch", cells, note, "two-thirds")
 
 
 def _position(batch: RowsOfBatch, kinds: Sequence[str], i: int) -> str:
@@ -217,7 +217,7 @@ def _by_source(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) 
     bound = max(float(np.abs(values).max()), _LEAST_Z)
     cells = Cells(values, names, _labels(batches[0]), -bound, bound, "layer", "source", "mean z-score")
     note = "Above zero: gradients of this source agree with the support rows more than others in their batch."
-    return [heat_map(f"alignment-{slug(run.name)}", "Alignment by source", cells, note, "half")]
+    return [heat_map("Alignment by source", cells, note, "half")]
 
 
 def _agreement(run: RunData, batches: Sequence[RowsOfBatch]) -> list[Figure]:
@@ -237,7 +237,7 @@ def _agreement(run: RunData, batches: Sequence[RowsOfBatch]) -> list[Figure]:
     cells = Cells(mean[::-1], labels[::-1], labels, float(low), float(high), "layer", "layer", "correlation")
     scored = same[0].scores is not None
     note = f"Correlation of two layers' {'scores' if scored else 'choices'} over a batch's rows, the mean over batches."
-    return [heat_map(f"agreement-{slug(run.name)}", "Agreement of layers", cells, note)]
+    return [heat_map("Agreement of layers", cells, note)]
 
 
 def agreement(batch: RowsOfBatch) -> NDArray[np.float64] | None:

@@ -281,7 +281,7 @@ def _against(quality: _Quality, runs: Sequence[RunData], key: str, title: str, l
         return None
     better = "up and left is better" if quality.is_rate else "down and left is better"
     scale = Scale(quality.label, percent=quality.is_rate)
-    return scatter(key.replace("_", "-"), title, points, (label, scale), f"{better.capitalize()}.")
+    return scatter(title, points, (label, scale), f"{better.capitalize()}.")
 
 
 def _table(runs: Sequence[RunData], quality: _Quality) -> Grid:

@@ -38,7 +38,7 @@ class Cells:
         return "d" if self.low < 0 else "s"
 
 
-def heat_map(name: str, title: str, cells: Cells, note: str = "", size: Size = "third") -> Figure:
+def heat_map(title: str, cells: Cells, note: str = "", size: Size = "third") -> Figure:
     """Draw cells."""
     hover = {
         "kind": "cells",
@@ -49,7 +49,7 @@ def heat_map(name: str, title: str, cells: Cells, note: str = "", size: Size = "
         "marks": None if cells.marks is None else [[int(mark) for mark in row] for row in cells.marks],
     }
 
-    return Figure(name, title, lambda width: _draw(width, title, cells), note, size, hover)
+    return Figure(title, lambda width: _draw(width, title, cells), note, size, hover)
 
 
 def _draw(width: int, title: str, cells: Cells) -> Markup:

@@ -47,7 +47,7 @@ def _ranks(other: Other) -> list[Figure]:
     shown = [name.rpartition(".")[2] for name in names]
     cells = Cells(values, shown, layers, 0.0, float(np.nanmax(values)), "layer of the base", "matrix", "rank")
     note = "Empty cell: the matrix is complete, or reduced by channels of the MLP."
-    return [heat_map(f"ranks-{slug(other.name)}", "Ranks", cells, note, "full")]
+    return [heat_map("Ranks", cells, note, "full")]
 
 
 def _middle(manifest: Manifest) -> Grid:
@@ -90,17 +90,17 @@ def audit_sentence(record: Mapping[str, Any]) -> str:
 
 def audit_section(other: Other) -> Section:
     """Conditions and attacks."""
-    record, name = other.content, slug(other.name)
-    figures = [*_conditions(record, name), *_cosines(record, name), *_attack_figures(record, name)]
+    record = other.content
+    figures = [*_conditions(record), *_cosines(record), *_attack_figures(record)]
     words = [
         audit_sentence(record),
         "ZS: zero-shot, nothing tuned. FT: the outer layers fine-tuned. Plug-in: the base with the layers tuned on the "
         "emulator. An AUC near 0.5 means that these attacks fail on these rows. Stronger attacks exist.",
     ]
-    return Section(f"audit-{name}", f"Audit {other.name}", words, figures)
+    return Section(f"audit-{slug(other.name)}", f"Audit {other.name}", words, figures)
 
 
-def _conditions(record: Mapping[str, Any], name: str) -> Iterator[Figure]:
+def _conditions(record: Mapping[str, Any]) -> Iterator[Figure]:
     conditions = _at(record, "conditions") or {}
     for measure, title, scale in (
         ("nll", "Loss of the models", Scale("nats per label token; less is better")),
@@ -112,25 +112,25 @@ def _conditions(record: Mapping[str, Any], name: str) -> Iterator[Figure]:
             if (found := _estimate(_at(conditions, key, measure))) is not None
         ]
         if points:
-            yield listed_points(f"{measure}-{name}", title, points, scale)
+            yield listed_points(title, points, scale)
 
 
-def _cosines(record: Mapping[str, Any], name: str) -> Iterator[Figure]:
+def _cosines(record: Mapping[str, Any]) -> Iterator[Figure]:
     layers, values = (_at(record, "cosine", key) for key in ("layers", "per_layer"))
     pairs = [*zip(layers, values, strict=False)] if isinstance(layers, list) and isinstance(values, list) else []
     pairs.append(("all layers", _at(record, "cosine", "overall")))
     points = [Point(str(layer), cosine) for layer, value in pairs if (cosine := _finite(value)) is not None]
     if points:
         note = "Of the outer layers' gradients on the base and on the emulator; at 1, tuning on either is the same."
-        yield listed_points(f"cosine-{name}", "Cosine of gradients", points, Scale("cosine"), note)
+        yield listed_points("Cosine of gradients", points, Scale("cosine"), note)
 
 
-def _attack_figures(record: Mapping[str, Any], name: str) -> Iterator[Figure]:
+def _attack_figures(record: Mapping[str, Any]) -> Iterator[Figure]:
     points = _attacks(record)
     if points:
         scale = Scale("AUC", reference=_GUESSING, reference_name="guessing")
         note = "How well each attack tells training rows from others."
-        yield listed_points(f"attacks-{name}", "Attacks", points, scale, note)
+        yield listed_points("Attacks", points, scale, note)
 
 
 def _attacks(record: Mapping[str, Any]) -> list[Point]:

@@ -2,13 +2,11 @@
 
 import base64
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
 from html import escape
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from siftune.base.files import write_beside
 from siftune.report import bench, offsite, rates, sweep
 from siftune.report.choices import layers, rows
 from siftune.report.compare import commands, compare_runs, headline
-from siftune.report.parts import TEMPLATES, WIDTHS, Figure, Section, distinct, marked_up
+from siftune.report.parts import TEMPLATES, Section, distinct, marked_up
 from siftune.report.run import results, setup, suspects, training
 from siftune.report.sifted import avoided, sifted
 from siftune.report.subjects import RunData, Subjects, find_subjects
@@ -138,38 +136,3 @@ def _template() -> Any:
 @cache
 def _asset(name: str) -> str:
     return (TEMPLATES / name).read_text(encoding="utf-8")
-
-
-_NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
-
-
-def write_figures(names: Sequence[str], folder: str | Path) -> list[Path]:
-    """Write each figure of a report to an SVG file in the light colours. Files of the same names are replaced.
-
-    Raises:
-        InputError: As `make_page`; or the folder cannot be written to.
-    """
-    into = Path(folder).expanduser()
-    figures = [*chain.from_iterable(section.figures for section in sections(find_subjects(names)))]
-    files = {}
-    for name, figure in zip(distinct([figure.name for figure in figures]), figures, strict=True):
-        files[into / f"{name}.svg"] = standalone(figure)
-    try:
-        into.mkdir(parents=True, exist_ok=True)
-        with write_beside(*files) as beside:  # a link in the folder is replaced, not followed
-            for path, text in zip(beside, files.values(), strict=True):
-                path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"{folder} cannot be written to ({error.strerror}); give another with --figures") from error
-    return [*files]
-
-
-def standalone(figure: Figure) -> str:
-    """A figure as an SVG document. CSS variables become colours, because few programs but browsers know variables."""
-    drawing = _NOT_IN_XML.sub("\ufffd", str(figure.draw(WIDTHS[figure.size])))
-    width, height = re.findall(r'viewBox="0 0 (\d+) (\d+)"', drawing)[0]
-    colours = dict(re.findall(r"(--[\w-]+): ([^;]+);", (TEMPLATES / "theme.css").read_text(encoding="utf-8")))
-    style = (TEMPLATES / "figure.css").read_text(encoding="utf-8")
-    style = re.sub(r"var\((--[\w-]+)\)", lambda name: colours[name[1]], style)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-    return drawing.replace("<svg ", head, 1).replace("</title>", f"</title><style>{style}</style>", 1) + "\n"

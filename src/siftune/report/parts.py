@@ -54,7 +54,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 class Figure:
     """A figure."""
 
-    name: str  # what it is called among the figures of a page: small letters, digits and hyphens
     title: str
     draw: Callable[[int], Markup]  # draws it at a width in pixels
     note: str = ""  # what to look for, or how to read it
@@ -92,8 +91,8 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 
 def slug(text: str) -> str:
-    """A text as part of a figure's name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "figure"
+    """A text as part of an anchor."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "part"
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def section(other: Other) -> Section:
         return Section(f"rates-{name}", title, [before(base)])
     note = "Lines connect the means over seeds. ×: a run diverged. ▲: a loss above the figure."
     label = "Held-out loss by learning rate"
-    figure = Figure(f"rates-{name}", label, lambda width: _draw(width, label, runs, base), note, "half")
+    figure = Figure(label, lambda width: _draw(width, label, runs, base), note, "half")
     return Section(
         f"rates-{name}", title, [before(base), *advice(runs, base), _MEANING], [figure], [grid_of(table(runs))]
     )

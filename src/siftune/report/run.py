@@ -10,7 +10,7 @@ from siftune.records.rows import Text
 from siftune.report.charts import COLOURS, Chart, Line, Point, Scale, line_chart, listed_points
 from siftune.report.compare import change_text, value_text
 from siftune.report.evals import Eval, label_of
-from siftune.report.parts import Cell, Figure, Grid, Section, slug
+from siftune.report.parts import Cell, Figure, Grid, Section
 from siftune.report.subjects import RunData
 from siftune.report.words import NBSP, cut, data_name, listed, short, short_places
 from siftune.suspects.named import ScoredRows, Suspect
@@ -45,28 +45,25 @@ def _losses(runs: Sequence[RunData]) -> list[Figure]:
     chart = Chart("nats per token")
     if len(runs) == 1:
         train, held_out = Line("training", *runs[0].course("loss")), Line("held out", *runs[0].course("eval_loss"), 1)
-        figures = [line_chart("loss", "Loss", [train, held_out], chart, _held_out_note([held_out]))]
+        figures = [line_chart("Loss", [train, held_out], chart, _held_out_note([held_out]))]
         return figures + [_by_source(runs[0], *which) for which in _SOURCES if runs[0].sources(which[0])]
     trained, measured = (_courses(runs, key) for key in ("loss", "eval_loss"))
     return [
-        line_chart("loss", "Training loss", trained, chart),
-        line_chart("held-out-loss", "Held-out loss", measured, chart, _held_out_note(measured)),
+        line_chart("Training loss", trained, chart),
+        line_chart("Held-out loss", measured, chart, _held_out_note(measured)),
     ]
 
 
-# keys in metrics.jsonl, without the source; name and title of the figure
-_SOURCES = (
-    ("loss/", "loss-by-source", "Training loss by source"),
-    ("eval_loss/", "held-out-loss-by-source", "Held-out loss by source"),
-)
+# keys in metrics.jsonl, without the source; title of the figure
+_SOURCES = (("loss/", "Training loss by source"), ("eval_loss/", "Held-out loss by source"))
 
 
-def _by_source(run: RunData, key: str, name: str, title: str) -> Figure:
+def _by_source(run: RunData, key: str, title: str) -> Figure:
     lines = [
         Line(source, *run.course(key + source), colour=at, dashed=at >= COLOURS)
         for at, source in enumerate(run.sources(key))
     ]
-    return line_chart(name, title, lines, Chart("nats per token"))
+    return line_chart(title, lines, Chart("nats per token"))
 
 
 def _held_out_note(held_out: Sequence[Line]) -> str:
@@ -77,7 +74,7 @@ def _held_out_note(held_out: Sequence[Line]) -> str:
 
 def _course(runs: Sequence[RunData], key: str, title: str, chart: Chart) -> Figure:
     lines = _courses(runs, key) if len(runs) > 1 else [Line("", *runs[0].course(key))]
-    return line_chart(key.replace("_", "-"), title, lines, chart)
+    return line_chart(title, lines, chart)
 
 
 def _courses(runs: Sequence[RunData], key: str) -> list[Line]:
@@ -161,9 +158,8 @@ def _rates(group: Group) -> list[Figure]:
             low, high = row.tuned_interval or (None, None)
             points.append(Point(name, row.tuned, low, high, colour=number))
         if points:
-            name, title = f"{slug(metric)}-{slug(group[0][0])}", label_of(metric).capitalize()
             scale = Scale("share of correct answers", percent=True)
-            drawn.append(listed_points(name, title, points, scale, size="third"))
+            drawn.append(listed_points(label_of(metric).capitalize(), points, scale, size="third"))
     return drawn
 
 

@@ -121,7 +121,7 @@ def _order(part: _Part, rows: list[_Scored], count: int, names: tuple[str, str],
     scores = [row.score for row in rows]
     lines = [Line(names[0], range(1, count + 1), scores[:count])]
     lines += [Line(names[1], range(count + 1, len(rows) + 1), scores[count:], 1)] if count < len(rows) else []
-    return line_chart(part.anchor, "Scores of the pool", lines, chart)
+    return line_chart("Scores of the pool", lines, chart)
 
 
 def _by_source(rows: list[_Scored]) -> Grid:

@@ -98,7 +98,7 @@ def section(other: Other) -> Section:
     named = {p: Point(_label(p), p.cosine, x=p.gap, colour=kinds.index(p.method)) for p in points}
     drawn = [named[p] for p in points if not math.isnan(p.cosine)][:_MOST_DRAWN]
     figure = scatter(
-        f"trade-off-{slug(other.name)}", "Trade-off of the model owner", drawn,
+        "Trade-off of the model owner", drawn,
         ("loss gap, nats per token", Scale("cosine of gradients")),
         "Up and to the right is better. The line is the Pareto front.",
         "full", [named[p] for p in best],

@@ -7,13 +7,12 @@ from support.commands import error_of, siftune
 from support.report_runs import save_run
 
 
-def test_a_page_and_figures(tmp_path, capsys):
+def test_a_page(tmp_path, capsys):
     run = save_run(tmp_path / "run", "gast", steps=4)
-    result, told = siftune(capsys, "report", run, "-o", tmp_path / "page.html", "--figures", tmp_path / "figures")
+    result, told = siftune(capsys, "report", run, "-o", tmp_path / "page.html")
     assert result["report"] == str(tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size == result["bytes"] < 3e6
     assert f"report in {tmp_path / 'page.html'}" in told
-    assert {path.split("/")[-1] for path in result["figures"]} >= {"loss.svg", "batch-run.svg"}
 
 
 @pytest.mark.parametrize(
@@ -27,16 +26,6 @@ def test_what_it_refuses(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert error_of(capsys, "report", *arguments).startswith(message)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_figures_follow_no_link(tmp_path, capsys):
-    run, figures, mine = save_run(tmp_path / "run", steps=4), tmp_path / "figures", tmp_path / "mine"
-    figures.mkdir()
-    mine.write_text("mine")
-    (figures / "loss.svg").symlink_to(mine)
-    siftune(capsys, "report", run, "-o", tmp_path / "page.html", "--figures", figures)
-    assert mine.read_text() == "mine"
-    assert (figures / "loss.svg").read_text().startswith("<svg")
 
 
 def test_eval_keeps_figures_and_answers_in_the_run(base, tmp_path, capsys):

@@ -1,12 +1,8 @@
-"""Tokenisation: chunks and processes against single rows, and errors of bad rows."""
-
-import os
-import signal
+"""Tokenisation: chunks against single rows, and errors of bad rows."""
 
 import pytest
 from support.tokenizer import byte_tokenizer
 
-from siftune.base.errors import DataError
 from siftune.data import tokens
 from siftune.data.encode import Encoder, labelled
 from siftune.data.rows import rows_from
@@ -78,43 +74,14 @@ def test_a_row_that_is_rendered_again_is_noted_once(monkeypatch):
     assert list(found.notes.values()) == [2]
 
 
-@pytest.fixture
-def in_processes(monkeypatch):
-    monkeypatch.setattr(tokens, "_CHUNK", 4)
-    monkeypatch.setattr(tokens, "_workers", lambda rows: 2)
-
-
-def test_processes_give_what_one_gives(in_processes, monkeypatch):
+def test_chunks_give_what_one_gives(monkeypatch):
     rows, told = mixed(5), []
-    monkeypatch.setattr(tokens, "_WORTH_IT", 0)
+    one = tokens_of(rows, Form(CHAT, 60), lambda *seen: told.append(seen))
+    assert told == []  # few rows take no time
+    monkeypatch.setattr(tokens, "_CHUNK", 4)
+    monkeypatch.setattr(tokens, "_MANY", 25)
     many = tokens_of(rows, Form(CHAT, 60), lambda *seen: told.append(seen))
-    monkeypatch.setattr(tokens, "_workers", lambda rows: 1)
-    one = tokens_of(rows, Form(CHAT, 60))
     assert columns(many) == columns(one)
     assert (many.bad, many.cut, many.notes) == (one.bad, one.cut, one.notes)
     assert list(many.bad) == [2, 7, 12, 17, 22]
-    assert [done for _, done, _ in told] == [4, 8, 12, 16, 20, 24, 25]
-    assert "TOKENIZERS_PARALLELISM" not in os.environ
-
-
-def test_a_process_that_dies_is_a_sentence(in_processes, monkeypatch):
-    ours = os.getpid()
-
-    def die(*_):
-        assert os.getpid() != ours
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(tokens, "_tokenised", die)
-    with pytest.raises(DataError, match="a process that tokenised rows was ended from outside"):
-        tokens_of(mixed(3), Form(CHAT, 60))
-
-
-def test_workers_are_for_many_rows_and_shared_between_ranks(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    monkeypatch.setattr(tokens.sys, "platform", "linux")
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert [tokens._workers(rows) for rows in (9_999, 10_000)] == [1, 6]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert tokens._workers(10_000) == 2
-    monkeypatch.setattr(tokens.sys, "platform", "darwin")
-    assert tokens._workers(10_000) == 1
+    assert told == [("tokenising rows", done, 25) for done in (4, 8, 12, 16, 20, 24, 25)]

@@ -24,8 +24,8 @@ def test_agreement_is_the_mean_over_batches_that_tell(tmp_path):
         chosen = torch.tensor(one).topk(4).indices.sort().values
         record.rows(SampleChoice(step, 0, ("a", "b", "c"), (0, 1, 2), torch.tensor(one), chosen), range(8))
     record.write()
-    figures = {one.name: one for section in sections(find_subjects([str(run)])) for one in section.figures}
-    shown = np.array(figures["agreement-run"].hover["values"][::-1], float)
+    figures = {one.title: one for section in sections(find_subjects([str(run)])) for one in section.figures}
+    shown = np.array(figures["Agreement of layers"].hover["values"][::-1], float)
     with np.errstate(invalid="ignore", divide="ignore"):
         wanted = np.nanmean([np.corrcoef(one) for one in scores], 0)
     np.fill_diagonal(wanted, np.nan)
@@ -50,11 +50,11 @@ def test_noise_is_pale(tmp_path):
         SampleChoice(0, 0, tuple("abcd"), (0, 1, 2, 3), scores, scores.topk(32).indices.sort().values), range(64)
     )
     record.write()
-    figures = {one.name: str(one.draw(600)) for part in sections(find_subjects([str(run)])) for one in part.figures}
-    assert {*re.findall(r'<path[^>]*class="(d\d)"', figures["importance-run"])} == {"d4"}
-    assert "−1.0<" in figures["importance-run"]
-    assert "hatch" in figures["agreement-run"]
-    assert "row 64" in figures["batch-run"]
+    figures = {one.title: str(one.draw(600)) for part in sections(find_subjects([str(run)])) for one in part.figures}
+    assert {*re.findall(r'<path[^>]*class="(d\d)"', figures["Importance"])} == {"d4"}
+    assert "−1.0<" in figures["Importance"]
+    assert "hatch" in figures["Agreement of layers"]
+    assert "row 64" in figures["Rows and layers of one batch"]
 
 
 def test_agreement_is_a_correlation():

@@ -4,7 +4,6 @@ import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
-from xml.etree import ElementTree
 
 import pytest
 from support.report_runs import save_eval, save_run
@@ -17,7 +16,7 @@ from siftune.records.rows import Text
 from siftune.report import show
 from siftune.report.compare import basis_of, commands, headline
 from siftune.report.evals import Answer, Eval, read_evals, record_eval
-from siftune.report.page import make_page, sections, write_figures
+from siftune.report.page import make_page, sections
 from siftune.report.run import _suspect_table
 from siftune.report.subjects import find_subjects
 from siftune.suspects.named import Suspect
@@ -213,11 +212,11 @@ def test_code_is_marked_up_and_backticks_are_not_shown(tmp_path):
 @pytest.mark.parametrize("method", ["rst", "lisa", "cut", "greats", "ist+gast"])
 def test_every_method_that_chooses_has_figures(tmp_path, method):
     run = save_run(tmp_path / "run", method, steps=12)
-    figures = {figure.name for section in sections(subjects(run)) for figure in section.figures}
-    assert ("trained-run" in figures) == (method != "greats")
-    assert ("importance-run" in figures) == (method == "ist+gast")
-    assert ("batch-run" in figures) == ("greats" in method or "gast" in method)
-    assert ("agreement-run" in figures) == (method == "ist+gast")  # one choice for all layers agrees with nothing
+    figures = {figure.title for section in sections(subjects(run)) for figure in section.figures}
+    assert ("Trained layers by step" in figures) == (method != "greats")
+    assert ("Importance" in figures) == (method == "ist+gast")
+    assert ("Rows and layers of one batch" in figures) == ("greats" in method or "gast" in method)
+    assert ("Agreement of layers" in figures) == (method == "ist+gast")  # one choice for all layers agrees with nothing
     assert "nan" not in re.sub(r"<style>.*?</style>", "", make_page([str(run)]).html, flags=re.DOTALL).lower()
 
 
@@ -329,27 +328,8 @@ def test_half_a_surrogate_pair_does_no_harm(tmp_path):
 # --- files
 
 
-def test_figures_are_files_of_their_own(runs, tmp_path):
-    files = write_figures([str(run) for run in runs.values()], tmp_path / "figures")
-    assert {"loss.svg", "trained-ist.svg", "batch-gast.svg", "seconds.svg"} <= {path.name for path in files}
-    assert len({path.name for path in files}) == len(files) == len(list((tmp_path / "figures").iterdir()))
-    for path in files:
-        text = path.read_text(encoding="utf-8")
-        assert text.startswith('<svg xmlns="http://www.w3.org/2000/svg" width="')
-        assert "var(" not in text
-
-
-def test_figures_are_files_whatever_stands_in_them(tmp_path, monkeypatch):
-    monkeypatch.setattr("support.report_runs.KINDS", ("a\x00b", "\ud800", "\x1b[31m"))
-    run = save_run(tmp_path / "run", "gast", steps=4)
-    for path in write_figures([str(run)], tmp_path / "figures"):
-        ElementTree.parse(path)
-
-
 def test_names_that_are_written_alike_are_told_apart(tmp_path):
     runs = [save_run(tmp_path / name, "gast", steps=4) for name in ("run 2", "run", "Run", "run-2", "Ä", "Ö")]
-    files = write_figures(list(map(str, runs)), tmp_path / "figures")
-    assert len(set(files)) == len(files)
     anchors = [section.anchor for section in sections(subjects(*runs))]
     assert len(set(anchors)) == len(anchors)
 
