@@ -3,7 +3,7 @@
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -38,8 +38,6 @@ class Options(Validated):
     `siftune train --train pool.jsonl` makes them, then with `--target few.jsonl`, then also with `--sift`.
     """
 
-    method: Literal[tuple(METHODS)] = "dense"  # type: ignore[valid-type]
-    """How to train with the few rows, as for siftune train."""
     steps: Count = 60
     """Optimizer steps of 16 rows, for each of the three."""
     lr: Positive = METHODS["dense"].lr
@@ -49,7 +47,7 @@ class Options(Validated):
     rows: Count = 200
     """Held-out questions; none of their problems is in the training rows."""
     seed: Seed = 0
-    """Seed of the task's rows, the adapter and the method."""
+    """Seed of the task's rows and the adapter."""
     out: str | None = None
     """Folder of rows and runs; runs/DATE-demo if not given."""
 
@@ -132,14 +130,11 @@ def _recipes(options: Options, folder: Path) -> dict[str, Recipe]:
         "steps": options.steps,
         "seed": options.seed,
     }
-    few: dict[str, Any] = {"method": options.method, "target": str(folder / "few.jsonl")}
-    aimed: dict[str, Any] = {
-        part.settings.group: part.settings(**part.settings.with_target) for part in METHODS[options.method].parts
-    }
+    few = str(folder / "few.jsonl")
     return {
         "pool": Recipe(**both, out=str(folder / "pool")),
-        "target": Recipe(**both, **few, **aimed, out=str(folder / "target")),
-        "sifted": Recipe(**both, **few, **aimed, out=str(folder / "sifted")),
+        "target": Recipe(**both, target=few, out=str(folder / "target")),
+        "sifted": Recipe(**both, target=few, out=str(folder / "sifted")),
     }
 
 

@@ -45,11 +45,11 @@ def test_it_tunes_three_times_and_compares_each_model_with_the_one_before(base, 
 
 def test_the_runs_differ_in_the_target_and_in_the_rows_that_are_left_out(base, tmp_path):
     out = tmp_path / "demo"
-    given = ["demo", "--steps", "2", "--rows", "4", "--out", str(out), "--method", "gast"]
+    given = ["demo", "--steps", "2", "--rows", "4", "--out", str(out)]
     assert main(given) == 0
     pool, target, sifted = (load_recipe(out / name / "recipe.yaml") for name in RUNS)
-    assert (pool.method, pool.target) == ("dense", None)
-    assert (target.method, target.target, target.gast.support) == ("gast", str(out / "few.jsonl"), "dataset")
+    assert pool.target is None
+    assert target.target == str(out / "few.jsonl")
     assert (pool.train, pool.steps, pool.lr, pool.seed) == (target.train, target.steps, target.lr, target.seed)
     assert (out / "sifted" / "sift" / "scores.csv").is_file()
     drop = {None, str(out / "sifted" / "sift" / "dropped.csv")}
@@ -80,7 +80,6 @@ def test_its_runs_can_be_evaluated(tmp_path, capsys):
         (["--known", "7"], "--known is 7"),
         (["--lr", "-1"], "--lr is -1"),
         (["--steps", "5000"], "--steps 5000 takes 40300 problems of arithmetic"),
-        (["--method", "lissa"], "--method is lissa"),
     ],
 )
 def test_what_it_refuses(tmp_path, capsys, flags, message):
