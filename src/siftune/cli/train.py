@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(config=CONFIG)
 class Options(Recipe):
-    """Fine-tune a language model, or a kit of one, updating only the layers that count.
+    """Fine-tune a language model, or a kit of one.
 
     Give recipe files (.yaml), flags, or both: flags override recipes, a later recipe an earlier one.
     """

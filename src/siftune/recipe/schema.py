@@ -48,7 +48,7 @@ def with_groups(kind: T) -> T:
 @with_groups
 @dataclass(config=CONFIG)
 class Recipe(Validated):
-    """Fine-tune a language model with adapters, updating only the layers that count.
+    """Fine-tune a language model with adapters.
 
     A RECIPE.yaml sets any of the options below; flags override it. Besides these fields a recipe has one for each
     method with options, such as `gast`, which holds its `Settings`; see `siftune.methods`.
