@@ -128,7 +128,25 @@ def _streamed(name: str | Path, dtype: str) -> "PreTrainedModel":
 
 def fit_for_this_machine(model: "PreTrainedModel") -> "PreTrainedModel":
     """Convert a model to a dtype that this machine multiplies fast; see `usable_dtype`."""
-    return model.to(usable_dtype(model.dtype, model.config.model_type))
+    return in_dtype(model, usable_dtype(model.dtype, model.config.model_type))
+
+
+def in_dtype(model: "PreTrainedModel", dtype: Any) -> "PreTrainedModel":
+    """Convert a model's weights to another dtype, in place.
+
+    Tensors of a third dtype stay, and so do buffers that no checkpoint has, such as rotary frequencies: transformers
+    keeps these in float32, and rounding them shifts the angles of distant positions.
+    """
+    before = model.dtype
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.dtype == before:
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in module._buffers.items():
+            kept = name not in module._non_persistent_buffers_set
+            if buffer is not None and kept and buffer.dtype == before:
+                module._buffers[name] = buffer.to(dtype)
+    return model
 
 
 def usable_dtype(dtype: Any, model_type: str = "") -> Any:

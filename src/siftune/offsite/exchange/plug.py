@@ -20,7 +20,7 @@ from siftune.base.files import new_folder
 from siftune.data.read import load_rows
 from siftune.evaluate.measure import PERPLEXITY
 from siftune.evaluate.prepare import prepare_rows
-from siftune.models.load import load_model, quiet_bars
+from siftune.models.load import in_dtype, load_model, quiet_bars
 from siftune.models.save import save_model, save_tokenizer
 from siftune.offsite.emulator.model import outer_names
 from siftune.offsite.exchange.merge import Candidate, candidates, merged
@@ -75,7 +75,7 @@ def plug(
         opened = [stack.enter_context(open_return(path, kit)) for path in returns]
         model, tokenizer = load_model(model_source, settings.dtype)
         if settings.dtype == "auto":
-            model = model.to(model.config.dtype or model.dtype)  # back from float32 without a loss
+            model = in_dtype(model, model.config.dtype or model.dtype)  # back from float32 without a loss
         own = None
         if rows:
             own = OwnRows(prepare_rows(rows, tokenizer, (PERPLEXITY,), settings.template), settings.loss_limit)

@@ -238,6 +238,7 @@ def _by_rows(
 
 def _reordered(moments: Moments, order_F: Tensor) -> Moments:
     """The same moments with features in another order, in float64."""
+    order_F = order_F.to(moments.values.device)  # moments may be on the CPU already
     values = in_float64(moments.values[:, order_F])
     return Moments(values[order_F.to(values.device)] if moments.formed else values, moments.formed)
 
