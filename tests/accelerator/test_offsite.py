@@ -36,11 +36,24 @@ def test_a_plugged_model_is_that_of_the_cpu(base, rows, tmp_path, capsys, count)
         assert (there[name] - value).abs().max() < 1e-4, name
 
 
+@pytest.mark.parametrize("count", [6, 24])
+def test_a_kit_from_a_device_without_float64(base, rows, tmp_path, capsys, count):
+    """What needs float64 is solved on the CPU."""
+    arguments = ["--model", base, "--calibration", rows, *EMULATE, "--rows", count]
+    siftune(capsys, "emulate", *arguments, "--out", tmp_path / "with")
+    with standin.without_float64():
+        siftune(capsys, "emulate", *arguments, "--out", tmp_path / "without")
+    expected, found = (load_file(tmp_path / name / "emulator.safetensors") for name in ("with", "without"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["whole", "thin"])
 @pytest.mark.parametrize("count", [1, 2])
-def test_returns_on_a_device_without_float64(device, tmp_path, count):
+def test_returns_on_a_device_without_float64(device, tmp_path, count, kind):
     model = emulators.base(layers=3, vocab_size=300).float()
     kit = emulators.made_kit(model, tmp_path / "kit")
-    returns = [moved_layers(kit, seed) for seed in range(count)]
+    returns = [(moved_layers if kind == "whole" else factors)(kit, seed) for seed in range(count)]
     expected, found = copy.deepcopy(model), copy.deepcopy(model).to(device)
     plug_in(expected, kit, returns, 100.0)
     with standin.without_float64():
@@ -54,3 +67,12 @@ def moved_layers(kit, seed):
     generator = torch.Generator().manual_seed(seed)
     tensors = load_file(kit.path / "adapter.safetensors")
     return {name: tensor + 0.01 * torch.randn(tensor.shape, generator=generator) for name, tensor in tensors.items()}
+
+
+def factors(kit, seed):
+    """Factors of LoRA for every matrix of the kit's outer layers."""
+    generator = torch.Generator().manual_seed(seed)
+    matrices = {name: t for name, t in load_file(kit.path / "adapter.safetensors").items() if t.ndim == 2}
+    shapes = {f"{name}.up": (len(t), 2) for name, t in matrices.items()}
+    shapes |= {f"{name}.down": (2, t.shape[1]) for name, t in matrices.items()}
+    return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}

@@ -20,7 +20,7 @@ from siftune.base.errors import KitError
 from siftune.base.numerics import in_float64
 from siftune.offsite.exchange.returned import OpenReturn, Tuned, is_thin
 from siftune.offsite.exchange.settings import Merging
-from siftune.offsite.exchange.updates import Part, compare
+from siftune.offsite.exchange.updates import Part, compare, rounded_like
 from siftune.offsite.kit.strict import about
 from siftune.offsite.maths.merging import mean, shares, trimmed_mean
 
@@ -96,9 +96,7 @@ def merged(
     gram_NN = torch.zeros(len(returns), len(returns), dtype=torch.float64)
     for name, old in before.items():
         old = old.detach()
-        tuned = [candidate.tuned[name].detach().to(old.device) for candidate in returns]
-        # the kit is rounded so
-        updates_NX = torch.stack([in_float64(new) - in_float64(old.to(new.dtype)) for new in tuned])
+        updates_NX = torch.stack([_update(old, candidate.tuned[name].detach()) for candidate in returns])
         update_X = trimmed_mean(updates_NX, how.trim) if how.merge == "trimmed" else mean(updates_NX, weights)
         values[name] = _stored(in_float64(old) + update_X, old)
         flat_NX = updates_NX.reshape(len(returns), -1)
@@ -114,6 +112,12 @@ def merged(
         )
         for candidate, weight, norm, dot in zip(returns, weights, norms, dots, strict=True)
     ]
+
+
+def _update(before: Tensor, after: Tensor) -> Tensor:
+    """What a return changes of a tensor, in float64; the kit had it in the return's dtype."""
+    old = rounded_like(before, after)
+    return in_float64(after.to(old.device)) - in_float64(old)
 
 
 def _refuse_the_same(gram_NN: Tensor, names: Sequence[str]) -> None:

@@ -155,7 +155,7 @@ def plug_in(
 def _fill(places: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name in places:
-            places[name].copy_(values[name])
+            places[name].copy_(values[name].to(places[name].dtype))  # not every device has float64
 
 
 def _fill_if_no_worse(

@@ -222,7 +222,7 @@ def compare(
     alone, vectors = {}, {}
     for name in names:
         new = after[name]
-        old = before[name].detach().to(new.dtype)
+        old = rounded_like(before[name], new)
         alone[name] = _measure(name, old, new, dtype or before[name].dtype)
         if old.ndim == 1:
             vectors[name] = old
@@ -252,6 +252,11 @@ def check_return(kit: Kit, returned: Mapping[str, Tensor], limit: float = MAX_UP
     report = compare(before, Tuned(before, returned), limit, kit.manifest.model_type, dtype)
     report.check()
     return report
+
+
+def rounded_like(before: Tensor, after: Tensor) -> Tensor:
+    """A tensor in the dtype of another; of float64 where that can be computed with, since not every device has it."""
+    return in_float64(before.detach()) if after.dtype == torch.float64 else before.detach().to(after.dtype)
 
 
 def _measure(name: str, before: Tensor, after: Tensor, dtype: torch.dtype) -> Update:

@@ -46,8 +46,8 @@ def mean(updates_NX: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def trimmed_count(count: int, share: float) -> int:
-    """k: how many of `count` values are dropped at either end; at least 1."""
-    return max(1, math.floor(share * count + 1e-9))
+    """k: how many of `count` values are dropped at either end; at least 1, and fewer than half."""
+    return min(max(1, math.floor(share * count + 1e-9)), (count - 1) // 2)
 
 
 def trimmed_mean(updates_NX: Tensor, share: float) -> Tensor:
