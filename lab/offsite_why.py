@@ -31,11 +31,12 @@ from siftune.data.read import load_rows
 from siftune.models.families import Family, family_of
 from siftune.models.layers import find_layers
 from siftune.models.load import load_model
+from siftune.offsite.emulator.curvature import Sums
 from siftune.offsite.emulator.model import Base, Split, weight_OI
 from siftune.offsite.emulator.record import record, replay
 from siftune.offsite.maths.channels import channel_scores, keep_channels, refit, refit_scores
 from siftune.offsite.maths.drd import Components, component_scores, components, keep_components, rank_of
-from siftune.offsite.maths.kfac import Curvature, apply, curvature
+from siftune.offsite.maths.kfac import Curvature, apply
 
 Found = dict[tuple[str, ...], list[tuple[float, ...]]]
 
@@ -66,8 +67,10 @@ def main(argv: list[str] | None = None) -> int:
     for number in args.layers:
         layer = find_layers(model).layers[number]
         weights = {path: weight_OI(layer.get_submodule(path)).detach().float() for path in family.matrices}
-        both = [replay(base, recording, number, family.matrices) for recording in recordings]
-        seen, others = ({path: curvature(c.x_NI, c.g_NO) for path, c in captured.items()} for captured in both)
+        sums = [Sums(recording.positions) for recording in recordings]
+        for recording, part in zip(recordings, sums, strict=True):
+            replay(base, recording, number, family.matrices, part.add)
+        seen, others = (part.curvature().curvature for part in sums)
         for path in family.attention:
             for choice, costs in _costs(weights[path], (seen[path], others[path]), args.keep).items():
                 directions.setdefault((path.rpartition(".")[2], choice), []).append(costs)

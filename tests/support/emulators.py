@@ -10,9 +10,11 @@ from support.tokenizer import byte_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from siftune.offsite.emulator.curvature import Halves, LayerCurvature, Sums, SumsOfHalves, joined
 from siftune.offsite.emulator.make import emulators
-from siftune.offsite.emulator.model import Split
+from siftune.offsite.emulator.model import Base, Split
 from siftune.offsite.emulator.plan import EmulatorSettings
+from siftune.offsite.emulator.record import Captured, Recording, replay
 from siftune.offsite.exchange.emulate import KitOptions, emulate
 from siftune.offsite.kit.folder import Kit
 
@@ -38,6 +40,27 @@ def calibration(model: PreTrainedModel, count: int = 2, rows: int = 3, length: i
         drawn["labels"] = drawn["input_ids"].where(drawn["attention_mask"].bool(), -100)
         found.append(drawn)
     return found
+
+
+def seen_by(base: Base, recording: Recording, number: int, paths: Sequence[str]) -> dict[str, Captured]:
+    """What matrices of a layer saw in all batches."""
+    parts: list[dict[str, Captured]] = []
+    replay(base, recording, number, paths, parts.append)
+    return joined(parts)
+
+
+def summed(captured: dict[str, Captured], slopes: bool) -> LayerCurvature:
+    """The curvature of what matrices saw."""
+    sums = Sums(len(next(iter(captured.values())).x_NI), slopes)
+    sums.add(captured)
+    return sums.curvature()
+
+
+def halved(captured: dict[str, Captured], slopes: bool) -> Halves:
+    """The curvature of either half."""
+    sums = SumsOfHalves(len(next(iter(captured.values())).x_NI), slopes)
+    sums.add(captured)
+    return sums.halves()
 
 
 def settings(**values: Any) -> EmulatorSettings:

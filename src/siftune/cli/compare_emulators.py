@@ -79,7 +79,7 @@ def run(options: Options) -> dict[str, Any]:
     with new_folder(options.out) as folder:
         with console.status(f"loading {options.model}"):
             model, tokenizer = load_base(options)
-        measured = batches_of(held_out, tokenizer, options)
+        measured = batches_of(held_out, model, tokenizer, options)
         with stages(console) as progress:
             batches = calibration_batches(rows, model, tokenizer, options, progress)
             points = sweep(model, batches, measured, options.grid(), progress)

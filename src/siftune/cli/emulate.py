@@ -1,6 +1,7 @@
 """`siftune emulate`: compress a model's middle and write a kit that another party can tune."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -84,7 +85,7 @@ def run(options: Options) -> dict[str, Any]:
 
     from siftune.base.stages import stages
     from siftune.offsite.exchange.calibration import calibration_batches, calibration_facts, calibration_rows, load_base
-    from siftune.offsite.exchange.emulate import KitOptions, emulate
+    from siftune.offsite.exchange.emulate import KitOptions, check_base, emulate
     from siftune.offsite.kit.folder import facts
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -94,10 +95,11 @@ def run(options: Options) -> dict[str, Any]:
         # to sample from files would read all of them for every token
         model, tokenizer = load_base(options, streamed=options.calibration != OWN)
     dtype, settings = _kit_dtype(options, model), options.settings()
+    kit_options = KitOptions(dtype, getattr(torch, options.outer_dtype), options.sign)
+    check_base(model, tokenizer, settings, kit_options)  # sampling texts takes minutes
     with stages(console) as progress:
         batches = calibration_batches(rows, model, tokenizer, options, progress)
-        used = calibration_facts(options, batches)
-        kit_options = KitOptions(dtype, getattr(torch, options.outer_dtype), options.sign, used)
+        kit_options = replace(kit_options, calibration=calibration_facts(options, batches))
         kit = emulate(model, tokenizer, batches, options.out, settings, kit_options, progress)
     result = {**facts(kit), "seconds": round(time.monotonic() - started, 1)}
     _say(kit, result, options, console)

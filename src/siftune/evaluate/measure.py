@@ -16,7 +16,7 @@ from siftune.evaluate.generation import exact_match, greedy
 from siftune.evaluate.likelihood import perplexity, score_choices
 from siftune.evaluate.prepare import Prepared, Questions
 from siftune.models.attention import short_rows
-from siftune.models.modules import model_window
+from siftune.models.modules import check_window
 
 PERPLEXITY = "perplexity"
 
@@ -184,12 +184,8 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 def _check_window(model: Any, prepared: Prepared) -> None:
     """Refuse rows that are longer than the model's window, by their place in the file."""
-    window = model_window(model)
     for origin, length in zip(prepared.origins, _lengths(prepared), strict=True):
-        if window is not None and length > window:
-            raise DataError(
-                f"{origin}: the row takes {length} tokens, but the model's window is {window}; shorten or remove it."
-            )
+        check_window(model, length, f"{origin}: the row", "shorten or remove it")
 
 
 def _lengths(prepared: Prepared) -> list[int]:

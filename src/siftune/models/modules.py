@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from siftune.base.errors import DataError
+
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear map: torch's, GPT-2's transposed one, or a quantised one."""
@@ -96,6 +98,23 @@ def trainable_only(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) ->
 def model_device(model: nn.Module) -> torch.device:
     """Return the device that the model's input ids belong on."""
     return next(model.parameters()).device
+
+
+def check_window(model: Any, longest: int, what: str, remedy: str) -> None:
+    """Refuse rows that are longer than the model's window.
+
+    Args:
+        model: The model.
+        longest: Tokens of the longest row.
+        what: What it is.
+        remedy: What to do, as the end of a sentence.
+
+    Raises:
+        DataError: It is longer.
+    """
+    window = model_window(model)
+    if window is not None and longest > window:
+        raise DataError(f"{what} takes {longest} tokens, but the model's window is {window}; {remedy}.")
 
 
 def model_window(model: Any) -> int | None:

@@ -196,7 +196,7 @@ def section(other: Other) -> Section:
         ) from error
     title, name = f"Learning rates in {other.name}", slug(other.name)
     if not runs:
-        return Section(f"rates-{name}", title, [before(base)])
+        return Section(f"rates-{name}", title, [] if math.isnan(base) else [before(base)])
     note = "Lines connect the means over seeds. ×: a run diverged. ▲: a loss above the figure."
     label = "Held-out loss by learning rate"
     figure = Figure(label, lambda width: _draw(width, label, runs, base), note, "half")
@@ -206,9 +206,13 @@ def section(other: Other) -> Section:
 
 
 def _read(record: Mapping[str, Any]) -> tuple[list[LRRun], float]:
-    """Runs and the loss of the base from untrusted files; of two runs in one cell the later."""
-    runs = [_parsed(one) for one in record["runs"]]
-    return list({run.cell: run for run in runs}.values()), finite(record["heldout_loss"])
+    """Runs and the loss of the base from untrusted files; of two runs in one cell the later.
+
+    Before the first run the loss may be missing; it is NaN then.
+    """
+    runs, state = [_parsed(one) for one in record["runs"]], record["state"]
+    base = finite(state["heldout_loss"]) if runs or state else math.nan
+    return list({run.cell: run for run in runs}.values()), base
 
 
 def _parsed(record: Mapping[str, Any]) -> LRRun:

@@ -27,7 +27,7 @@ from siftune.evaluate.likelihood import row_nll
 from siftune.models.adapters.attach import load_adapter
 from siftune.models.attention import short_rows
 from siftune.models.load import use_attention
-from siftune.models.modules import model_device
+from siftune.models.modules import check_window, model_device
 from siftune.recipe.schema import Recipe
 from siftune.records.rows import absolute_place
 from siftune.sifting.rows import PARTS, Few, Rows
@@ -139,6 +139,7 @@ def _losses(work: Work, few: Few, data: Dataset, tuned: Callable[[], Any]) -> tu
 
 def _row_losses(work: Work, model: Any, data: Dataset) -> tuple[Floats, Floats]:
     """Losses of rows under a model after the training and before it, in nats per label token; each (rows,) float64."""
+    check_window(model, max(data["length"]), "a row of the pool or the target", "give a smaller --max-length")
     own = slice(rank(), None, world_size())  # each rank has a part of the rows
     rows = list(zip(data["input_ids"][own], data["labels"][own], strict=True))
     part = torch.zeros(2, len(data), dtype=torch.float64)

@@ -37,6 +37,7 @@ WRONG = 0.8  # share of wrong rows among the suspects, estimated (ours)
 _MIDDLE = (0.3, 0.7)  # shares of decoys between which t lies: few are beyond (ours)
 _AGREE = 0.5  # of the share by losses that gains must allow (ours)
 _LEAST = 0.02  # share of wrong rows; a smaller one cannot be told from rare correct rows (ours)
+_MOST = 0.75  # a larger one says that prompts do not help the model: it has not learned the task (ours)
 _DECOYS = 30  # of a source, at least (ours)
 
 
@@ -102,7 +103,7 @@ def judge(rows: Scores, decoys: Scores) -> Verdict:
 def _least_loss(rows: Scores, decoys: Scores) -> float:
     """Loss from which the rows of a source are suspect; infinite if none is."""
     share = _bound(rows.loss, decoys.loss)
-    if not _LEAST <= share < np.inf:
+    if not _LEAST <= share <= _MOST:
         return np.inf
     if rows.gain is not None and decoys.gain is not None and _bound(-rows.gain, -decoys.gain) < _AGREE * share:
         return np.inf

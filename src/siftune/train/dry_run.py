@@ -41,6 +41,7 @@ from siftune.train.prepare import (
     Source,
     lengths_of,
     prepare,
+    refuse_long,
     row_lengths,
     trained_and_held_out,
 )
@@ -127,6 +128,7 @@ def dry_run(recipe: Recipe, console: Console, source_of: Callable[[str], Source]
     model, tokenizer = source.load(recipe.dtype, recipe.quantize)
     with stages(console) as progress:
         prepared = prepare(replace(recipe, bad_rows="drop"), tokenizer, read, progress)
+        refuse_long(model, prepared.data)
         progress("trying some steps", 0, 0)
         estimate = _estimate(recipe, model, tokenizer, prepared.data)
     data, rows = prepared.data["train"], prepared.rows["train"]

@@ -29,6 +29,7 @@ from siftune.data.target import SOURCE, TARGET
 from siftune.data.tokens import Form, tell_notes
 from siftune.models.load import load_model, load_tokenizer
 from siftune.models.loss import IGNORED
+from siftune.models.modules import check_window
 from siftune.models.source import check_source
 from siftune.recipe.schema import Recipe, rate_of, target_comes_last
 from siftune.records.rows import (
@@ -160,6 +161,16 @@ def prepare(
     if recipe.target and target_comes_last(recipe) < 1:
         train = aimed(train, rows["train"])
     return Prepared(rows, {**weighed, "train": train}, cut, reasons)
+
+
+def refuse_long(model: nn.Module, data: Mapping[str, Dataset]) -> None:
+    """Refuse tokenised rows, by part, that are longer than the model's window.
+
+    Raises:
+        DataError: A row is longer.
+    """
+    for name, part in data.items():
+        check_window(model, int(row_lengths(part).max()), f"a row to {_USES[name]}", "give a smaller --max-length")
 
 
 def _tell_duplicates(rows: Sequence[Row]) -> None:

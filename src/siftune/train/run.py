@@ -46,6 +46,7 @@ from siftune.train.prepare import (
     Source,
     bad_lines,
     prepare,
+    refuse_long,
     refuse_read,
     rows_line,
     steps_text,
@@ -125,6 +126,7 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
         model, tokenizer = source.load(recipe.dtype, recipe.quantize)
     with first_rank_first(), stages(console) as progress:  # other ranks read the first one's cache
         prepared = prepare(recipe, tokenizer, read, progress)
+    refuse_long(model, prepared.data)
     rows = prepared.rows["train"]
 
     view, signals = ProgressView(console), Interrupts()

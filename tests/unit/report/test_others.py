@@ -101,7 +101,7 @@ def lr_run(method="dense", lr=1e-3, heldout_loss=0.5, **values):
 
 
 def save_rates(folder, runs, start=None):
-    save(folder, "start.json", start or {"heldout_loss": 2.0, "rows": {}})
+    save(folder, "start.json", start or {"facts": {}, "state": {"heldout_loss": 2.0}})
     (folder / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in runs))
     return folder
 

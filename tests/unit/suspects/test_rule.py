@@ -48,6 +48,13 @@ def test_of_correct_rows_none_is_suspect(task, seed):
     assert one_kind(losses, decoys).count == 0
 
 
+def test_an_unlearned_task_tells_nothing():
+    """Rows and decoys have the same losses, and no prompt helps."""
+    rng = np.random.default_rng(0)
+    rows, decoys = (scores(rng.normal(3, 1, n), gains=rng.normal(0, 1, n)) for n in (400, 200))
+    assert judge(rows, decoys).count == 0
+
+
 def test_wrong_rows_that_are_not_like_decoys_are_not_counted_too_high():
     losses, wrong, decoys = pool("learned", 0.15, 0)
     losses[wrong] -= 3.0  # near misses

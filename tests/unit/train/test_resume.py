@@ -113,6 +113,17 @@ def test_a_resumed_run_is_the_unbroken_one(base, rows, tmp_path, interfere, sett
     assert replace(other, out=one.out) == one
 
 
+def test_a_run_that_is_extended_has_the_rates_of_its_new_length(finished, copied):
+    run, resumed = copied()
+    train(resumed(steps=6), QUIET)
+    rates = [line["learning_rate"] for line in metrics(run)]
+    assert rates == pytest.approx([0, 0.01, 0.005, 0.006, 0.004, 0.002])
+    before, after = (
+        load_file(run / "checkpoints" / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (3, 4)
+    )
+    assert any(not torch.equal(after[name], value) for name, value in before.items())
+
+
 def test_a_named_checkpoint(finished, copied):
     run, resumed = copied()
     train(resumed(resume=str(run / "checkpoints" / "checkpoint-2")), QUIET)

@@ -1,5 +1,7 @@
 """Curvature of a layer's matrices: on all calibration tokens, or on either half of them.
 
+Batches are summed as they come, so that memory does not grow with their number.
+
 Measuring costs takes the two halves, and compression later the whole. The whole is the halves' sum. So it is kept from
 one to the other where it is smaller than what the matrices saw, which a layer would otherwise compute again.
 """
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from siftune.offsite.emulator.record import Captured, States
 from siftune.offsite.maths.drd import Components
-from siftune.offsite.maths.kfac import Curvature, Moments, moments
+from siftune.offsite.maths.kfac import Curvature, Moments, MomentSum
 
 
 @dataclass
@@ -32,19 +34,74 @@ class Halves:
     other: LayerCurvature  # in which costs are measured
 
 
-def layer_curvature(captured: Mapping[str, Captured], slopes: bool = True) -> LayerCurvature:
-    """Curvature of the matrices of a layer, by path; those that read the same tensor share their input moments.
+_AT_ONCE = 8192  # tokens in a product; sums of fewer at a time in float32 would round more
 
-    Without `slopes`, where every λ is 0, zeros stand for D.
+
+class Sums:
+    """Curvature of the matrices of a layer, summed over batches; those that read the same tensor share their moments.
+
+    Args:
+        tokens: N, tokens of all batches.
+        slopes: Whether to sum D; where every λ is 0, zeros stand for it.
     """
-    inputs: dict[int, Moments] = {}
-    curvature = {}
-    for path, seen in captured.items():
-        if id(seen.x_NI) not in inputs:
-            inputs[id(seen.x_NI)] = moments(seen.x_NI)
-        taken, given = inputs[id(seen.x_NI)], moments(seen.g_NO)
-        curvature[path] = Curvature(taken, given, seen.g_NO.T @ seen.x_NI) if slopes else _flat(taken, given)
-    return LayerCurvature(curvature)
+
+    def __init__(self, tokens: int, slopes: bool = True) -> None:
+        self._tokens, self._slopes = tokens, slopes
+        self._waiting: list[Mapping[str, Captured]] = []
+        self._count = 0  # tokens that wait
+        self._leader: dict[str, str] = {}  # path -> the first one that reads the same tensor
+        self._inputs: dict[str, MomentSum] = {}  # of leaders
+        self._gradients: dict[str, MomentSum] = {}
+        self._slope: dict[str, Tensor] = {}
+
+    def add(self, seen: Mapping[str, Captured]) -> None:
+        """Add what the matrices saw in a batch."""
+        self._waiting.append(seen)
+        self._count += _tokens(seen)
+        if self._count >= _AT_ONCE:
+            self._sum()
+
+    def curvature(self) -> LayerCurvature:
+        """The curvature, once all is added."""
+        if self._count:
+            self._sum()
+        inputs = {path: one.moments() for path, one in self._inputs.items()}
+        found = {}
+        for path, gradients in self._gradients.items():
+            taken, given = inputs[self._leader[path]], gradients.moments()
+            found[path] = Curvature(taken, given, self._slope[path]) if self._slopes else _flat(taken, given)
+        return LayerCurvature(found)
+
+    def _sum(self) -> None:
+        seen = joined(self._waiting)
+        self._waiting, self._count = [], 0
+        first: dict[int, str] = {}
+        for path, one in seen.items():
+            leader = first.setdefault(id(one.x_NI), path)
+            if leader == path:
+                self._inputs.setdefault(path, MomentSum(self._tokens)).add(one.x_NI)
+            self._leader[path] = leader
+            self._gradients.setdefault(path, MomentSum(self._tokens)).add(one.g_NO)
+            if self._slopes:
+                slope_OI = one.g_NO.T @ one.x_NI
+                self._slope[path] = self._slope[path] + slope_OI if path in self._slope else slope_OI
+
+
+def joined(parts: Sequence[Mapping[str, Captured]]) -> dict[str, Captured]:
+    """What matrices saw in several batches; those that read the same tensor still share it."""
+    inputs: dict[tuple[int, ...], Tensor] = {}
+    found = {}
+    for path in parts[0]:
+        own = [part[path] for part in parts]
+        key = tuple(id(one.x_NI) for one in own)
+        if key not in inputs:
+            inputs[key] = torch.cat([one.x_NI for one in own])
+        found[path] = Captured(inputs[key], torch.cat([one.g_NO for one in own]))
+    return found
+
+
+def _tokens(seen: Mapping[str, Captured]) -> int:
+    return len(next(iter(seen.values())).x_NI)
 
 
 def _flat(inputs: Moments, gradients: Moments) -> Curvature:
@@ -52,21 +109,40 @@ def _flat(inputs: Moments, gradients: Moments) -> Curvature:
     return Curvature(inputs, gradients, inputs.values.new_zeros(()).expand(gradients.features, inputs.features))
 
 
-def halves(captured: Mapping[str, Captured], slopes: bool) -> Halves:
-    """Curvature on either half of what a layer's matrices saw, with slopes for λ."""
-    return Halves(layer_curvature(_half(captured, False), slopes), layer_curvature(_half(captured, True), False))
+class SumsOfHalves:
+    """Curvature on the first and on the second half of all tokens, summed over batches.
+
+    Args:
+        tokens: N, tokens of all batches.
+        slopes: Whether to sum D of the first half, for λ.
+    """
+
+    def __init__(self, tokens: int, slopes: bool) -> None:
+        self._first, self._second = Sums(tokens // 2, slopes), Sums(tokens - tokens // 2, False)
+        self._left = tokens // 2  # tokens that the first half lacks
+
+    def add(self, seen: Mapping[str, Captured]) -> None:
+        """Add what the matrices saw in a batch."""
+        count = _tokens(seen)
+        middle = min(self._left, count)
+        self._left -= middle
+        if middle:
+            self._first.add(_part(seen, slice(middle)))
+        if middle < count:
+            self._second.add(_part(seen, slice(middle, None)))
+
+    def halves(self) -> Halves:
+        """The curvature of both, once all is added."""
+        return Halves(self._first.curvature(), self._second.curvature())
 
 
-def _half(captured: Mapping[str, Captured], second: bool) -> dict[str, Captured]:
-    """The first or second half of the tokens; matrices that read the same tensor still share it."""
+def _part(seen: Mapping[str, Captured], tokens: slice) -> dict[str, Captured]:
+    """A part of the tokens; matrices that read the same tensor still share it."""
     inputs: dict[int, Tensor] = {}
-    parts = {}
-    for path, seen in captured.items():
-        middle = len(seen.x_NI) // 2
-        part = slice(middle, None) if second else slice(middle)
-        x_NI = inputs.setdefault(id(seen.x_NI), seen.x_NI[part])
-        parts[path] = Captured(x_NI, seen.g_NO[part])
-    return parts
+    return {
+        path: Captured(inputs.setdefault(id(one.x_NI), one.x_NI[tokens]), one.g_NO[tokens])
+        for path, one in seen.items()
+    }
 
 
 def keep_whole(kept: States, number: int, seen: Halves, tokens: int) -> None:

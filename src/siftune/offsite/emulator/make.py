@@ -16,7 +16,7 @@ from siftune.base.files import Progress
 from siftune.models.streamed import tensor_of
 from siftune.offsite.emulator.assemble import EmulatorParts, assemble
 from siftune.offsite.emulator.compress import CompressedLayer, Compression, compress_layer
-from siftune.offsite.emulator.curvature import LayerCurvature, kept_whole, layer_curvature
+from siftune.offsite.emulator.curvature import LayerCurvature, Sums, kept_whole
 from siftune.offsite.emulator.model import Base
 from siftune.offsite.emulator.plan import EmulatorSettings, Step, measure, plan
 from siftune.offsite.emulator.record import Recording, record, replay
@@ -106,4 +106,8 @@ def _curvature(base: Base, recording: Recording, number: int, paths: Sequence[st
     """Curvature of a layer's matrices, kept since costs were measured, or computed."""
     device = tensor_of(base.layers[number], f"{paths[0]}.weight").device
     kept = None if slopes else kept_whole(recording.curvature, number, paths, device)
-    return kept or layer_curvature(replay(base, recording, number, paths), slopes)
+    if kept is not None:
+        return kept
+    sums = Sums(recording.positions, slopes)
+    replay(base, recording, number, paths, sums.add)
+    return sums.curvature()

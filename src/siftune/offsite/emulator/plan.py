@@ -24,7 +24,7 @@ from siftune.offsite.emulator.compress import (
     components_of,
     score_channels,
 )
-from siftune.offsite.emulator.curvature import Halves, halves, keep_whole
+from siftune.offsite.emulator.curvature import Halves, SumsOfHalves, keep_whole
 from siftune.offsite.emulator.model import Base, Split, weight_OI
 from siftune.offsite.emulator.record import Recording, replay
 from siftune.offsite.maths.allotment import water_fill
@@ -75,8 +75,8 @@ class EmulatorSettings(Compression):
         if not 0 <= self.protect <= 1:
             raise RecipeError(f"protect is {self.protect}, but must be from 0 to 1")
         for name in ("damping", "refit_damping"):
-            if not getattr(self, name) > 0:
-                raise RecipeError(f"{name} is {getattr(self, name)}, but must be above 0")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise RecipeError(f"{name} is {getattr(self, name)}, but must be a finite number above 0")
         if self.lambda_unit != "relative" and not (self.lambda_attn or self.lambda_mlp):
             raise RecipeError(f"lambda_unit is {self.lambda_unit}, but both λ are 0: give one, or leave the unit out")
         if (self.parts == "mlp" and self.lambda_attn) or (self.parts == "attention" and self.lambda_mlp):
@@ -213,22 +213,26 @@ def measure(
     Costs lie with the recording's states, so that an interrupted run continues.
     """
     forms = list(dict.fromkeys(choice.form for choice in choices if choice.measures))
+    slopes = any(choice.lambda_attn or choice.lambda_mlp for choice in choices)
     for done, number in enumerate(reversed(recording.numbers) if forms else (), 1):
         if missing := [form for form in forms if not recording.costs(form).has(number)]:
-            _measure_one(base, recording, number, missing)
+            _measure_one(base, recording, number, missing, slopes)
         if number < recording.numbers[-1]:
             recording.grads.drop(number)  # compression computes them again
         if progress is not None:
             progress("costs", done, len(recording.numbers))
 
 
-def _measure_one(base: Base, recording: Recording, number: int, forms: Sequence[EmulatorSettings]) -> None:
+def _measure_one(
+    base: Base, recording: Recording, number: int, forms: Sequence[EmulatorSettings], slopes: bool
+) -> None:
     """Measure the costs of a layer; a function of its own, so that nothing of the layer is left in memory."""
     paths = dict.fromkeys(path for form in forms for path in form.judged(base.family))
-    slopes = any(form.lambda_attn or form.lambda_mlp for form in forms)
-    captured = replay(base, recording, number, list(paths))
-    seen = halves(captured, slopes)
-    keep_whole(recording.curvature, number, seen, len(next(iter(captured.values())).x_NI))
+    sums = SumsOfHalves(recording.positions, slopes)
+    replay(base, recording, number, list(paths), sums.add)
+    seen = sums.halves()
+    if not slopes:  # compression with a λ computes all again, since slopes are not kept
+        keep_whole(recording.curvature, number, seen, recording.positions)
     for form in forms:
         recording.costs(form).put(number, layer_costs(base, number, seen, form))
 

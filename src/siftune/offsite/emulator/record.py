@@ -6,7 +6,8 @@ upwards without a graph, and downwards to the last middle layer; no gradient of 
 computes the gradients for the layer below, so layers are best replayed from the last to the first. Of a model whose
 layers are loaded when they run (`models/streamed.py`), one layer is in memory at a time.
 
-    model --pass--> Recording --replay(layer)--> inputs x and output gradients g of each of the layer's matrices
+    model --pass--> Recording --replay(layer)--> inputs x and output gradients g of each of the layer's matrices,
+                                                 batch by batch
 
 Shapes: B rows, T positions, H hidden size, N real tokens of all batches, F features, I and O in and out features.
 """
@@ -125,6 +126,11 @@ class Recording:
     tokens: int = 0  # labels of all batches
     loss: float = 0.0  # mean loss per label
 
+    @property
+    def positions(self) -> int:
+        """N, real tokens of all batches."""
+        return sum(int(real_BT.sum()) for real_BT in self.real)
+
     def visits(self, number: int) -> Iterator[Visit]:
         """The visits to a layer, one per batch."""
         calls = [calls[number] for calls in self.calls]
@@ -202,33 +208,32 @@ def record(
     return recording
 
 
-def replay(base: Base, recording: Recording, number: int, paths: Sequence[str]) -> dict[str, Captured]:
-    """Run a recorded layer alone, and collect what its matrices saw, by path.
+def replay(
+    base: Base, recording: Recording, number: int, paths: Sequence[str], take: Callable[[dict[str, Captured]], None]
+) -> None:
+    """Run a recorded layer alone, batch by batch.
 
-    Matrices that read the same tensor share `x_NI`. If the layer above was not replayed before, gradients come down to
-    this layer first.
+    If the layer above was not replayed before, gradients come down to this layer first.
+
+    Args:
+        base: The base model.
+        recording: Of its layers.
+        number: Number of the layer.
+        paths: Of the layer's matrices.
+        take: Receives what the matrices saw in a batch, by path; matrices that read the same tensor share `x_NI`.
     """
     _descend(base.layers, recording, number)
-    layer, parts = base.layers[number], {path: list[Captured]() for path in paths}
-    shared: dict[int, Tensor] = {}
+    layer = base.layers[number]
     below: list[Tensor] = []
     with trainable_only(layer), evaluating(layer), held(layer), torch.enable_grad():
         for visit in recording.visits(number):
             inputs, outputs, (*grads, entering) = _backward(layer, visit, paths)
             below.append(entering)
             shared = {id(x): rows_of(x, visit.real_BT) for x in inputs.values()}
-            for path, g in zip(outputs, grads, strict=True):
-                parts[path].append(Captured(shared[id(inputs[path])], rows_of(g, visit.real_BT)))
+            gradients = zip(outputs, grads, strict=True)
+            take({path: Captured(shared[id(inputs[path])], rows_of(g, visit.real_BT)) for path, g in gradients})
     if number > recording.numbers[0] and not recording.grads.has(number - 1):
         recording.grads.put(number - 1, below)
-    joined: dict[tuple[int, ...], Tensor] = {}
-    captured = {}
-    for path in paths:
-        key = tuple(id(part.x_NI) for part in parts[path])
-        if key not in joined:
-            joined[key] = torch.cat([part.x_NI for part in parts[path]])
-        captured[path] = Captured(joined[key], torch.cat([part.g_NO for part in parts.pop(path)]))
-    return captured
 
 
 def _enter(model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Batch], to: Recording) -> list[Tensor]:

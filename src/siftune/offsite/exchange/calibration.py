@@ -171,10 +171,12 @@ def calibration_batches(
         DataError: A row cannot be used; the message names it.
     """
     if options.calibration != OWN:
-        return batches_of(rows, tokenizer, options)
+        return batches_of(rows, model, tokenizer, options)
+    from siftune.models.modules import check_window
     from siftune.offsite.exchange.own_texts import own_texts, prompt_ids, usual_length
 
     length = options.max_length or usual_length(rows, tokenizer, options.longest_row, options.template)
+    check_window(model, length, "an own text", "give a smaller --max-length")
     prompts = prompt_ids(rows, tokenizer, length, options.template)
     texts = own_texts(model, options.count, length, options.seed, prompts, progress)
     if not options.completion_only:
@@ -183,7 +185,10 @@ def calibration_batches(
 
 
 def batches_of(
-    rows: "Sequence[Row]", tokenizer: "PreTrainedTokenizerBase", options: CalibrationOptions
+    rows: "Sequence[Row]",
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    options: CalibrationOptions,
 ) -> "list[dict[str, Tensor]]":
     """Turn rows into token ids: batches of (B, T) `input_ids`, `attention_mask` and `labels`, in the order of the rows.
 
@@ -191,8 +196,10 @@ def batches_of(
         DataError: A row cannot be used; the message names it.
     """
     from siftune.data.tokens import tokenize_rows
+    from siftune.models.modules import check_window
 
     table = tokenize_rows(rows, tokenizer, options.longest_row, options.template, options.completion_only)
+    check_window(model, max(table["length"]), "a row", "give a smaller --max-length")
     return in_batches(table, options.batch_size, tokenizer.pad_token_id)
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from siftune.base.errors import ModelError
 from siftune.base.files import Progress, refuse_full, write_beside
 from siftune.base.work_folder import WorkFolder
 from siftune.offsite.emulator.assemble import assemble, cast, converted
@@ -32,9 +33,12 @@ from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
 from siftune.offsite.emulator.record import record
 from siftune.offsite.kit.folder import Kit, KitContents, write_kit
 from siftune.offsite.kit.manifest import OWN_TEXTS, ROWS, Calibration, fingerprint
+from siftune.offsite.kit.tensors import DTYPES
 from siftune.offsite.kit.tokenizer import make_tokenizer, tokenizer_files
 
 logger = logging.getLogger(__name__)
+
+_READ = ("attention_mask", "input_ids", "labels")  # of a batch
 
 
 @dataclass(frozen=True)
@@ -87,14 +91,12 @@ def emulate(
         (4, 4)
     """
     settings, options, out = settings or EmulatorSettings(), options or KitOptions(), Path(out).expanduser()
-    settings.check()
-    base = Base(model, settings.split)
     refuse_full(out)
-    make_tokenizer(tokenizer_files(tokenizer), model.config.get_text_config().vocab_size)  # refused now, not at the end
+    base = check_base(model, tokenizer, settings, options)
     identity, place = fingerprint(model), Path(os.path.abspath(out))  # "." has no name of its own
     facts = {
         "the base model": identity, "the calibration": _digest(batches), "the dtype": str(options.dtype),
-        **asdict(settings),
+        "the dtype to compute in": str(model.dtype), **asdict(settings),
     }  # fmt: skip
     work = WorkFolder(place.with_name(f".{place.name}.work"), "plan.json", "*.safetensors")
     with work.begin(facts):
@@ -110,6 +112,22 @@ def emulate(
     return kit
 
 
+def check_base(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EmulatorSettings, options: KitOptions
+) -> Base:
+    """Refuse what no kit can be made of, before anything is computed.
+
+    Raises:
+        InputError: On the settings, the model's family, its tokenizer or the dtype of the kit.
+    """
+    settings.check()
+    base = Base(model, settings.split)
+    make_tokenizer(tokenizer_files(tokenizer), model.config.get_text_config().vocab_size)
+    if (dtype := options.dtype or model.dtype) not in DTYPES.values():
+        raise ModelError(f"the model is in {dtype}, which no kit holds: give another data type with --kit-dtype")
+    return base
+
+
 def calibrated_on(batches: Sequence[dict[str, Tensor]], seed: int | None = None) -> Calibration:
     """What a manifest says of the calibration: rows, or own texts of a seed."""
     shapes = [batch["input_ids"].shape for batch in batches]
@@ -120,7 +138,7 @@ def calibrated_on(batches: Sequence[dict[str, Tensor]], seed: int | None = None)
 def _digest(batches: Sequence[dict[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
-        for name in sorted(batch):
+        for name in (name for name in _READ if name in batch):
             digest.update(f"{name} {tuple(batch[name].shape)}".encode())
             digest.update(batch[name].cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

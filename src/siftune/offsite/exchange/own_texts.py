@@ -124,7 +124,11 @@ def _prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: 
     for row in rows:
         if not row.prompt:
             raise DataError(f"{row.origin} has no prompt, with which a text could begin; remove the row")
-    return [encoder.prompt(row) for row in rows]
+    prompts = [encoder.prompt(row) for row in rows]
+    for row, ids in zip(rows, prompts, strict=True):
+        if not ids:
+            raise DataError(f"the prompt of {row.origin} has no token, with which a text could begin; remove the row")
+    return prompts
 
 
 def _read(path: Path) -> list[TokenRow] | None:

@@ -120,15 +120,47 @@ def moments(rows_NF: Tensor) -> Moments:
     Raises:
         ModelError: A value, or its square in the dtype of the sums, is NaN or infinite.
     """
-    count, features = rows_NF.shape
-    rows_NF, formed = widened(rows_NF), count >= features
-    values = rows_NF.T @ rows_NF / max(count, 1) if formed else rows_NF / math.sqrt(max(count, 1))
-    if not values.isfinite().all():  # a bad number reaches the diagonal, and the matrix is smaller
-        raise ModelError(
-            "the calibration rows give activations or gradients that are NaN or infinite, so that no curvature can be "
-            "had from them; load the model in float32, or check its weights"
-        )
-    return Moments(values, formed)
+    total = MomentSum(len(rows_NF))
+    total.add(rows_NF)
+    return total.moments()
+
+
+class MomentSum:
+    """The second moment of rows that come in parts: a sum, or the rows themselves where they are fewer than features.
+
+    Args:
+        count: N, number of all rows.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._parts: list[Tensor] = []  # one sum; or all rows
+
+    def add(self, rows_NF: Tensor) -> None:
+        """Add some rows, (n, F)."""
+        rows_NF = widened(rows_NF)
+        if not self._formed(rows_NF.shape[1]):
+            self._parts.append(rows_NF)
+        elif self._parts:
+            self._parts[0].addmm_(rows_NF.T, rows_NF)
+        else:
+            self._parts.append(rows_NF.T @ rows_NF)
+
+    def moments(self) -> Moments:
+        """M, once all rows are added; errors as of `moments`."""
+        features, count = self._parts[0].shape[1], max(self._count, 1)
+        formed = self._formed(features)
+        values = self._parts[0] / count if formed else torch.cat(self._parts) / math.sqrt(count)
+        sizes = values if formed else values.square()
+        if not sizes.isfinite().all():  # a bad number reaches the diagonal, and the matrix is smaller
+            raise ModelError(
+                "the calibration rows give activations or gradients that are NaN or infinite, so that no curvature can "
+                "be had from them; load the model in float32, or check its weights"
+            )
+        return Moments(values, formed)
+
+    def _formed(self, features: int) -> bool:
+        return self._count >= features
 
 
 def curvature(x_NI: Tensor, g_NO: Tensor) -> Curvature:

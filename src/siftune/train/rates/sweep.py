@@ -37,7 +37,7 @@ from siftune.recipe.schema import Recipe, compares, rate_of
 from siftune.records.rows import Read, read_rows
 from siftune.train.build import NONE, build
 from siftune.train.callbacks import StepProgress
-from siftune.train.prepare import ModelSource, Source, prepare, refuse_read, trained_and_held_out
+from siftune.train.prepare import ModelSource, Source, prepare, refuse_long, refuse_read, trained_and_held_out
 from siftune.train.rates.grid import Grid, LRRun, facts_of, rate_text, recipes_of
 
 logger = logging.getLogger(__name__)
@@ -138,6 +138,7 @@ def _begin(sweep: LRSweep, progress: Progress) -> Mapping[str, Dataset]:
     progress("loading the model", 0, 0)
     model, tokenizer = sweep.source.load(recipe.dtype, recipe.quantize)
     data = prepare(recipe, tokenizer, Read(sweep.rows), progress).data
+    refuse_long(model, data)
     if _BASE_LOSS in sweep.folder.state:
         return data
     progress("evaluating the base model", 0, 0)

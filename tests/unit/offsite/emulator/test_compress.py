@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from support.emulators import FAMILIES, base, calibration
+from support.emulators import FAMILIES, base, calibration, seen_by, summed
 
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.compress import Compression, compress_layer
-from siftune.offsite.emulator.curvature import layer_curvature
 from siftune.offsite.emulator.model import Base, Split, weight_OI
-from siftune.offsite.emulator.record import record, replay
+from siftune.offsite.emulator.record import record
 from siftune.offsite.maths.channels import channel_scores, keep_channels, refit, refit_scores
 from siftune.offsite.maths.drd import component_scores, components, keep_components, rank_of
 from siftune.offsite.maths.kfac import curvature
@@ -22,8 +21,8 @@ def seen(model, batches=None, slopes=True):
     whole = Base(model, Split(1, 1))
     recording = record(whole, batches or calibration(model, count=4, rows=4))
     layer = find_layers(model).layers[NUMBER]
-    captured = replay(whole, recording, NUMBER, family.matrices)
-    return layer, family, captured, layer_curvature(captured, slopes)
+    captured = seen_by(whole, recording, NUMBER, family.matrices)
+    return layer, family, captured, summed(captured, slopes)
 
 
 def compress(model, **values):
@@ -88,7 +87,7 @@ def test_one_part_alone_is_compressed_as_in_both_and_the_other_stays(part):
     model = base()
     layer, matrices, captured, both = compress(model, keep=0.5)
     how = Compression(keep=0.5, parts=part)
-    known = layer_curvature({path: captured[path] for path in how.judged(matrices)}, slopes=False)
+    known = summed({path: captured[path] for path in how.judged(matrices)}, slopes=False)
     alone = compress_layer(Base(model, Split(1, 1)), NUMBER, known, how)
     own = "self_attn." if part == "attention" else "mlp."
     compressed = {name for name in both.tensors if name.startswith(own)}
@@ -129,7 +128,7 @@ def test_each_lambda_acts_on_its_own_part(mlp):
 def test_without_slopes_nothing_else_changes():
     model = base()
     _, _, captured, with_slopes = seen(model)
-    without = layer_curvature(captured, slopes=False)
+    without = summed(captured, slopes=False)
     results = [
         compress_layer(Base(model, Split(1, 1)), NUMBER, known, Compression(keep=0.5))
         for known in (with_slopes, without)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support.emulators import base, calibration, settings
+from support.emulators import base, calibration, halved, seen_by, settings
 
-from siftune.offsite.emulator import make, plan
-from siftune.offsite.emulator.curvature import halves, keep_whole, kept_whole
+from siftune.offsite.emulator import curvature, make, plan
+from siftune.offsite.emulator.curvature import Sums, SumsOfHalves, keep_whole, kept_whole
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.model import Base, Split
 from siftune.offsite.emulator.record import States, record, replay
@@ -17,9 +17,9 @@ CPU = torch.device("cpu")
 def kept(model, folder, rows):
     """What the matrices of a layer saw, and where its curvature is kept."""
     whole = Base(model, Split(1, 1))
-    captured = replay(whole, record(whole, calibration(model, count=5, rows=rows)), NUMBER, whole.family.matrices)
+    captured = seen_by(whole, record(whole, calibration(model, count=5, rows=rows)), NUMBER, whole.family.matrices)
     states = States(folder, "curvature")
-    keep_whole(states, NUMBER, halves(captured, slopes=False), len(next(iter(captured.values())).x_NI))
+    keep_whole(states, NUMBER, halved(captured, slopes=False), len(next(iter(captured.values())).x_NI))
     return captured, states
 
 
@@ -37,6 +37,34 @@ def test_the_kept_whole_is_that_of_all_tokens(tmp_path, family, on_disk):
             torch.testing.assert_close(got.dense().double(), want, rtol=1e-4, atol=1e-6 * float(want.abs().max()))
         assert not found[path].slope_OI.any()
         assert found[path].slope_OI.shape == (seen.g_NO.shape[1], seen.x_NI.shape[1])
+
+
+@pytest.mark.parametrize("at_once", [1, 30, 10**6])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_sums_over_batches_are_those_of_all_tokens(monkeypatch, at_once, rows):
+    """Against the products of all tokens in float64; with one row, tokens are fewer than features."""
+    whole = Base(base(), Split(1, 1))
+    recording = record(whole, calibration(whole.model, count=5, rows=rows))
+    paths = whole.family.matrices
+    captured = seen_by(whole, recording, NUMBER, paths)
+    count, middle = recording.positions, recording.positions // 2
+    monkeypatch.setattr(curvature, "_AT_ONCE", at_once)
+    sums, parts = Sums(count), SumsOfHalves(count, slopes=True)
+    replay(whole, recording, NUMBER, paths, sums.add)
+    replay(whole, recording, NUMBER, paths, parts.add)
+    both = parts.halves()
+    for found, part in (
+        (sums.curvature(), slice(None)), (both.chosen, slice(middle)), (both.other, slice(middle, None)),
+    ):  # fmt: skip
+        for path, seen in captured.items():
+            x, g = seen.x_NI[part].double(), seen.g_NO[part].double()
+            got = found.curvature[path]
+            for moment, of in ((got.inputs, x), (got.gradients, g)):
+                want = of.T @ of / len(of)
+                assert moment.formed == (len(of) >= of.shape[1])
+                torch.testing.assert_close(moment.dense().double(), want, rtol=1e-4, atol=1e-6 * float(want.max()))
+            slope = 0 * g.T @ x if found is both.other else g.T @ x
+            torch.testing.assert_close(got.slope_OI.double(), slope, rtol=1e-4, atol=1e-5 * float(g.abs().max()))
 
 
 def test_matrices_that_read_the_same_share_what_is_kept():

@@ -6,18 +6,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.emulators import base, calibration, settings
+from support.emulators import base, calibration, halved, seen_by, settings
 
 from siftune.base.errors import RecipeError
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator import plan as plans
 from siftune.offsite.emulator.compress import Compression
-from siftune.offsite.emulator.curvature import halves
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.model import Base, Split, weight_OI
 from siftune.offsite.emulator.plan import SHARES, layer_costs, measured_paths, plan, uniform_layers
-from siftune.offsite.emulator.record import States, record, replay
+from siftune.offsite.emulator.record import States, record
 from siftune.offsite.maths.channels import channel_scores, keep_channels, refit, refit_scores
 from siftune.offsite.maths.drd import components, factor, rank_of
 from siftune.offsite.maths.kfac import curvature
@@ -29,7 +28,7 @@ MEASURED = {"allot": "measured", "keep": 0.5}
 def seen(family):
     whole = Base(base(family), Split(1, 1))
     recording = record(whole, calibration(whole.model, count=4, rows=4))
-    return whole, replay(whole, recording, NUMBER, whole.family.matrices)
+    return whole, seen_by(whole, recording, NUMBER, whole.family.matrices)
 
 
 def half(captured, second):
@@ -53,7 +52,7 @@ def test_costs_of_factored_matrices(family, basis):
     whole, captured = seen(family)
     layer, matrices = whole.layers[NUMBER], whole.family
     how = Compression(basis=basis, lambda_attn=0.3, protect=0.1)
-    tables = layer_costs(whole, NUMBER, halves(captured, slopes=True), how)
+    tables = layer_costs(whole, NUMBER, halved(captured, slopes=True), how)
     for path, (sizes, lost_at) in zip(matrices.attention, tables[:-1], strict=True):
         weight = weight_OI(layer.get_submodule(path)).detach().float()
         known = curvature(*half(captured[path], False))
@@ -72,7 +71,7 @@ def test_costs_of_channels(family, mlp):
     layer, matrices = whole.layers[NUMBER], whole.family
     how = Compression(mlp=mlp)
     assert measured_paths(matrices) == (*matrices.attention, matrices.writes)
-    sizes, lost_at = layer_costs(whole, NUMBER, halves(captured, slopes=True), how)[-1].tolist()
+    sizes, lost_at = layer_costs(whole, NUMBER, halved(captured, slopes=True), how)[-1].tolist()
     known = {path: curvature(*half(captured[path], False)) for path in matrices.matrices}
     weights = {path: weight_OI(layer.get_submodule(path)).detach().float() for path in matrices.matrices}
     writes, inputs = weights[matrices.writes], known[matrices.writes].inputs
@@ -127,8 +126,8 @@ def test_it_costs_less_than_equal_shares():
     recording = record(whole, calibration(model, count=4, rows=4))
     family, sums = whole.family, {"measured": 0.0, "equal": 0.0}
     for step in plan(whole, recording, how):
-        captured = replay(whole, recording, step.number, family.matrices)
-        tables = layer_costs(whole, step.number, halves(captured, slopes=False), how)
+        captured = seen_by(whole, recording, step.number, family.matrices)
+        tables = layer_costs(whole, step.number, halved(captured, slopes=False), how)
         for path, (_, lost_at) in zip(measured_paths(family), tables, strict=True):
             sums["measured"] += lost_at[SHARES.index(step.shares[path])].item()
             sums["equal"] += lost_at[SHARES.index(0.5)].item()

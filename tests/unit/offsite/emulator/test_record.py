@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from support.emulators import FAMILIES, base, calibration
+from support.emulators import FAMILIES, base, calibration, seen_by
 from torch import nn
 
 from siftune.base.errors import DataError
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.model import Base, Split
-from siftune.offsite.emulator.record import record, replay
+from siftune.offsite.emulator.record import record
 
 
 def seen_by_hooks(model, batches, number, path):
@@ -39,7 +39,7 @@ def test_a_layer_alone_sees_what_it_saw_in_the_model(family):
     recording = record(Base(model, Split(1, 1)), batches)
     paths = family_of(model.config).matrices
     for number in (1, 3):
-        found = replay(Base(model, Split(1, 1)), recording, number, paths)
+        found = seen_by(Base(model, Split(1, 1)), recording, number, paths)
         for path in paths:
             x, g = seen_by_hooks(model, batches, number, path)
             torch.testing.assert_close(found[path].x_NI, x.float(), rtol=1e-5, atol=1e-6)
@@ -49,7 +49,7 @@ def test_a_layer_alone_sees_what_it_saw_in_the_model(family):
 def test_matrices_that_read_one_tensor_share_it():
     model = base()
     recording = record(Base(model, Split(1, 1)), calibration(model))
-    found = replay(Base(model, Split(1, 1)), recording, 1, family_of(model.config).matrices)
+    found = seen_by(Base(model, Split(1, 1)), recording, 1, family_of(model.config).matrices)
     assert found["self_attn.q_proj"].x_NI is found["self_attn.v_proj"].x_NI
     assert found["mlp.gate_proj"].x_NI is found["mlp.up_proj"].x_NI
     assert found["self_attn.q_proj"].x_NI is not found["mlp.up_proj"].x_NI
@@ -144,9 +144,9 @@ def test_layers_see_the_same_in_whatever_order_they_are_replayed(family):
     whole = Base(model, Split(1, 1))
     down, up = (record(whole, batches) for _ in range(2))
     assert [up.grads.has(number) for number in range(1, 4)] == [False, False, True]
-    upwards = {number: replay(whole, up, number, paths) for number in (1, 2, 3)}
+    upwards = {number: seen_by(whole, up, number, paths) for number in (1, 2, 3)}
     for number in (3, 2, 1):
-        one, other = replay(whole, down, number, paths), upwards[number]
+        one, other = seen_by(whole, down, number, paths), upwards[number]
         for path in paths:
             assert torch.equal(one[path].x_NI, other[path].x_NI)
             assert torch.equal(one[path].g_NO, other[path].g_NO)
