@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from siftune.base.errors import RecipeError
+from siftune.base.errors import DataError, RecipeError
 from siftune.base.settings import CONFIG, Chance, Columns, Count, Seed, Template, Validated
 from siftune.base.text import jsonable
 from siftune.cli.options import Flag
@@ -140,7 +140,8 @@ def _rows(subject: "Subject", options: Options, columns: tuple[str, ...]) -> "tu
             "are not read: give --data FILE"
         )
     if recipe.eval:
-        return recipe.eval, load_rows(recipe.eval, "test", options.limit, columns)
+        bad: list[DataError] | None = [] if recipe.bad_rows == "drop" else None
+        return recipe.eval, load_rows(recipe.eval, "test", options.limit, columns, bad)
     if recipe.eval_share:
         files = " and ".join(train_files(recipe))
         rows = used_rows(Path(subject.name).expanduser(), recipe, "eval")

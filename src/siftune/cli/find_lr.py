@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic.dataclasses import dataclass
 
 from siftune.base.settings import CONFIG
+from siftune.base.text import counted
 from siftune.recipe.schema import Recipe, new_folder
 
 if TYPE_CHECKING:
@@ -73,7 +74,6 @@ def _work_off(sweep: "LRSweep", console: "Console") -> None:
     from contextlib import nullcontext
 
     from siftune.base.stages import stages
-    from siftune.base.text import counted
     from siftune.train.rates.sweep import run_missing
 
     count, path = len(sweep.missing()), sweep.folder.path
@@ -86,7 +86,8 @@ def _work_off(sweep: "LRSweep", console: "Console") -> None:
                 done, seconds = done + 1, seconds + run.seconds
                 console.print(_line(run, done, count, seconds), markup=False)
     except KeyboardInterrupt as stop:
-        stop.add_note(f"{len(sweep.folder.runs())} runs are in {path}; the same command with --out {path} continues")
+        done = counted(len(sweep.folder.runs()), "finished run")
+        stop.add_note(f"{done} in {path}; the same command with --out {path} continues")
         raise
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from siftune.base.errors import DataError
 from siftune.base.text import counted, one_line, path_and_split
-from siftune.data.rows import Row, no_garbage, parse_rows
+from siftune.data.rows import Row, kind_of, no_garbage, parse_rows
 
 logger = logging.getLogger(__name__)
 
@@ -186,15 +186,28 @@ def _read_text(path: Path, source: str) -> Records:
 
 def _read_json(path: Path, source: str) -> Records:
     text = _decode(path.read_bytes(), source)
-    content = _parse_json(text, source) if text.strip() else []
+    try:
+        content = _parse_json(text, source) if text.strip() else []
+    except DataError as error:
+        if not _is_object(text.partition("\n")[0]):
+            raise
+        raise DataError(f"{source} has one object per line: name it .jsonl, and not .json.") from error
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list):
         raise DataError(
-            f"{source}: found {type(content).__name__}, but a .json file must hold a list of objects or "
+            f"{source}: found {kind_of(content)}, but a .json file must hold a list of objects or "
             '{"data": [...]}; name a file with one object per line .jsonl.'
         )
     yield from ((f"{source} row {number}", record) for number, record in enumerate(content, 1))
+
+
+def _is_object(line: str) -> bool:
+    """Whether a line is a complete JSON object."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _read_csv(path: Path, source: str) -> Records:
@@ -205,6 +218,9 @@ def _read_csv(path: Path, source: str) -> Records:
     try:
         header = next(rows, [])
         end = reader.line_num
+        for name, character in (("tabs", "\t"), ("semicolons", ";")):
+            if len(header) == 1 and character in header[0]:
+                raise DataError(f"{source}:1: {name} separate the fields; save the file with commas, or as JSONL.")
         twice = [name for name in dict.fromkeys(header) if name and header.count(name) > 1]
         if twice:
             raise DataError(f"{source}:1: the column {one_line(twice[0])!r} comes twice; rename one, or remove it.")
@@ -214,7 +230,7 @@ def _read_csv(path: Path, source: str) -> Records:
                 yield (
                     origin,
                     DataError(
-                        f"{origin}: the row has {len(fields)} fields, but the header has {len(header)}; "
+                        f"{origin}: the row has {counted(len(fields), 'field')}, but the header has {len(header)}; "
                         "put fields that hold commas or line breaks in double quotes."
                     ),
                 )

@@ -144,7 +144,8 @@ def _renamed(record: Record, names: Mapping[str, str], origin: str) -> Record:
     for name, column in names.items():
         if column not in record:
             raise DataError(
-                f"{origin}: the column {column!r} of --columns {name}={column} is missing (found: {_names(record)})"
+                f"{origin}: the column {column!r} of --columns {name}={column} is missing (found: {_names(record)}); "
+                "--columns has the name of the format first, such as prompt=question, and holds for all files."
             )
     others = {column: value for column, value in record.items() if column not in names.values() and column not in names}
     return {**{name: record[column] for name, column in names.items()}, **others}
@@ -166,7 +167,10 @@ def _columns(record: Any, origin: str) -> Record:
     if isinstance(record, DataError):
         raise record
     if not isinstance(record, dict):
-        raise DataError(f"{origin}: the row is {_kind(record)}; every row must be an object of columns.")
+        raise DataError(
+            f"{origin}: the row is {kind_of(record)}, but must be an object of columns; name a file with a list of "
+            "them .json."
+        )
     return record
 
 
@@ -282,20 +286,20 @@ def _conversation(turns: tuple[Message, ...], column: str, origin: str, extra: R
 def _turns(value: Any, column: str, origin: str) -> tuple[Message, ...]:
     """Read a list of `{role, content}`; the assistant's turns are marked as learned."""
     if not isinstance(value, list) or not value:
-        kind = "an empty list" if value == [] else _kind(value)
+        kind = "an empty list" if value == [] else kind_of(value)
         raise DataError(f"{origin}: {column!r} is {kind}; give a list of {{role, content}} objects.")
     return tuple(_turn(turn, f"{origin}: turn {i} of {column!r}") for i, turn in enumerate(value, 1))
 
 
 def _turn(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
-        raise DataError(f"{where} is {_kind(turn)}; give an object with 'role' and 'content'.")
+        raise DataError(f"{where} is {kind_of(turn)}; give an object with 'role' and 'content'.")
     if "from" in turn and "role" not in turn:
         role = turn["from"]
         turn = {"role": _SHAREGPT.get(role, role) if isinstance(role, str) else role, "content": turn.get("value")}
     role = turn.get("role")
     if not isinstance(role, str) or not role:
-        raise DataError(f"{where} has no role (found {_kind(role)}); use system, user, assistant or tool.")
+        raise DataError(f"{where} has no role (found {kind_of(role)}); use system, user, assistant or tool.")
     if turn.get("tool_calls"):
         raise DataError(f"{where} has tool_calls, which are not supported; write them into 'content'.")
     learned = role == "assistant"
@@ -337,7 +341,7 @@ def _string(value: Any, where: str, may_be_empty: bool) -> str:
     if value is None and not may_be_empty:
         raise DataError(f"{where} is empty (null); fill it in or remove the row.")
     if not isinstance(value, str):
-        raise DataError(f"{where} is {_kind(value)}; give a string.")
+        raise DataError(f"{where} is {kind_of(value)}; give a string.")
     if not may_be_empty and not value.strip():
         raise DataError(f"{where} is empty; fill it in or remove the row.")
     try:
@@ -350,7 +354,7 @@ def _string(value: Any, where: str, may_be_empty: bool) -> str:
     return value
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """Name the JSON type of a value, with its article."""
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
     names |= {list: "a list", dict: "an object", type(None): "missing or null"}

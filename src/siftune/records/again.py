@@ -72,11 +72,16 @@ def rows_again(run: Path, files: Sequence[str] = ()) -> list[Row]:
     own = is_own(run)
     places = {name: _place(name, files, own) for name in names}
     if missing := [name for name, place in places.items() if place is None]:
-        why = "they are no files here" if own else "this user has not trained by its recipe on this machine"
         listed = " ".join(shlex.quote(one_line(name)) for name in names)
+        if own:
+            raise UnnamedFiles(
+                f"the texts of {run} are unknown, because {' and '.join(map(one_line, missing))} "
+                f"{'are' if len(missing) > 1 else 'is'} not there: give the new place, with the same name, to "
+                f"`siftune rows {shlex.quote(str(run))} --files FILE`"
+            )
         raise UnnamedFiles(
-            f"the texts of {run} are unknown, because {why}: to read {'them' if len(missing) > 1 else 'the file'}, run "
-            f"`siftune rows {shlex.quote(str(run))} --files {listed}`"
+            f"the texts of {run} are unknown, because this user has not trained by its recipe on this machine: to read "
+            f"{'them' if len(missing) > 1 else 'the file'}, run `siftune rows {shlex.quote(str(run))} --files {listed}`"
         )
     train = tuple(str(places[name]) for name in train_files(recipe))
     target, drop_rows = (name and places[name] for name in (recipe.target, recipe.drop_rows))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from siftune.base.text import counted
 from siftune.records.rows import Text, text_of
 from siftune.records.visits import NAME, read_visits
 from siftune.suspects.losses import kinds_of, read_losses, trained_rows
@@ -98,9 +99,8 @@ class ScoredRows:
         self.suspects = self._verdict.count if steps >= _STEPS else 0
         self.doubt = ""
         if steps < _STEPS:
-            self.doubt = (
-                f"The run is too short to tell which rows are wrong: {steps} steps, at least {_STEPS} are needed."
-            )
+            took = counted(steps, "step")
+            self.doubt = f"The run is too short to tell which rows are wrong: {took}, at least {_STEPS} are needed."
         elif not self.suspects:
             self.doubt = _DOUBT
 

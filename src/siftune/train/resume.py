@@ -100,7 +100,8 @@ def has_ended(checkpoint: Path, recipe: Recipe, digest: str, trainer: SiftTraine
     steps = planned_steps(trainer.args, len(trainer.train_dataset))
     since = evaluations_since_best(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
     if step_of(checkpoint) >= steps:
-        end = f"all of {steps} steps are done; give more --steps or --epochs to continue"
+        more = "--steps" if recipe.steps else "--epochs"  # steps take precedence
+        end = f"all of {counted(steps, 'step')} are done; give more {more} to continue"
     elif recipe.patience is not None and since >= recipe.patience:
         end = f"{counted(since, 'evaluation')} in a row did not improve; give more --patience to continue"
     else:

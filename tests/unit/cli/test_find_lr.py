@@ -10,6 +10,7 @@ import time
 import pytest
 from support.tiny_run import lines, save_rows
 
+from siftune.base.text import counted
 from siftune.cli.main import main
 from siftune.train import prepare as module
 
@@ -133,7 +134,8 @@ def test_a_sweep_that_is_ended_goes_on(words, tmp_path, capsys, name):
     assert process.returncode == (130 if name == "SIGINT" else -9)
     assert 1 <= done < 5
     if name == "SIGINT":
-        assert f"interrupted; {done} runs are in {tmp_path}/sweep; the same command with --out" in log.splitlines()[-1]
+        runs = counted(done, "finished run")
+        assert f"interrupted; {runs} in {tmp_path}/sweep; the same command with --out" in log.splitlines()[-1]
     assert main(many) == 0
     assert f"{5 - done} runs to do, {done} done" in capsys.readouterr().err
     assert [line["lr"] for line in lines(results)] == [1e-3, 2e-3, 3e-3, 4e-3, 5e-3]

@@ -219,6 +219,8 @@ def test_a_sweep_writes_a_table_and_figures(half, rows, tmp_path, capsys):
 
 def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties):
     few = save_rows(tmp_path / "few.jsonl", 6)
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"text": "x" * 700}) + "\n")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine").write_text("")
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -242,6 +244,12 @@ def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties):
         ({"--method": "layerdrop", "--lambda-attn": 1}, "method layerdrop drops whole layers"),
         ({"--keep": 0.05}, "keep is 0.05, but allot measured leaves 0.1 of every matrix or more: use allot uniform"),
         ({"--first": 3}, "the model has 4 layers"),
+        ({"--calibration": "own", "--calibration-prompts": rows, "--first": 3}, "the model has 4 layers"),
+        ({"--max-length": 600, "--calibration": long}, "a row takes 600 tokens, but the model's window is 64"),
+        (
+            {"--calibration": "own", "--calibration-prompts": rows, "--max-length": 600},
+            "an own text takes 600 tokens, but the model's window is 64",
+        ),
         ({"--rows": 0}, "--rows is 0"),
         ({"--max-length": 1}, "--max-length is 1"),
         ({"--sign": rows}, f"{rows} is no private key" if _signs() else "needs the package model-signing"),
@@ -250,7 +258,9 @@ def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties):
         ({"--method": "magic"}, "--method is magic"),
     ]:
         arguments = [str(word) for pair in {**usual, **flags}.items() for word in pair if word is not None]
-        assert words in error_of(capsys, "emulate", *arguments), flags
+        said = error_of(capsys, "emulate", *arguments)
+        assert words in said, flags
+        assert "sampling" not in said, flags
         assert sorted(path.name for path in tmp_path.iterdir()) == before, flags
     assert error_of(capsys, "emulate", "--model", half, "--calibration", rows).startswith("--out must be given")
     said = error_of(capsys, "emulate", "--model", half, "--out", tmp_path / "kit")

@@ -96,6 +96,13 @@ def test_prompts_that_leave_too_little_are_left_out(caplog):
         prompt_ids(rows, byte_tokenizer(), lengths[1] + 3, "none")
 
 
+def test_a_prompt_without_tokens_is_refused():
+    turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": "a b"}]
+    rows = rows_from([{"messages": turns}])
+    with pytest.raises(DataError, match="the prompt of row 1 has no token"):
+        prompt_ids(rows, byte_tokenizer(), 64, "none")
+
+
 @pytest.mark.parametrize(
     ("prompts", "answers", "most", "expected"),
     [

@@ -1,5 +1,6 @@
 """Models larger than memory: the kit is the same, one layer is there at a time, and a killed run continues."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -197,7 +198,7 @@ def test_a_cut_run_continues_measuring(tmp_path, monkeypatch):
 
 
 def test_unfinished_work_of_another_kit_is_refused_by_what_differs(tmp_path):
-    model, tokenizer, out = base(vocab_size=300).float(), byte_tokenizer(), tmp_path / "kit"
+    model, tokenizer, out = base(vocab_size=300).bfloat16().float(), byte_tokenizer(), tmp_path / "kit"
     batches = calibration(model)
     with pytest.raises(Cut):
         emulate(model, tokenizer, batches, out, settings(keep=0.5), progress=cut_after("calibration", 4))
@@ -208,6 +209,8 @@ def test_unfinished_work_of_another_kit_is_refused_by_what_differs(tmp_path):
         emulate(model, tokenizer, batches[:1], out, settings(keep=0.5))
     with pytest.raises(RecipeError, match="the dtype"):
         emulate(model, tokenizer, batches, out, settings(keep=0.5), KitOptions(torch.bfloat16))
+    with pytest.raises(RecipeError, match="the dtype to compute in"):
+        emulate(copy.deepcopy(model).bfloat16(), tokenizer, batches, out, settings(keep=0.5))
     model.lm_head.weight.data += 1
     with pytest.raises(RecipeError, match="the base model is"):
         emulate(model, tokenizer, batches, out, settings(keep=0.5))
