@@ -16,7 +16,8 @@ from siftune.train.folder.selections import read_selections
 def save_base(folder: Path) -> Path:
     """Save a tiny llama with a byte-level tokenizer, as `siftune train --model` takes it."""
     tokenizer = byte_tokenizer()
-    tiny("llama", vocab_size=300, eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    model = tiny("llama", vocab_size=300, eos_token_id=tokenizer.eos_token_id, max_position_embeddings=512)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

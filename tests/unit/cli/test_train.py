@@ -13,7 +13,9 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from support.tiny_run import choices_of
+from support.tiny import tiny
+from support.tiny_run import choices_of, save_rows
+from support.tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 from siftune.cli.main import main
@@ -140,6 +142,27 @@ def test_a_run_to_resume_that_is_none(tmp_path, capsys, no_model):
     assert "--resume RUN" in error_of(capsys, ["train", "--resume"])
     for name in ("rum", ""):
         assert f"{tmp_path / name}" in error_of(capsys, ["train", "--resume", tmp_path / name])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", "--steps", "1"),
+        ("train", "--steps", "1", "--dry-run"),
+        ("find-lr", "--steps", "1", "--eval", "FEW", "--methods", "dense"),
+        ("sift", "--target", "FEW"),
+    ],
+)
+def test_rows_that_are_longer_than_the_window_are_refused(tmp_path, capsys, command):
+    model, few = tmp_path / "base", save_rows(tmp_path / "few.jsonl", 12)
+    tiny("gpt2", vocab_size=300).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    path = tmp_path / "long.jsonl"
+    path.write_text(GOOD * 20 + json.dumps({"prompt": "a", "completion": "x" * 200}) + "\n")
+    given = ["--model", model, "--train", path, "--template", "none", "--rank", "2", "--out", tmp_path / "out"]
+    given = [word for word in given if "sift" not in command or word not in ("--rank", "2")]
+    found = error_of(capsys, [*(few if word == "FEW" else word for word in command), *given, "--max-length", "150"])
+    assert "takes 150 tokens, but the model's window is 64; give a smaller --max-length." in found
 
 
 def test_a_prompt_that_leaves_nothing_to_learn(words, tmp_path, capsys):
