@@ -86,8 +86,8 @@ def _work_off(sweep: "LRSweep", console: "Console") -> None:
                 done, seconds = done + 1, seconds + run.seconds
                 console.print(_line(run, done, count, seconds), markup=False)
     except KeyboardInterrupt as stop:
-        done = counted(len(sweep.folder.runs()), "finished run")
-        stop.add_note(f"{done} in {path}; the same command with --out {path} continues")
+        finished = counted(len(sweep.folder.runs()), "finished run")
+        stop.add_note(f"{finished} in {path}; the same command with --out {path} continues")
         raise
 
 
