@@ -47,6 +47,8 @@ def run(options: Options) -> dict[str, Any]:
     folder = Path(options.run).expanduser()
     if not folder.is_dir():
         raise DataError(f"there is no run folder {options.run}; give one that siftune train has made.")
+    if not (folder / "recipe.yaml").is_file():
+        raise DataError(f"{options.run} has no recipe.yaml, so it is no run folder; give one of siftune train.")
 
     from rich.console import Console
 

@@ -19,7 +19,8 @@ harder to tell from correct ones than decoys are, q comes out too small, and few
 Rare answers that the model has not learned have high losses, too, wrong or correct. But the prompt of a correct row
 lowers the loss of its answer, compared with another prompt of the source; that of a wrong row does not. So these gains
 of rows and decoys bound q in the same way. If they allow less than half of what the losses say, the losses of the
-source do not tell (ours). The half leaves room for chance: gains are measured for a sample of the rows.
+source do not tell (ours). The half leaves room for chance: gains are measured for a sample of the rows. If the losses
+allow more than three quarters, they do not tell either: no prompt helps a model that has not learned the task (ours).
 
 The losses may come from any model, as long as one model scores all rows and decoys: the final one, or one that was
 tuned on rows that are known to be correct.

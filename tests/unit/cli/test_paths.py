@@ -26,6 +26,7 @@ from siftune.cli.main import main
         (["eval", "./none"], "there is no run ./none"),
         (["export", "./none"], "there is no run ./none"),
         (["rows", "none"], "there is no run folder none"),
+        (["rows", "."], ". has no recipe.yaml, so it is no run folder"),
         (["report", "none"], "there is no folder none"),
         (["verify", "none"], "there is no folder none"),
         (["plug", "--kit", "none", "--return", "none", "--out", "x"], "there is no folder none"),
