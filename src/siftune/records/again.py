@@ -76,8 +76,8 @@ def rows_again(run: Path, files: Sequence[str] = ()) -> list[Row]:
         if own:
             raise UnnamedFiles(
                 f"the texts of {run} are unknown, because {' and '.join(map(one_line, missing))} "
-                f"{'are' if len(missing) > 1 else 'is'} not there: give the new place, with the same name, to "
-                f"`siftune rows {shlex.quote(str(run))} --files FILE`"
+                f"{'are no files' if len(missing) > 1 else 'is no file'} here: run `siftune rows {shlex.quote(str(run))} "
+                f"--files {listed}`, with the new place of a file that was moved under the same name"
             )
         raise UnnamedFiles(
             f"the texts of {run} are unknown, because this user has not trained by its recipe on this machine: to read "

@@ -245,10 +245,10 @@ def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties):
         ({"--keep": 0.05}, "keep is 0.05, but allot measured leaves 0.1 of every matrix or more: use allot uniform"),
         ({"--first": 3}, "the model has 4 layers"),
         ({"--calibration": "own", "--calibration-prompts": rows, "--first": 3}, "the model has 4 layers"),
-        ({"--max-length": 600, "--calibration": long}, "a row takes 600 tokens, but the model's window is 64"),
+        ({"--max-length": 600, "--calibration": long}, "a row takes 600 tokens, but the model's window is 512"),
         (
             {"--calibration": "own", "--calibration-prompts": rows, "--max-length": 600},
-            "an own text takes 600 tokens, but the model's window is 64",
+            "an own text takes 600 tokens, but the model's window is 512",
         ),
         ({"--rows": 0}, "--rows is 0"),
         ({"--max-length": 1}, "--max-length is 1"),
