@@ -73,15 +73,16 @@ def rows_again(run: Path, files: Sequence[str] = ()) -> list[Row]:
     places = {name: _place(name, files, own) for name in names}
     if missing := [name for name, place in places.items() if place is None]:
         listed = " ".join(shlex.quote(one_line(name)) for name in names)
+        command = f"`siftune rows {shlex.quote(str(run))} --files {listed}`"
         if own:
+            which = f"{' and '.join(map(one_line, missing))} {'are no files' if len(missing) > 1 else 'is no file'}"
             raise UnnamedFiles(
-                f"the texts of {run} are unknown, because {' and '.join(map(one_line, missing))} "
-                f"{'are no files' if len(missing) > 1 else 'is no file'} here: run `siftune rows {shlex.quote(str(run))} "
-                f"--files {listed}`, with the new place of a file that was moved under the same name"
+                f"the texts of {run} are unknown, because {which} here: run {command}, with the new place of a file "
+                "that was moved under the same name"
             )
         raise UnnamedFiles(
             f"the texts of {run} are unknown, because this user has not trained by its recipe on this machine: to read "
-            f"{'them' if len(missing) > 1 else 'the file'}, run `siftune rows {shlex.quote(str(run))} --files {listed}`"
+            f"{'them' if len(missing) > 1 else 'the file'}, run {command}"
         )
     train = tuple(str(places[name]) for name in train_files(recipe))
     target, drop_rows = (name and places[name] for name in (recipe.target, recipe.drop_rows))
