@@ -206,7 +206,7 @@ def _is_object(line: str) -> bool:
     """Whether a line is a complete JSON object."""
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

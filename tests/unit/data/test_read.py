@@ -222,6 +222,7 @@ def test_the_limit_leaves_later_rows_unread(write):
         ("j.json", '[\n{"prompt": "a"}\n{"b": 1}]', "j.json:3: invalid JSON"),
         ("j.json", '{"rows": []}', "j.json: found an object"),
         ("l.json", '{"text": "a"}\n{"text": "b"}\n', "l.json has one object per line: name it .jsonl"),
+        ("n.json", '{"a":' + "[" * 99_999 + "\n", "n.json:1: invalid JSON"),
         ("l.jsonl", '[{"text": "a"}]\n', "l.jsonl:1: the row is a list, but must be an object of columns; name"),
         ("t.csv", "prompt\tcompletion\na\tb\n", "t.csv:1: tabs separate the fields; save the file with commas"),
         ("s.csv", "prompt;completion\na;b\n", "s.csv:1: semicolons separate the fields"),
