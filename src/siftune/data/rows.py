@@ -248,7 +248,8 @@ def _parse_messages(record: Record, origin: str) -> Row:
 
 def _parse_alpaca(record: Record, origin: str) -> Row:
     parts = [_text(record, "instruction", origin)]
-    if record.get("input") not in (None, ""):
+    given = record.get("input")
+    if given is not None and (not isinstance(given, str) or given.strip()):
         parts.append(_text(record, "input", origin))
     turn = Message("user", "\n\n".join(parts))
     extra = _without(record, "instruction", "input", "output")

@@ -170,9 +170,9 @@ def read_rows(recipe: Recipe) -> Read:
     target = list(weighted(load(recipe.target))) if recipe.target else []
     if recipe.drop_rows is not None:
         named = named_rows(recipe.drop_rows)
-        logger.info("%s: leaving out %s", recipe.drop_rows, counted(len(set(named)), "row"))
         every = [row for rows in (*files, target) for row in rows]
         others = {id(row) for row in without(every, named, recipe.drop_rows)}
+        logger.info("%s: leaving out %s", recipe.drop_rows, counted(len(set(named)), "row"))
         *files, target = ([row for row in rows if id(row) in others] for rows in (*files, target))
     train: list[Row] = []
     heldout: list[Row] = []

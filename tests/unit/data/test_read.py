@@ -70,7 +70,8 @@ def test_conversational_prompt_learns_the_completion_only():
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [("a b", "Sort.\n\na b"), ("", "Sort."), (None, "Sort."), ("absent", "Sort.")]
+    ("given", "expected"),
+    [("a b", "Sort.\n\na b"), ("", "Sort."), (" \n", "Sort."), (None, "Sort."), ("absent", "Sort.")],
 )
 def test_alpaca_joins_instruction_and_input(given, expected):
     record = {"instruction": "Sort.", "input": given, "output": "b a", "text": "kept"}
