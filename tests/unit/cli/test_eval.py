@@ -61,6 +61,15 @@ def test_flags_override_the_recipe(place):
     assert chat["level"] == 0.5
 
 
+def test_bad_held_out_rows_that_the_run_left_out_are_left_out_again(place):
+    (place / "held.jsonl").write_text((place / "rows.jsonl").read_text() + '\n{"prompt": "a", "completion": ""}\n')
+    given = Recipe(model="base", train="rows.jsonl", eval="held.jsonl", template="none", bad_rows="drop")
+    (place / "one" / "recipe.yaml").write_text(recipe_to_yaml(given))
+    note_recipe(place / "one")
+    [found] = run(Options(("one",), metrics=("perplexity",)))["runs"]
+    assert found["metrics"][0]["rows"] == len((place / "rows.jsonl").read_text().splitlines())
+
+
 def test_a_run_is_measured_on_the_share_that_it_held_out(place, monkeypatch):
     """Of 40 rows and one that no run could use: another limit of what is measured, and once for two runs."""
     rows = [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(40)]

@@ -111,3 +111,10 @@ def test_slopes_that_one_of_several_needs_are_computed():
     [alone] = emulators(model, batches, [with_slopes])
     [_, beside] = emulators(model, batches, [measured, with_slopes])
     assert all(torch.equal(tensor, beside.frozen[name]) for name, tensor in alone.frozen.items())
+
+
+def test_nothing_is_kept_beside_a_lambda(monkeypatch):
+    """Compression would not read it, since slopes are not kept."""
+    monkeypatch.setattr(plan, "keep_whole", None)
+    measured = settings(keep=0.5, allot="measured")
+    emulators(base(layers=5), calibration(base(), count=5, rows=7), [measured, settings(keep=0.5, lambda_mlp=3.0)])

@@ -204,6 +204,7 @@ def test_a_kit_of_which_one_part_is_compressed_is_read_back(tmp_path, family, pa
         ({"lambda_mlp": -1.0}, "lambda_mlp is -1.0"),
         ({"lambda_attn": float("inf")}, "lambda_attn is inf"),
         ({"damping": 0.0}, "damping is 0.0"),
+        ({"refit_damping": float("inf")}, "refit_damping is inf"),
         ({"method": "layerdrop", "lambda_attn": 0.1}, "layerdrop drops whole layers"),
         ({"method": "layerdrop", "parts": "mlp"}, "layerdrop drops whole layers"),
         ({"lambda_unit": "paper"}, "both λ are 0"),

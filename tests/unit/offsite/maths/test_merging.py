@@ -55,7 +55,8 @@ def test_one_bad_return_of_three_or_more_stays_within_the_others(count, seed, pl
 
 
 @pytest.mark.parametrize(
-    ("count", "share", "dropped"), [(3, 0.2, 1), (9, 0.2, 1), (10, 0.2, 2), (10, 0.3, 3), (4, 0.49, 1)]
+    ("count", "share", "dropped"),
+    [(3, 0.2, 1), (9, 0.2, 1), (10, 0.2, 2), (10, 0.3, 3), (4, 0.49, 1), (4, 0.4999999999, 1)],
 )
 def test_how_many_are_trimmed(count, share, dropped):
     assert trimmed_count(count, share) == dropped
