@@ -100,7 +100,7 @@ def model_device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def check_window(model: Any, longest: int, what: str, remedy: str) -> None:
+def check_window(model: Any, longest: int, what: str, remedy: str = "give a smaller --max-length") -> None:
     """Refuse rows that are longer than the model's window.
 
     Args:

@@ -140,7 +140,7 @@ def _losses(work: Work, few: Few, data: Dataset, tuned: Callable[[], Any]) -> tu
 def _row_losses(work: Work, model: Any, data: Dataset) -> tuple[Floats, Floats]:
     """Losses of rows under a model after the training and before it, in nats per label token; each (rows,) float64."""
     longest = max(map(len, data["input_ids"]))
-    check_window(model, longest, "a row of the pool or the target", "give a smaller --max-length")
+    check_window(model, longest, "a row of the pool or the target")
     own = slice(rank(), None, world_size())  # each rank has a part of the rows
     rows = list(zip(data["input_ids"][own], data["labels"][own], strict=True))
     part = torch.zeros(2, len(data), dtype=torch.float64)

@@ -170,7 +170,7 @@ def refuse_long(model: nn.Module, data: Mapping[str, Dataset]) -> None:
         DataError: A row is longer.
     """
     for name, part in data.items():
-        check_window(model, int(row_lengths(part).max()), f"a row to {_USES[name]}", "give a smaller --max-length")
+        check_window(model, int(row_lengths(part).max()), f"a row to {_USES[name]}")
 
 
 def _tell_duplicates(rows: Sequence[Row]) -> None:

@@ -18,7 +18,6 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from siftune.base.environment import reset_peak_memory
@@ -242,12 +241,9 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         """Read the state; torch loads tensors and plain values only."""
         with read_of(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and isinstance(self.lr_scheduler, LambdaLR):
-            # of a run that is to take more steps than before, the next step's rate is another than the saved one
-            rates = zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas, strict=True)
-            for group, (rate, factor) in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor(self.lr_scheduler.last_epoch)
-            self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        if checkpoint is not None:  # a run may take more steps than before, and the saved rate is of the old number
+            self.lr_scheduler.last_epoch -= 1
+            self.lr_scheduler.step()
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Read the state of the gradient scaler."""

@@ -159,8 +159,7 @@ def test_rows_that_are_longer_than_the_window_are_refused(tmp_path, capsys, comm
     byte_tokenizer().save_pretrained(model)
     path = tmp_path / "long.jsonl"
     path.write_text(GOOD * 20 + json.dumps({"prompt": "a", "completion": "x" * 200}) + "\n")
-    given = ["--model", model, "--train", path, "--template", "none", "--rank", "2", "--out", tmp_path / "out"]
-    given = [word for word in given if "sift" not in command or word not in ("--rank", "2")]
+    given = ["--model", model, "--train", path, "--template", "none", "--out", tmp_path / "out"]
     found = error_of(capsys, [*(few if word == "FEW" else word for word in command), *given, "--max-length", "150"])
     assert "takes 150 tokens, but the model's window is 64; give a smaller --max-length." in found
 

@@ -133,6 +133,9 @@ def test_a_sweep_of_learning_rates(tmp_path):
 def test_a_sweep_of_learning_rates_that_has_just_begun(tmp_path):
     told, section = of(save_rates(tmp_path / "lr", []))
     assert "no run is finished yet" in told
+    told, empty = of(save_rates(tmp_path / "base", [], {"facts": {}, "state": {}}))  # not even the base's loss
+    assert "no run is finished yet" in told
+    assert not empty.words
     assert section.words == ["Before training the loss is 2.0000."]
 
 

@@ -63,7 +63,7 @@ class Sums:
 
     def curvature(self) -> LayerCurvature:
         """The curvature, once all is added."""
-        if self._count:
+        if self._waiting:
             self._sum()
         inputs = {path: one.moments() for path, one in self._inputs.items()}
         found = {}

@@ -176,7 +176,7 @@ def calibration_batches(
     from siftune.offsite.exchange.own_texts import own_texts, prompt_ids, usual_length
 
     length = options.max_length or usual_length(rows, tokenizer, options.longest_row, options.template)
-    check_window(model, length, "an own text", "give a smaller --max-length")
+    check_window(model, length, "an own text")
     prompts = prompt_ids(rows, tokenizer, length, options.template)
     texts = own_texts(model, options.count, length, options.seed, prompts, progress)
     if not options.completion_only:
@@ -199,7 +199,7 @@ def batches_of(
     from siftune.models.modules import check_window
 
     table = tokenize_rows(rows, tokenizer, options.longest_row, options.template, options.completion_only)
-    check_window(model, max(table["length"]), "a row", "give a smaller --max-length")
+    check_window(model, max(table["length"]), "a row")
     return in_batches(table, options.batch_size, tokenizer.pad_token_id)
 
 

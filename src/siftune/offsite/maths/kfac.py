@@ -108,28 +108,11 @@ class Curvature:
     slope_OI: Tensor  # D, the gradient for W
 
 
-def moments(rows_NF: Tensor) -> Moments:
-    """The second moment of rows, as a matrix, or as the rows where they are fewer than features.
-
-    Args:
-        rows_NF: (N, F), of any float dtype; without rows, M is zero.
-
-    Returns:
-        Moments in float32, or float64 where the rows are.
-
-    Raises:
-        ModelError: A value, or its square in the dtype of the sums, is NaN or infinite.
-    """
-    total = MomentSum(len(rows_NF))
-    total.add(rows_NF)
-    return total.moments()
-
-
 class MomentSum:
     """The second moment of rows that come in parts: a sum, or the rows themselves where they are fewer than features.
 
     Args:
-        count: N, number of all rows.
+        count: N, number of all rows; without any, M is zero.
     """
 
     def __init__(self, count: int) -> None:
@@ -137,7 +120,7 @@ class MomentSum:
         self._parts: list[Tensor] = []  # one sum; or all rows
 
     def add(self, rows_NF: Tensor) -> None:
-        """Add some rows, (n, F)."""
+        """Add some rows, (n, F), of any float dtype."""
         rows_NF = widened(rows_NF)
         if not self._formed(rows_NF.shape[1]):
             self._parts.append(rows_NF)
@@ -147,7 +130,11 @@ class MomentSum:
             self._parts.append(rows_NF.T @ rows_NF)
 
     def moments(self) -> Moments:
-        """M, once all rows are added; errors as of `moments`."""
+        """M, once all rows are added; in float32, or float64 where the rows are.
+
+        Raises:
+            ModelError: A value, or its square in the dtype of the sums, is NaN or infinite.
+        """
         features, count = self._parts[0].shape[1], max(self._count, 1)
         formed = self._formed(features)
         values = self._parts[0] / count if formed else torch.cat(self._parts) / math.sqrt(count)
@@ -161,22 +148,6 @@ class MomentSum:
 
     def _formed(self, features: int) -> bool:
         return self._count >= features
-
-
-def curvature(x_NI: Tensor, g_NO: Tensor) -> Curvature:
-    """The curvature of the loss for W in y = W x.
-
-    Args:
-        x_NI: (N, I) inputs of the real tokens.
-        g_NO: (N, O) gradients of the summed token loss for their outputs.
-
-    Returns:
-        A, G and D in float32, or float64 where the arguments are.
-
-    Raises:
-        ModelError: A value is NaN or infinite.
-    """
-    return Curvature(moments(x_NI), moments(g_NO), widened(g_NO).T @ widened(x_NI))
 
 
 def apply(curvature: Curvature, delta_OI: Tensor) -> Tensor:

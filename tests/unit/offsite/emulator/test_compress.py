@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.curvature import curvature
 from support.emulators import FAMILIES, base, calibration, seen_by, summed
 
 from siftune.models.families import family_of
@@ -11,7 +12,6 @@ from siftune.offsite.emulator.model import Base, Split, weight_OI
 from siftune.offsite.emulator.record import record
 from siftune.offsite.maths.channels import channel_scores, keep_channels, refit, refit_scores
 from siftune.offsite.maths.drd import component_scores, components, keep_components, rank_of
-from siftune.offsite.maths.kfac import curvature
 
 NUMBER = 2
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.curvature import curvature
 from support.emulators import base, calibration, halved, seen_by, settings
 
 from siftune.base.errors import RecipeError
@@ -19,7 +20,6 @@ from siftune.offsite.emulator.plan import SHARES, layer_costs, measured_paths, p
 from siftune.offsite.emulator.record import States, record
 from siftune.offsite.maths.channels import channel_scores, keep_channels, refit, refit_scores
 from siftune.offsite.maths.drd import components, factor, rank_of
-from siftune.offsite.maths.kfac import curvature
 
 NUMBER = 2
 MEASURED = {"allot": "measured", "keep": 0.5}

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.curvature import curvature, moments
 from torch.testing import assert_close
 
 from siftune.base.errors import ModelError
 from siftune.offsite.maths.channels import channel_scores, costs_of_counts, keep_channels, refit, refit_scores
-from siftune.offsite.maths.kfac import curvature, moments
 
 
 def drawn(seed, *shape):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.curvature import curvature
 from torch.testing import assert_close
 
 from siftune.offsite.maths.drd import (
@@ -18,7 +19,7 @@ from siftune.offsite.maths.drd import (
     keep_components,
     rank_of,
 )
-from siftune.offsite.maths.kfac import DAMPING, apply, curvature
+from siftune.offsite.maths.kfac import DAMPING, apply
 
 BASES = ("svd", "whitened")
 

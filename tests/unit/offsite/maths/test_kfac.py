@@ -6,13 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.curvature import curvature, moments
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from siftune.base.errors import ModelError
 from siftune.offsite.maths import kfac
-from siftune.offsite.maths.kfac import Moments, apply, curvature, moments, score
+from siftune.offsite.maths.kfac import Moments, apply, score
 
 
 def drawn(seed, *shape, dtype=torch.float64):
