@@ -1,6 +1,7 @@
 """Subjects of `eval` and `export`: run folders, adapter folders, kits and models."""
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +18,11 @@ from siftune.offsite.exchange.tune import KitSource, find_kit, put_in_return
 from siftune.offsite.kit.folder import Kit
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
+from siftune.train.folder.checkpoints import checkpoints_in, fault_of, step_of
 from siftune.train.folder.weights import holds_tuned, put_in, read_about, read_tuned
 from siftune.train.prepare import ModelSource
 
+logger = logging.getLogger(__name__)
 _SIGNS = ("recipe.yaml", "adapter_config.json", "tuned_layers.json", "config.json")  # of run, adapter, layers, model
 
 
@@ -181,10 +184,28 @@ def _trained_in(run: Path) -> Path:
     """Find what a run has trained."""
     adapter, returned = run / "adapter", run / "return"
     if (adapter / "adapter_config.json").is_file() or holds_tuned(adapter):
-        return adapter
-    if _is_return(returned):
-        return returned
-    raise ModelError(f"the run folder {run} has no adapter yet; finish the run with siftune train --resume.")
+        trained = adapter
+    elif _is_return(returned):
+        trained = returned
+    else:
+        raise ModelError(f"the run folder {run} has no adapter yet; finish the run with siftune train --resume.")
+    _tell_older(run, trained)
+    return trained
+
+
+def _tell_older(run: Path, trained: Path) -> None:
+    """Warn if the run was resumed and killed: what it trained is then older than its newest checkpoint."""
+    try:
+        steps = int(parsed((run / "run.json").read_text(encoding="utf-8"))["summary"]["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    whole = (path for path in reversed(checkpoints_in(run / "checkpoints")) if fault_of(path, hashes=False) is None)
+    newest = next(map(step_of, whole), 0)
+    if newest > steps:
+        logger.warning(
+            "%s is of step %d, but the run was killed after step %d: siftune train --resume %s finishes it",
+            *(trained, steps, newest, run),
+        )
 
 
 def _is_return(folder: Path) -> bool:

@@ -244,7 +244,10 @@ def _record_choices(built: Built, selections: SelectionRecord, followed: Followe
 def _summary_lines(recipe: Recipe, prepared: Prepared, built: Built, folder: Path) -> str:
     """Run folder, rows, trainable parameters and steps."""
     rows = len(prepared.data["train"])
-    steps = planned_steps(built.trainer.args, rows)
+    args = built.trainer.args
+    steps = planned_steps(args, rows)
+    if args.get_warmup_steps(steps) >= steps:
+        logger.warning("all steps are warm-up, the first of them at learning rate 0: give more steps, or warmup 0")
     train, total = trainable(built)
     lines = [
         f"{recipe.model}: run folder {folder}",

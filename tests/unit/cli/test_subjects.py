@@ -11,6 +11,7 @@ from siftune.base.errors import AdapterError, KitError, ModelError
 from siftune.cli.subjects import find_subject, is_of_kit, load_base, load_subject
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import Recipe
+from siftune.train.folder.checkpoints import begin, seal
 from siftune.train.folder.weights import About, save_tuned
 
 
@@ -59,6 +60,20 @@ def test_a_run_has_recipe_and_adapter(base, adapter):
     subject = find_subject(str(run))
     assert (subject.name, subject.base, subject.adapter) == (str(run), str(base), adapter)
     assert subject.recipe.eval == "rows.jsonl"
+
+
+@pytest.mark.parametrize(("step", "told"), [(8, False), (12, True)])
+def test_a_run_that_was_resumed_and_killed(base, adapter, caplog, step, told):
+    run, checkpoint = adapter.parent, adapter.parent / "checkpoints" / f"checkpoint-{step}"
+    (run / "recipe.yaml").write_text(recipe_to_yaml(Recipe(model=str(base), eval="rows.jsonl")))
+    (run / "run.json").write_text(json.dumps({"status": "finished", "summary": {"steps": 8}}))
+    begin(checkpoint)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    seal(checkpoint)
+    begin(run / "checkpoints" / "checkpoint-20")  # half written
+    assert find_subject(str(run)).adapter == adapter
+    lines = [f"{adapter} is of step 8, but the run was killed after step 12: siftune train --resume {run} finishes it"]
+    assert caplog.messages == (lines if told else [])
 
 
 def test_a_run_that_is_not_finished(tmp_path):

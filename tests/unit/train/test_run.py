@@ -158,6 +158,15 @@ def test_a_target_is_trained_on_steers_and_is_told_of(base, rows, tmp_path):
     assert [sum(batch["followed"][0]) for batch in batches] == [2] * 5 + [4] * 3
 
 
+@pytest.mark.parametrize(("steps", "warmup", "moved"), [(1, 0.03, False), (1, 0, True), (2, 0.03, True)])
+def test_a_run_of_warmup_alone_is_told(base, rows, tmp_path, caplog, steps, warmup, moved):
+    train(recipe(base, rows, tmp_path / "run", steps=steps, warmup=warmup), QUIET)
+    told = "all steps are warm-up, the first of them at learning rate 0: give more steps, or warmup 0"
+    assert (told in caplog.messages) == (not moved)
+    saved = adapter(tmp_path / "run" / "adapter")
+    assert any(value.any() for name, value in saved.items() if "lora_B" in name) == moved
+
+
 def test_the_records_have_a_line_per_step(base, rows, tmp_path):
     done = train(recipe(base, rows, tmp_path / "run", eval=str(rows), eval_every=3), QUIET)
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
