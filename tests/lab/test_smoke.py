@@ -573,12 +573,11 @@ def test_estimate(base, tmp_path, capsys, monkeypatch, task):
 
 
 @pytest.mark.lab
-def test_timings(base, capsys, monkeypatch):
+def test_timings(base, capsys):
     from lab import attention, tokens
 
     attention.main(["--lengths", "8", "--tries", "1"])
     assert len(capsys.readouterr().out.splitlines()) == 4
-    monkeypatch.setenv("SIFTUNE_CACHE", "unset")  # the script sets it: undone after the test
     tokens.main(["--rows", "20", "--model", base])
     assert json.loads(capsys.readouterr().out)["rows"] == 20
 

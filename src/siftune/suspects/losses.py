@@ -28,7 +28,6 @@ from transformers import PreTrainedTokenizerBase
 from siftune.base.errors import DataError
 from siftune.base.files import Progress, refuse_links, write_beside
 from siftune.base.text import one_line
-from siftune.data.cache import cached_tokens
 from siftune.data.rows import Row
 from siftune.data.target import TARGET, source_or_file, sources
 from siftune.data.tokens import Form, tokens_of
@@ -101,7 +100,7 @@ def score_run(
     rows, about = trained_rows(run, files)
     recipe: Recipe = load_recipe(run / "recipe.yaml")
     form = Form(tokenizer, recipe.max_length, recipe.template, recipe.completion_only)
-    tokens = cached_tokens(rows, form, progress)
+    tokens = tokens_of(rows, form, progress)
     if tokens.bad:
         raise DataError(f"{tokens.faults(rows)[0]}; the run {run} could use this row, so its tokenizer has changed.")
     numbers = [at for at, source in enumerate(sources(rows)) if source != TARGET]

@@ -22,11 +22,10 @@ from siftune.base.errors import DataError, ModelError
 from siftune.base.files import Progress
 from siftune.base.text import counted, visible
 from siftune.data.batches import aimed, numbered, weighted
-from siftune.data.cache import cached_tokens
 from siftune.data.read import grouped
 from siftune.data.rows import WEIGHT, Row, row_texts
 from siftune.data.target import SOURCE, TARGET
-from siftune.data.tokens import Form, tell_notes
+from siftune.data.tokens import Form, tell_notes, tokens_of
 from siftune.models.load import load_model, load_tokenizer
 from siftune.models.loss import IGNORED
 from siftune.models.modules import check_window
@@ -131,7 +130,7 @@ class Prepared:
 def prepare(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, read: Read, progress: Progress | None = None
 ) -> Prepared:
-    """Tokenise the rows of a recipe, or read their tokens from the cache. Only rows that train have weights.
+    """Tokenise the rows of a recipe. Only rows that train have weights.
 
     Raises:
         DataError: Rows are bad and the recipe does not drop them; or none is left.
@@ -145,7 +144,7 @@ def prepare(
     for name, part in read.parts.items():
         if not part:
             continue
-        tokens = cached_tokens(part, form, progress)
+        tokens = tokens_of(part, form, progress)
         rows[name], data[name], cut[name] = tokens.usable(part), tokens.data, tokens.cut
         bad += tokens.faults(part)
         tell_notes(tokens, len(part))

@@ -124,7 +124,7 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     refuse_read(recipe, read, source.tokenizer)
     with first_rank_first():
         model, tokenizer = source.load(recipe.dtype, recipe.quantize)
-    with first_rank_first(), stages(console) as progress:  # other ranks read the first one's cache
+    with stages(console) as progress:
         prepared = prepare(recipe, tokenizer, read, progress)
     refuse_long(model, prepared.data)
     rows = prepared.rows["train"]
