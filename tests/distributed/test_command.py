@@ -95,16 +95,6 @@ def is_one_run(run, alone):
     assert not list(run.rglob("*.partial"))
 
 
-def test_processes_are_one_run(given, alone, tmp_path):
-    words = [*given, "--batch-size", "4", "--steps", "4", "--out", "run", "--processes", "2", "--json"]
-    process = start(SIFTUNE, words, tmp_path)
-    told, said = finish(process)
-    assert process.returncode == 0, said
-    assert json.loads(told)["steps"] == 4
-    assert said.count("done: 4 steps") == said.count("step 4/4  loss") == 1
-    is_one_run(tmp_path / "run", alone)
-
-
 def test_torchrun_is_one_run_in_a_folder_that_rank_0_names_with_a_sharded_base(given, alone, tmp_path):
     process = start(TORCHRUN, [*given, "--batch-size", "4", "--steps", "4", "--sharding", "fsdp"], tmp_path)
     _, said = finish(process)
@@ -114,12 +104,10 @@ def test_torchrun_is_one_run_in_a_folder_that_rank_0_names_with_a_sharded_base(g
     is_one_run(run, alone)
 
 
-@pytest.mark.parametrize("command", [SIFTUNE, TORCHRUN], ids=["processes", "torchrun"])
-def test_what_all_ranks_refuse_is_said_once(given, tmp_path, command):
-    words = [*given, "--eval", "nowhere.jsonl", *(["--processes", "2"] if command is SIFTUNE else [])]
-    process = start(command, words, tmp_path)
+def test_what_all_ranks_refuse_is_said_once(given, tmp_path):
+    process = start(TORCHRUN, [*given, "--eval", "nowhere.jsonl"], tmp_path)
     _, said = finish(process)
-    assert process.returncode == (2 if command is SIFTUNE else 1)  # torchrun has a code of its own
+    assert process.returncode == 1  # torchrun's own
     assert said.count("siftune: error: ") == 1
     assert "nowhere.jsonl" in said
 
@@ -134,31 +122,29 @@ def wait_for(path, process, seconds=240):
 
 
 def test_a_process_that_dies_ends_the_run_and_keeps_what_was_saved(given, tmp_path):
-    words = [*given, "--batch-size", "4", "--steps", "4000", "--out", "run", "--processes", "2"]
-    process = start(SIFTUNE, words, tmp_path)
+    words = [*given, "--batch-size", "4", "--steps", "4000", "--out", "run"]
+    process = start(TORCHRUN, words, tmp_path)
     checkpoints = tmp_path / "run" / "checkpoints"
     wait_for(checkpoints / "checkpoint-6", process)  # the one before is complete
     ranks = {child.environ()["RANK"]: child for child in psutil.Process(process.pid).children()}
     ranks["1"].kill()
     _, said = finish(process, 60)
     assert process.returncode == 1
-    assert said.count("siftune: error: ") == 1
-    assert "process 1 of the run was ended by SIGKILL" in said
-    assert "Traceback" not in said
+    assert "Signal 9 (SIGKILL) received" in said  # torchrun's words
     assert not ranks["0"].is_running()
     newest = newest_checkpoint(checkpoints)
     assert step_of(newest) >= 4
     assert (newest / "adapter_model.safetensors").is_file()
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["summary"]["steps"] >= 4
 
 
 def test_an_interrupt_reaches_all_and_saves_what_was_trained(given, tmp_path):
-    words = [*given, "--batch-size", "4", "--steps", "4000", "--out", "run", "--processes", "2"]
-    process = start(SIFTUNE, words, tmp_path)
+    words = [*given, "--batch-size", "4", "--steps", "4000", "--out", "run"]
+    process = start(TORCHRUN, words, tmp_path)
     wait_for(tmp_path / "run" / "checkpoints" / "checkpoint-4" / "trainer_state.json", process)
     process.send_signal(signal.SIGTERM)
     _, said = finish(process, 90)
-    assert process.returncode == 130, said
-    assert "the adapter after step" in said.splitlines()[-1]
-    assert "siftune train --resume run` continues from there" in said.splitlines()[-1]
+    assert process.returncode == 1, said  # torchrun's own
+    (line,) = (line for line in said.splitlines() if line.startswith("siftune: interrupted;"))
+    assert "the adapter after step" in line
+    assert line.endswith("`siftune train --resume run` continues from there")
     assert Path(tmp_path, "run", "adapter", "adapter_model.safetensors").is_file()

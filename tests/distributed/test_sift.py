@@ -57,9 +57,9 @@ def test_ranks_share_the_rows(task):
     assert json.loads(again)["selected"] == json.loads(output)["selected"]
 
 
-def test_processes_sift_and_train(task):
+def test_ranks_sift_and_train(task):
     settings = ["--max-length", "64", "--template", "none", "--rank", "2", "--steps", "2", "--batch-size", "2"]
-    _, messages = call([*SIFTUNE, "train"], task, *settings, "--out", "run", "--processes", "2", "--sift", "0.4")
+    _, messages = call([*TORCHRUN, "train"], task, *settings, "--out", "run", "--sift", "0.4")
     assert messages.count("selected 14 of 35 rows") == messages.count("done: 2 steps") == 1
     dropped = (task / "run" / "sift" / "dropped.csv").read_text().splitlines()
     assert len(dropped) == 1 + 21

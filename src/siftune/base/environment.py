@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -129,10 +129,7 @@ def ran_out(error: BaseException) -> bool:
     return getattr(error, "errno", None) == errno.ENOMEM or any(text in str(error) for text in _NO_MEMORY)
 
 
-# --- ranks of a launch: torchrun, `accelerate launch` and `siftune train --processes` set the same variables ---
-
-TOLD_BY_PARENT = "SIFTUNE_TOLD_BY_PARENT"  # set where the process that started this one says why it failed
-LEFT_ALONE = "another process of the run ended, and this one cannot continue without it"
+# --- ranks of a launch: torchrun and `accelerate launch` set the same variables ---
 
 
 def launch_size() -> int:
@@ -145,11 +142,6 @@ def launch_rank() -> int:
     return _number("RANK", 0) if launch_size() > 1 else 0
 
 
-def told_by_parent() -> bool:
-    """Whether another process says why this one failed."""
-    return TOLD_BY_PARENT in os.environ
-
-
 def _number(name: str, usual: int) -> int:
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else usual
@@ -158,7 +150,6 @@ def _number(name: str, usual: int) -> int:
 # --- threads ---
 
 _LIMITS = Path("/sys/fs/cgroup")
-_OURS = "SIFTUNE_SET_THREADS"  # there where the number of threads is not the user's
 _TURNS = "1000"  # times that a waiting thread looks before it sleeps; GNU's OpenMP looks some 300,000 times
 
 
@@ -181,21 +172,7 @@ def settle_threads(environment: MutableMapping[str, str] = os.environ, limits: P
         environment.setdefault("GOMP_SPINCOUNT", _TURNS)
     allowed = processors_allowed(limits)
     if allowed is not None and allowed < _processors() and "OMP_NUM_THREADS" not in environment:
-        environment.update({"OMP_NUM_THREADS": str(allowed), _OURS: "1"})
-
-
-def threads_of_each(processes: int, environment: Mapping[str, str] = os.environ, limits: Path = _LIMITS) -> str:
-    """Threads of each of several processes that run at a time: the user's number, or an even part, at least 1.
-
-    Args:
-        processes: How many there are.
-        environment: Variables of the process, after `settle_threads`.
-        limits: Where the system keeps a container's limits.
-    """
-    if environment.get("OMP_NUM_THREADS") and _OURS not in environment:
-        return environment["OMP_NUM_THREADS"]
-    processors = min(_processors(), processors_allowed(limits) or _processors())
-    return str(max(1, processors // processes))
+        environment["OMP_NUM_THREADS"] = str(allowed)
 
 
 def _processors() -> int:

@@ -22,15 +22,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from siftune.base.environment import (
-    LEFT_ALONE,
-    launch_rank,
-    launch_size,
-    quiet,
-    ran_out,
-    settle_threads,
-    told_by_parent,
-)
+from siftune.base.environment import launch_rank, launch_size, quiet, ran_out, settle_threads
 from siftune.base.errors import InputError, SiftuneError
 from siftune.base.settings import nearest
 from siftune.base.text import jsonable, visible
@@ -94,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminated(), _logs(), stdout_to_stderr() if as_json else contextlib.nullcontext():
             code, result = _guarded(arguments)
-        if as_json and result is not None and (told_by_parent() or not launch_rank()):
+        if as_json and result is not None and not launch_rank():
             plain = not (sys.stdout.encoding or "").lower().startswith("utf")
             sys.stdout.write(json.dumps(jsonable(result), allow_nan=False, ensure_ascii=plain) + "\n")
         sys.stdout.flush()
@@ -148,6 +140,8 @@ def _guarded(arguments: Sequence[str]) -> tuple[int, dict[str, Any] | None]:
     except BrokenPipeError:
         raise
     except KeyboardInterrupt as stop:
+        if launch_rank():  # a signal reaches all ranks, and rank 0 says where the results are
+            return 130, None
         return 130, _say("; ".join(["interrupted", *getattr(stop, "__notes__", [])]), "siftune: ")
     except Exception as error:
         sentence = _explain(error)
@@ -191,7 +185,7 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError):
         return _explain_missing(error.name or "")
     if launch_size() > 1 and any(words in str(error) for words in _ALONE):
-        return LEFT_ALONE
+        return "another process of the run ended, and this one cannot continue without it"
     if ran_out(error):
         reason = " ".join(str(error).split())[:150] or "MemoryError"
         return f"memory ran out ({reason}): give a smaller --batch-size, a shorter --max-length, or a smaller model"
@@ -221,10 +215,9 @@ def _explain_missing(module: str) -> str | None:
 
 def _say(sentence: str, prefix: str = "siftune: error: ") -> dict[str, Any]:
     """Write a failure to standard error, and return it for `--json`."""
-    if not told_by_parent():
-        if launch_rank():
-            time.sleep(_FIRST_SPEAKS)
-        sys.stderr.write(f"{prefix}{visible(sentence)}\n")  # it may quote an untrusted file
+    if launch_rank():
+        time.sleep(_FIRST_SPEAKS)
+    sys.stderr.write(f"{prefix}{visible(sentence)}\n")  # it may quote an untrusted file
     return {"error": sentence}
 
 

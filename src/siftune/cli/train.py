@@ -3,18 +3,17 @@
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic.dataclasses import dataclass
 
 from siftune.base.environment import launch_rank, launch_size
 from siftune.base.errors import RecipeError
-from siftune.base.settings import CONFIG, Count
+from siftune.base.settings import CONFIG
 from siftune.base.text import visible
 from siftune.cli.sift import PoolShare
 from siftune.recipe.checks import check
-from siftune.recipe.schema import Recipe, resolve_recipe
+from siftune.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,9 +37,6 @@ class Options(Recipe):
     must not give: a file or hub id."""
     public_key: str | None = None
     """PEM file with the public key of the model's owner: the model must then be a kit signed by the owner."""
-    processes: Count = 1
-    """Processes to start on this machine, one per GPU or per group of cores; each takes batch_size rows in a step.
-    torchrun and accelerate launch do the same, also on several machines."""
     dry_run: bool = False
     """Train nothing: validate the data, preview the loss mask of three rows, and estimate time and memory."""
 
@@ -51,10 +47,6 @@ def run(options: Options) -> dict[str, Any]:
     check(recipe)  # before torch is imported
     if options.dry_run:
         return _try(options, recipe)
-    if options.processes > 1 and launch_size() > 1:
-        raise RecipeError("processes are started by another launcher already: leave --processes out")
-    if options.processes > 1:
-        return _in_processes(options, recipe)
 
     from rich.console import Console
 
@@ -106,23 +98,6 @@ def _sifts(options: Options) -> bool:
     return options.sift is not False or options.avoid is not None
 
 
-def _in_processes(options: Options, recipe: Recipe) -> dict[str, Any]:
-    """Have several processes do it, by a recipe in which everything is settled."""
-    import tempfile
-
-    from siftune.cli.launch import launch
-    from siftune.recipe.read import recipe_to_yaml
-    from siftune.train.folder.weights import adopted
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "recipe.yaml"
-        path.write_text(recipe_to_yaml(resolve_recipe(adopted(recipe))), encoding="utf-8")
-        key = [] if options.public_key is None else ["--public-key", options.public_key]
-        sifting = [] if options.sift is False else ["--sift", *([] if options.sift is True else [str(options.sift)])]
-        sifting += [] if options.avoid is None else ["--avoid", options.avoid]
-        return launch(["train", str(path), *key, *sifting], options.processes)
-
-
 def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
     """Say what training would do and take."""
     from rich.console import Console
@@ -131,8 +106,8 @@ def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
     from siftune.report.dry_run import shown
     from siftune.train.dry_run import dry_run
 
-    if options.processes > 1 or launch_size() > 1:
-        raise RecipeError("a dry run is of one process: leave processes out, and start it without torchrun")
+    if launch_size() > 1:
+        raise RecipeError("a dry run is of one process: start it without torchrun")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if _sifts(options):
         from siftune.sifting.rows import check_sifting

@@ -19,7 +19,7 @@ _PATIENCE = timedelta(hours=2)  # other ranks wait while rank 0 fetches a model 
 
 
 def join_launch() -> bool:
-    """Join the other ranks of a launch by torchrun, accelerate or `--processes`, before a Trainer does so.
+    """Join the other ranks of a launch by torchrun or accelerate, before a Trainer does so.
 
     Returns:
         Whether there are other ranks; then call `leave_launch` at the end.

@@ -13,7 +13,6 @@ from siftune.base.environment import (
     peak_memory_mb,
     processors_allowed,
     settle_threads,
-    threads_of_each,
     versions,
 )
 
@@ -87,16 +86,6 @@ def test_what_the_user_has_set_stays(tmp_path, monkeypatch):
         variables = dict(own)
         settle_threads(variables, limits)
         assert variables == own
-
-
-@pytest.mark.parametrize(
-    ("own", "processors", "each"), [({}, 64, "2"), ({}, 2, "1"), ({"OMP_NUM_THREADS": "7"}, 64, "7")]
-)
-def test_processes_share_what_a_container_may_use(tmp_path, monkeypatch, own, processors, each):
-    run_on(monkeypatch, processors)
-    limits, variables = limits_of(tmp_path, 2, "400000"), dict(own)
-    settle_threads(variables, limits)
-    assert threads_of_each(2, variables, limits) == each
 
 
 def test_it_is_settled_before_torch_is_loaded():

@@ -227,13 +227,6 @@ def test_rows_like_bad_ones_are_left_out_of_the_run_and_the_target_does_not_sift
     assert not (run / "sift" / "tuning").exists()
 
 
-def test_processes_get_the_bad_rows(words, bad, monkeypatch):
-    calls = []
-    monkeypatch.setattr("siftune.cli.launch.launch", lambda command, processes: calls.append(command) or {})
-    assert main([*map(str, words), "--processes", "2", "--avoid", str(bad)]) == 0
-    assert calls[0][-2:] == ["--avoid", str(bad)]
-
-
 # --- siftune sift ---
 
 

@@ -383,10 +383,3 @@ def test_sigterm(words, base, tmp_path):
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (record["status"], record["summary"]["steps"]) == ("interrupted", int(last[1]))
     assert any(value.any() for name, value in loads(base, tmp_path / "run" / "adapter").items() if "lora_B" in name)
-
-
-def test_processes_are_started_once(words, no_model, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "leave --processes out" in error_of(capsys, [*words, "--processes", "2"])
-    monkeypatch.delenv("WORLD_SIZE")
-    assert "--processes is 0" in error_of(capsys, [*words, "--processes", "0"])

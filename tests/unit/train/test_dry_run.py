@@ -95,12 +95,13 @@ def test_no_tracker_hears_of_it(base, rows, tmp_path, monkeypatch):
     assert [given.report_to for given in seen] == [("none",)]
 
 
-def test_refusals_are_those_of_the_run(base, rows, capsys):
+def test_refusals_are_those_of_the_run(base, rows, capsys, monkeypatch):
     assert "unknown option --dry-rum" in error_of(capsys, "train", "--train", str(rows), "--dry-rum")
     given = ("train", "--model", str(base), "--train", str(rows), "--dry-run")
     assert "leave resume out" in error_of(capsys, *given, "--resume", "--out", "x")
-    assert "leave processes out" in error_of(capsys, *given, "--processes", "2")
     assert "no linear module" in error_of(capsys, *given, "--targets", "nothing")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "start it without torchrun" in error_of(capsys, *given)
 
 
 # the plan of the trial
