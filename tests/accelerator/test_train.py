@@ -13,8 +13,9 @@ pytestmark = pytest.mark.compiled
 @pytest.mark.parametrize("method", ["dense", "ist", "gast", "greats"])
 def test_a_device_without_float64(base, rows, tmp_path, method):
     with standin.without_float64():
-        run = train(recipe(base, rows, tmp_path / "run", method=method, steps=3))
+        run = train(recipe(base, rows, tmp_path / "run", method=method, steps=3, eval=str(rows)))
     assert run.summary["steps"] == 3
+    assert run.summary["eval_loss"] is not None
 
 
 def test_the_peak_is_that_of_the_run_over_all_devices(base, rows, tmp_path):

@@ -176,6 +176,11 @@ def _private_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
         "leave one of them out",
     )
     yield (
+        recipe.from_adapter is not None,
+        "dp_epsilon does not count what the adapter of from_adapter learned: leave one of them out; an adapter of "
+        "other rows can be merged into the base with siftune export",
+    )
+    yield (
         recipe.dp_delta is None,
         "dp_epsilon needs dp_delta, the chance that the promise fails: give --dp-delta, well below one over the number "
         "of training rows",

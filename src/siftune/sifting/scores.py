@@ -5,8 +5,8 @@
     s_i = K_i − B_i
 
 The training on the target makes rows like it more likely (s_i < 0), and rows that contradict it less likely. To first
-order, s_i sums −lr·⟨gradient of row i, gradient of the target's rows⟩ over the steps of the training, without forming
-either gradient.
+order, and for SGD, s_i sums −lr·⟨gradient of row i, gradient of the target's rows⟩ over the steps of the training,
+without forming either gradient; AdamW, the default, rescales the second one.
 
 Moore and Lewis ("Intelligent Selection of Language Model Training Data", ACL 2010) select text by the difference of
 two losses. Ours: the two models are one model with and without a short training, only label tokens count, 0 is the

@@ -127,7 +127,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         if not self._held_out:
             return np.zeros((3, 0))
         numbers, losses = zip(*self._held_out, strict=True)
-        return np.concatenate([np.concatenate(numbers)[None], torch.cat(losses, 1).double().cpu().numpy()])
+        return np.concatenate([np.concatenate(numbers)[None], torch.cat(losses, 1).cpu().double().numpy()])
 
     def get_train_dataloader(self) -> Any:
         """The Trainer's batches; in a private run a batch is a step's."""

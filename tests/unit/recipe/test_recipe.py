@@ -174,6 +174,10 @@ def test_a_target_goes_with_every_method(tmp_path, method):
             "target_last says when a target's rows come, but with target_share 0",
         ),
         ({"target_last": 0.5}, "target_last has no effect without a target"),
+        (
+            {"from_adapter": "run", "dp_epsilon": 8.0, "dp_delta": 1e-5},
+            "dp_epsilon does not count what the adapter of from_adapter learned: leave one of them out",
+        ),
         ({"target": "a", "group_by_length": True}, "group_by_length puts rows in an order of its own, but a target's"),
         (
             {"target": "a", "method": "gast"},

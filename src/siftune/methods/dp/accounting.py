@@ -1,8 +1,8 @@
 """The mechanism, its noise for (ε, δ), and ε of the steps so far, by Opacus' accountant.
 
 Gopi et al., "Numerical Composition of Differential Privacy", NeurIPS 2021, arXiv 2106.02848: the privacy loss of a step
-is discretised and composed with itself by Fourier transforms. The result is an upper bound, at most 0.01 above the true
-value. Only the accountant of Opacus is used, and it is imported on first use.
+is discretised and composed with itself by Fourier transforms. The result is an upper bound, about 0.01 above the true
+value and at most 0.02. Only the accountant of Opacus is used, and it is imported on first use.
 """
 
 import warnings

@@ -30,10 +30,10 @@ from transformers.trainer_callback import ExportableState
 
 from siftune.base.errors import DataError, RecipeError, UnsupportedError
 from siftune.data.batches import Collator
-from siftune.engine.groups import group_by_layer, outside
+from siftune.engine.groups import LayerGroup, group_by_layer, outside
 from siftune.engine.ranks import from_first, rank, world_size
 from siftune.engine.sharding import is_sharded
-from siftune.engine.suppression import refuse_taken_apart, suppress
+from siftune.engine.suppression import adapted_modules, refuse_taken_apart, suppress
 from siftune.engine.tape import unrecorded
 from siftune.methods.host import deepspeed
 from siftune.methods.host.callback import LogLines, calling_trainer, saved_state
@@ -41,6 +41,7 @@ from siftune.methods.host.spread import refuse_wrappers
 from siftune.methods.keep.maths import Reference, divergence, reference
 from siftune.methods.keep.texts import TokenRow, sample_texts
 from siftune.methods.options import OWN
+from siftune.models.adapters.full import original_weights
 from siftune.models.loss import IGNORED, label_positions, logits_at
 from siftune.models.modules import evaluated, model_device
 
@@ -271,11 +272,22 @@ class Penalty:
 def _refuse_other_base(model: nn.Module, layers: str | None) -> None:
     """Refuse a model whose base is not the model with suppressed adapters."""
     refuse_taken_apart(model)
-    if others := outside(model, group_by_layer(model, layers)):
+    groups = group_by_layer(model, layers)
+    if others := [*outside(model, groups), *itertools.chain.from_iterable(map(_not_suppressed, groups))]:
         raise UnsupportedError(
-            f"{next(iter(others))} trains outside of the decoder layers, so that the model with suppressed adapters is "
-            "not the base: train adapters in the layers only, or leave Keep out"
+            f"{others[0]} trains, but is not part of an adapter in the decoder layers, so that the model with "
+            "suppressed adapters is not the base: train adapters in the layers only, or leave Keep out"
         )
+
+
+def _not_suppressed(group: LayerGroup) -> list[str]:
+    """Names of a layer's trainable parameters that `suppress` leaves in place, such as biases of base layers."""
+    if original_weights(group.module) is not None:
+        return []
+    removed: set[nn.Parameter] = set()
+    for module in adapted_modules(group):
+        removed |= {*module.parameters()} - {*module.get_base_layer().parameters()}
+    return [f"{group.name}.{name}" for name, parameter in group.parameters.items() if parameter not in removed]
 
 
 def _groups(rows: Any, size: int, collate: Any) -> Sequence[Mapping[str, Tensor]]:

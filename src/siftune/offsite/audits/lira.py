@@ -15,7 +15,8 @@ This is the paper's online attack, by an attacker who can tune on the candidates
 
 Ours: σ_in and σ_out are one each for all rows, whatever N: the paper's choice for fewer than 64 shadows. Models come in
 pairs, tuned on complementary halves, so that no row has only models of one side. A model's half is drawn among
-the candidates alone, members and others; it takes as many steps of as many rows as the model in question.
+the candidates alone, members and others; it passes over its rows as often as `AuditSettings.steps` pass over the
+model's.
 
 Symbols: φ of the shadows `shadows_NR`, whether tuned on the row `trained_NR`, φ* `target_R`.
 Shapes: N shadow models, R candidate rows.

@@ -161,7 +161,7 @@ def with_shadows(job: Job, membership: Membership, sides: Sides) -> Membership:
 
 
 def _shadow(job: Job, pool: Dataset, rows: list[int], number: int) -> Floats:
-    """Losses of all candidates under one shadow model, which passes over its rows as often as the return's tuning."""
+    """Losses of all candidates under one shadow model; `settings.steps` are scaled to its number of rows."""
     models, settings = job.models, job.settings
     steps = max(1, round(settings.steps * len(rows) / len(job.used)))
     how = replace(settings, steps=steps, seed=(settings.seed + number) % 2**32)

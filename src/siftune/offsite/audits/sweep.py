@@ -90,7 +90,7 @@ class SweepPoint:
     parameters: int  # its parameters, outer layers and embeddings included; shared ones count once
     middle_share: float  # parameters of its middle over those of the base's
     # AUC of the attack on its calibration rows (`calibration_attack`), the held-out rows being the others; the
-    # higher of that on attention and that on the MLPs. Without a value where it has nothing but whole layers
+    # highest of those on attention, the MLPs and both. Without a value where it has nothing but whole layers
     calibration_auc: Estimate = field(default_factory=Estimate)
 
     @property

@@ -7,7 +7,7 @@ one to the other where it is smaller than what the matrices saw, which a layer w
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -114,12 +114,13 @@ class SumsOfHalves:
 
     Args:
         tokens: N, tokens of all batches.
-        slopes: Whether to sum D of the first half, for λ.
+        slopes: Whether to sum D of the first half, for λ; it is scaled to the sum over all tokens, for the paper's λ.
     """
 
     def __init__(self, tokens: int, slopes: bool) -> None:
         self._first, self._second = Sums(tokens // 2, slopes), Sums(tokens - tokens // 2, False)
         self._left = tokens // 2  # tokens that the first half lacks
+        self._scale = tokens / max(1, tokens // 2) if slopes else None  # of D
 
     def add(self, seen: Mapping[str, Captured]) -> None:
         """Add what the matrices saw in a batch."""
@@ -133,7 +134,11 @@ class SumsOfHalves:
 
     def halves(self) -> Halves:
         """The curvature of both, once all is added."""
-        return Halves(self._first.curvature(), self._second.curvature())
+        first = self._first.curvature()
+        if self._scale is not None:
+            scaled = {path: replace(one, slope_OI=self._scale * one.slope_OI) for path, one in first.curvature.items()}
+            first = LayerCurvature(scaled)
+        return Halves(first, self._second.curvature())
 
 
 def _part(seen: Mapping[str, Captured], tokens: slice) -> dict[str, Captured]:

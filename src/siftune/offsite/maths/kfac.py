@@ -19,7 +19,7 @@ Shapes: N tokens, F features (I inputs or O outputs), K columns, C candidates (p
 
 What a caller must see to: rows are those of real tokens. Rows of padding have inputs, which would count in A. Rows of
 zeros on both sides only divide A and G by a constant, and the mean loss instead of the summed one only scales G and D;
-neither changes `score`, nor anything whitened.
+neither changes anything whitened, nor `score` in the unit "relative".
 
 Ours, not the papers': either term of the GCS is divided by its mean absolute value over the candidates before λ
 applies, because one grows with the square of the gradients and the other does not ("relative"; "paper" leaves both

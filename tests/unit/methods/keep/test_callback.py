@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from support.every_method import NAMES, built
 from support.tiny import batch, tiny
 from support.tokenizer import byte_tokenizer
@@ -305,10 +306,20 @@ def test_settings_out_of_range(settings):
 def test_refuses_weights_whose_base_is_not_the_suppressed_model(tmp_path):
     model = adapted()
     model.get_output_embeddings().weight.requires_grad_()
-    with pytest.raises(UnsupportedError, match="outside"):
+    with pytest.raises(UnsupportedError, match=r"lm_head.* trains"):
         train(tmp_path, keeping(), model=model)
     with pytest.raises(SiftuneError, match="pissa"):
         train(tmp_path, keeping(), model=adapted(init="pissa"))
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [({"bias": "lora_only"}, "q_proj.base_layer.bias"), ({"modules_to_save": ["input_layernorm"]}, "input_layernorm")],
+)
+def test_refuses_weights_in_the_layers_that_are_not_suppressed(tmp_path, more, name):
+    config = LoraConfig(r=2, target_modules=["q_proj"], **more)
+    with pytest.raises(UnsupportedError, match=rf"{name}.* trains"):
+        train(tmp_path, keeping(), model=get_peft_model(tiny("qwen2"), config))
 
 
 def test_callback_without_its_rows_is_refused(tmp_path):

@@ -53,8 +53,10 @@ def test_sums_over_batches_are_those_of_all_tokens(monkeypatch, at_once, rows):
     replay(whole, recording, NUMBER, paths, sums.add)
     replay(whole, recording, NUMBER, paths, parts.add)
     both = parts.halves()
-    for found, part in (
-        (sums.curvature(), slice(None)), (both.chosen, slice(middle)), (both.other, slice(middle, None)),
+    for found, part, scale in (  # D of the first half stands for all tokens
+        (sums.curvature(), slice(None), 1),
+        (both.chosen, slice(middle), count / middle),
+        (both.other, slice(middle, None), 0),
     ):  # fmt: skip
         for path, seen in captured.items():
             x, g = seen.x_NI[part].double(), seen.g_NO[part].double()
@@ -63,7 +65,7 @@ def test_sums_over_batches_are_those_of_all_tokens(monkeypatch, at_once, rows):
                 want = of.T @ of / len(of)
                 assert moment.formed == (len(of) >= of.shape[1])
                 torch.testing.assert_close(moment.dense().double(), want, rtol=1e-4, atol=1e-6 * float(want.max()))
-            slope = 0 * g.T @ x if found is both.other else g.T @ x
+            slope = scale * g.T @ x
             torch.testing.assert_close(got.slope_OI.double(), slope, rtol=1e-4, atol=1e-5 * float(g.abs().max()))
 
 
