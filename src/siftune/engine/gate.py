@@ -10,10 +10,10 @@ DDP waits for a gradient of every parameter. On request the lowest active layer'
 inactive ones; the caller drops them before the optimizer step.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,10 +26,37 @@ from siftune.engine.substitution import ForwardSubstitution, Slot, untraced
 from siftune.models.layers import with_hidden
 from siftune.models.quantised import KeptUnpacked, refuse_packed
 
+Deliver = Callable[[], Sequence[Tensor | None]]
+Alive = Callable[[], bool]  # whether the training is still running for which hooks were set
+
+
+class _Hooked(Protocol):
+    alive: Alive
+
+    def remove(self) -> None: ...
+
+
 taped: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # layers with a tape -> that tape
 _gates: WeakKeyDictionary[nn.Module, "LayerGates"] = WeakKeyDictionary()
 
-Deliver = Callable[[], Sequence[Tensor | None]]
+
+def always() -> bool:
+    """The answer for hooks that stay until they are removed."""
+    return True
+
+
+def refuse_second(groups: Sequence[LayerGroup], holders: Mapping[nn.Module, _Hooked], message: str) -> None:
+    """Refuse layers that have hooks of the same kind; hooks of a training that has ended are removed.
+
+    Raises:
+        RecipeError: A layer has hooks of a running training.
+    """
+    for group in groups:
+        if (holder := holders.get(group.module)) is None:
+            continue
+        if holder.alive():
+            raise RecipeError(message)
+        holder.remove()
 
 
 class Gate(torch.autograd.Function):
@@ -76,20 +103,26 @@ class LayerGates:
         model: The model that holds the layers.
         groups: The layers and their trainable parameters.
         deliver_zeros: Deliver gradients of zero for inactive layers' parameters, as DDP and ZeRO need.
+        alive: Asked when a pass begins; the hooks remove themselves if it returns False.
 
     Raises:
-        RecipeError: The layers have a tape already; gates come first.
+        RecipeError: The layers have gates already; or a tape, before which gates must come.
         UnsupportedError: A layer has an adapter that needs the gradients of all layers, or the base is packed for
             inference.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[LayerGroup], deliver_zeros: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, groups: Sequence[LayerGroup], deliver_zeros: bool = False, alive: Alive = always
+    ) -> None:
         self._groups = list(groups)
-        if any(group.module in taped for group in self._groups):
-            raise RecipeError(
-                "samples are selected in these layers already, but layers must be chosen first: list IST before GAST "
-                "among the callbacks, and in a custom loop attach it first"
-            )
+        self.alive = alive
+        refuse_second(
+            self._groups,
+            taped,
+            "samples are selected in these layers already, but layers must be chosen first: list IST before GAST "
+            "among the callbacks, and in a custom loop attach it first",
+        )
+        refuse_second(self._groups, _gates, "another method chooses among these layers already: use one of them")
         refuse_allocator(self._groups)
         refuse_packed(model)
         self._deliver_zeros = deliver_zeros
@@ -134,7 +167,8 @@ class LayerGates:
             handle.remove()
         self._handles.clear()
         for group in self._groups:
-            _gates.pop(group.module, None)
+            if _gates.get(group.module) is self:
+                del _gates[group.module]
 
     def __enter__(self) -> "LayerGates":
         return self
@@ -150,6 +184,10 @@ class LayerGates:
 
     def _enter(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run before a layer: cut the graph at and below the lowest active layer, which may deliver zeros."""
+        # a compiled model would be divided at this question
+        if index == self._groups[0].index and not torch.compiler.is_compiling() and not self.alive():
+            self.remove()
+            return None
         all_active = len(self._active) == len(self._groups)
         if all_active or index > self._lowest or not torch.is_grad_enabled():
             return None

@@ -22,9 +22,13 @@ class LayerRecord:
         positions: Positions T in a row.
         pairs: Rows i and i + B/2 are one sample.
         parameters: Parameters of the layer.
+
+    Attributes:
+        taken: Whether the gradients were released.
     """
 
     def __init__(self, rows: int, positions: int, pairs: bool, parameters: Sequence[nn.Parameter]) -> None:
+        self.taken = False
         self._rows = rows
         self._positions = positions
         self._pairs = pairs
@@ -57,7 +61,7 @@ class LayerRecord:
 
     def take(self) -> dict[nn.Parameter, Tensor]:
         """Return the gradients in the order of the parameters, and release them."""
-        grads, self._grads, self._places = self._grads, {}, {}
+        grads, self._grads, self._places, self.taken = self._grads, {}, {}, True
         return {parameter: grads[parameter] for parameter in self._parameters if parameter in grads}
 
     def by_row(self, values: Tensor) -> Tensor:

@@ -117,13 +117,13 @@ def is_scaled(module: Any) -> bool:
     )
 
 
-# the arguments of attention and mixers that hold a cache
-_CACHES = ("cache", "past_key_values", "layer_past")
+# arguments of attention and mixers that hold a cache, and PEFT's own, which base layers do not know
+_LEFT_OUT = ("cache", "past_key_values", "layer_past", "adapter_names", "alora_offsets")
 
 
 def base_output(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Output of an adapted module's base for the same input; caches are not passed on, and stay unchanged."""
-    return module.get_base_layer()(*args, **{name: v for name, v in kwargs.items() if name not in _CACHES})
+    """Output of an adapted module's base for the same input, without caches, which stay unchanged."""
+    return module.get_base_layer()(*args, **{name: v for name, v in kwargs.items() if name not in _LEFT_OUT})
 
 
 def states(output: Any) -> Tensor:

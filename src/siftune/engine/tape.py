@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from siftune.base.errors import UnsupportedError
-from siftune.engine.gate import Deliver, Gate, is_active, is_upstream, taped
+from siftune.engine.gate import Alive, Deliver, Gate, always, is_active, is_upstream, refuse_second, taped
 from siftune.engine.groups import LayerGroup
 from siftune.engine.kinds import Kind
 from siftune.engine.record import LayerRecord, RowVector, Tap
@@ -82,6 +82,10 @@ class Tape(Generic[P]):
         pairs: Row i and row i + B/2 are one sample, as in preference training.
         at_once: Call `reduce` once, with all layers, after backward has passed the first of them. The gradients of all
             layers are then held at the same time.
+        alive: Asked when a pass begins; the hooks remove themselves if it returns False.
+
+    Raises:
+        RecipeError: The layers have a tape already.
     """
 
     def __init__(
@@ -91,8 +95,11 @@ class Tape(Generic[P]):
         reduce: Callable[[P, Sequence[tuple[LayerGroup, SampleGradients]]], Gradients],
         pairs: bool = False,
         at_once: bool = False,
+        alive: Alive = always,
     ) -> None:
         self._groups = survey.groups
+        self.alive = alive
+        refuse_second(self._groups, taped, "another method selects samples in these layers already: use one of them")
         self._begin = begin
         self._reduce = reduce
         self._pairs = pairs
@@ -132,7 +139,8 @@ class Tape(Generic[P]):
         self._records = {}
         self._delivers.clear()
         for group in self._groups:
-            taped.pop(group.module, None)
+            if taped.get(group.module) is self:
+                del taped[group.module]
 
     def _enter(self, group: LayerGroup, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run before a layer: gate its input, and open its record.
@@ -148,6 +156,9 @@ class Tape(Generic[P]):
         hidden = hidden_states(args, kwargs)
         rows, positions = _rows_and_positions(group, hidden)
         if self._entered < 0 or (group.index <= self._entered and not self._is_in_loop(hidden)):
+            if not self.alive():
+                self.remove()
+                return None
             self._check(kwargs)
             self._records, self._delivers, self._entered = {}, [], -1
             self._pass = self._begin(self._samples(rows))
@@ -205,9 +216,13 @@ class Tape(Generic[P]):
         record = self._records.get(uses[0][0].layer)
         if record is None or not torch.is_grad_enabled() or not output.requires_grad:
             return None
-        record.check(module, output)
+        read = partial(_read_linear, record, uses)
+        if in_backward():  # the record may be that of another pass
+            read = partial(_read_again, record, read)
+        else:
+            record.check(module, output)
         tap: Any = Tap
-        tapped: Tensor = tap.apply(partial(_read_linear, record, uses), output, args[0])
+        tapped: Tensor = tap.apply(read, output, args[0])
         return tapped
 
     def _samples(self, rows: int) -> int:
@@ -274,6 +289,16 @@ def _refuse_reentrant(group: LayerGroup) -> NoReturn:
         f"activation checkpointing with use_reentrant=True runs {group.name} with gradients in backward only, so "
         "samples cannot be selected there: set use_reentrant=False"
     )
+
+
+def _read_again(record: LayerRecord, read: Callable[[Tensor, Tensor], None], *values: Tensor) -> None:
+    """Read in a run by reentrant checkpointing, unless backward has left the pass of the record."""
+    if record.taken:
+        raise UnsupportedError(
+            "activation checkpointing with use_reentrant=True and two forward passes before one backward pass mixes "
+            "the samples of both: set use_reentrant=False"
+        )
+    read(*values)
 
 
 def _read_copies(record: LayerRecord, parameter: nn.Parameter, grads_B1D: Tensor) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from siftune.base.errors import ModelError, RecipeError, UnsupportedError
 from siftune.methods.drivers.batches import Batch, Loss, RowDraws, model_loss
+from siftune.methods.drivers.sample_driver import SampleSelection
 from siftune.methods.ist.callback import IST
 
 _SHARDING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
@@ -71,6 +72,9 @@ class Sift(Callback):  # type: ignore[misc]
         self.selection = self.method.attach(_language_model(pl_module), **options)
         if draws:
             self.selection.draws = _training_rows(trainer, self.selection.generator)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and isinstance(self.selection, SampleSelection):
+            self.selection.rule.loss_scale = scaler.get_scale
         if self._resumed is not None:
             _load(self.selection, self._resumed)
             self._resumed = None

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -241,6 +242,27 @@ def test_reentrant_checkpointing_around_a_layers_hooks_is_refused(before, monkey
         checkpoint_whole_layers(model, monkeypatch, reentrant=True)
         with pytest.raises(UnsupportedError, match="use_reentrant"):
             summed_loss(model, batch(model, 4)).backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_two_passes_before_one_backward_with_checkpointing(reentrant):
+    """Reentrant checkpointing runs the first one again when the record is that of the second."""
+    model = adapted().double().train()
+    first, second = batch(model, 4), batch(model, 3, seed=1)
+    wanted = {p: rows.sum(0) for p, rows in sample_gradients(model, first).items()}
+    for parameter, rows in sample_gradients(model, second).items():
+        wanted[parameter] = wanted[parameter] + rows.sum(0)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    model.zero_grad()
+    with Recorder(model):
+        loss = summed_loss(model, first) + summed_loss(model, second)
+        with pytest.raises(UnsupportedError, match="mixes the samples") if reentrant else nullcontext():
+            loss.backward()
+    for parameter, grad in wanted.items():
+        if not reentrant:
+            assert_close(parameter.grad, grad, 1e-12)
 
 
 @pytest.mark.parametrize(("kind", "checkpointing"), [("lora", True), ("dora", False), ("parallel", True)])

@@ -17,6 +17,7 @@ from siftune.methods.host.callback import (
     calling_trainer,
     plain_optimizer,
     trainer_loss,
+    while_training,
 )
 from siftune.methods.host.spread import refuse_wrappers
 
@@ -93,7 +94,7 @@ class LayerCallback(SelectionCallback[LayerSelection]):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Find the layers, set the gates, and continue from a checkpoint's state."""
-        self.remove()
+        self._clear()
         model: nn.Module = kwargs["model"]
         refuse_wrappers(args, model)
         trainer = calling_trainer(self)
@@ -106,6 +107,7 @@ class LayerCallback(SelectionCallback[LayerSelection]):
             loss=trainer_loss(self),
             layers=self.layers,
             chunk=args.per_device_train_batch_size,
+            alive=while_training(trainer),
         )
         selection.optimizer = plain_optimizer(kwargs.get("optimizer"))
         if deepspeed.is_used(trainer):
@@ -123,9 +125,9 @@ class LayerCallback(SelectionCallback[LayerSelection]):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Choose the layers of this optimizer step."""
-        assert self._selection is not None
-        self._selection.steps = state.global_step
-        choice = self._selection.begin()
+        selection = self._begun
+        selection.steps = state.global_step
+        choice = selection.begin()
         self._means.note({"layers": len(choice.layers)})
         if self.on_select is not None:
             self.on_select(choice)

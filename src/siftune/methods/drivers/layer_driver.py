@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from siftune.engine.gate import LayerGates
+from siftune.engine.gate import Alive, LayerGates, always
 from siftune.engine.groups import group_by_layer
 from siftune.engine.ranks import in_group, mean_over_ranks
 from siftune.engine.suppression import refuse_taken_apart, suppress
@@ -90,6 +90,7 @@ class LayerSelection:
         loss: Loss of a batch, a scalar; by default the model's own.
         layers: Path of the decoder layers in `model`, if their structure does not identify them.
         chunk: Rows per forward pass when layers are compared.
+        alive: Whether the training is still running; if not, the next pass removes the gates.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class LayerSelection:
         loss: Loss = model_loss,
         layers: str | None = None,
         chunk: int = 16,
+        alive: Alive = always,
     ) -> None:
         self.model = model
         self.groups = group_by_layer(model, layers)
@@ -117,7 +119,7 @@ class LayerSelection:
         self._handles: list[Any] = []
         if self.policy.needs_rows:
             refuse_taken_apart(model)
-        self._gates = LayerGates(model, self.groups, deliver_zeros=in_group())
+        self._gates = LayerGates(model, self.groups, deliver_zeros=in_group(), alive=alive)
 
     @property
     def importance(self) -> Tensor | None:

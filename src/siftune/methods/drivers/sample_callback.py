@@ -25,6 +25,7 @@ from siftune.methods.host.callback import (
     plain_optimizer,
     resumed_from,
     trainer_loss,
+    while_training,
 )
 from siftune.methods.host.row_numbers import RowNumbers, row_numbers
 from siftune.methods.host.spread import refuse_wrappers
@@ -122,7 +123,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Find the layers, set the tape, and continue from a checkpoint's state."""
-        self.remove()
+        self._clear()
         refuse_wrappers(args, kwargs["model"])
         samples = args.per_device_train_batch_size
         if selects_all(self, samples):
@@ -147,6 +148,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
             chunk=samples,
             pairs=_are_pairs(trainer, collate) if self.pairs is None else self.pairs,
             compiled=bool(args.torch_compile),
+            alive=while_training(trainer),
         )
         selection.rule.optimizer = plain_optimizer(kwargs.get("optimizer"))
         if self.select_until < 1:
@@ -167,7 +169,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
             self._numbers.number(kwargs.get("train_dataloader"))
 
     def remove(self) -> None:
-        """Remove all hooks from model and Trainer; needed only after an exception in training."""
+        """Remove all hooks from model and Trainer."""
         super().remove()
         if self._numbers is not None:
             self._numbers.release()
@@ -177,11 +179,11 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Draw the support set of this optimizer step."""
-        assert self._selection is not None
+        selection = self._begun
         if self.support_source is not None:  # the Trainer does so before each batch, but later
             kwargs["model"].train()
-        self._selection.steps = state.global_step
-        self._selection.begin()
+        selection.steps = state.global_step
+        selection.begin()
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

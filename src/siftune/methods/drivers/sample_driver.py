@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from siftune.base import numerics
-from siftune.engine.gate import is_active
+from siftune.engine.gate import Alive, always, is_active
 from siftune.engine.groups import LayerGroup, group_by_layer
 from siftune.engine.ranks import rank, world_size
 from siftune.engine.survey import Survey
@@ -43,6 +43,7 @@ class SampleRule(ABC):
     support: Support | None = None  # the support set, if it has rows of its own
     optimizer: torch.optim.Optimizer | None = None  # for its learning rate, if the driver has it
     until: int | None = None  # optimizer step from which all samples are followed
+    loss_scale: Callable[[], float] | None = None  # what a scaler multiplies losses in float16 by; None: 1
 
     def __init__(self, units: Sequence[Unit], select: int | float) -> None:
         self.units = units
@@ -86,6 +87,7 @@ class SampleSelection:
         chunk: Rows per forward pass over the support set.
         pairs: Row i and row i + B/2 of a batch are one sample.
         compiled: The model will be called compiled.
+        alive: Whether the training is still running; if not, the next pass removes the tape.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class SampleSelection:
         chunk: int = 16,
         pairs: bool = False,
         compiled: bool = False,
+        alive: Alive = always,
     ) -> None:
         self.model = model
         self.groups = group_by_layer(model, layers)
@@ -120,7 +123,7 @@ class SampleSelection:
         if compiled or hasattr(model, "_orig_mod"):
             survey.refuse_compiled("the model")
         refuse_packed(model)
-        self._tape = Tape(survey, self._begin_pass, self.rule.reduce, pairs, self.rule.at_once)
+        self._tape = Tape(survey, self._begin_pass, self.rule.reduce, pairs, self.rule.at_once, alive)
         self._handles.append(KeptUnpacked(model))
 
     @property

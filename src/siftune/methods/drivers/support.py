@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from siftune.base.errors import UnsupportedError
 from siftune.base.numerics import all_finite, widened
 from siftune.methods.drivers.batches import Batch, Loss, label_weight
 
@@ -104,12 +105,29 @@ def support_gradient(
         for batch, weight in zip(batches, weights, strict=True):
             if weight > 0:
                 lifted = loss(model, batch) * (_LIFT * weight / sum(weights))
-                grads = torch.autograd.grad(lifted, parameters, allow_unused=True)
+                grads = _gradients(lifted, parameters)
                 formed = {p: grad for p, grad in zip(parameters, grads, strict=True) if grad is not None}
+                if not formed:
+                    raise UnsupportedError(_REENTRANT)
                 lowered = torch._foreach_div([*formed.values()], _LIFT)
                 for parameter, grad in zip(formed, lowered, strict=True):
                     sums[parameter] = sums[parameter] + grad if parameter in sums else grad
     return sums
+
+
+_REENTRANT = (
+    "activation checkpointing with use_reentrant=True forms no gradient of support rows: set use_reentrant=False, or "
+    'with GAST support="rest"'
+)
+
+
+def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+    try:
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+    except RuntimeError as error:
+        if "checkpoint" in str(error) and ".grad()" in str(error):  # torch, in the layers that are checkpointed
+            raise UnsupportedError(_REENTRANT) from error
+        raise
 
 
 @contextmanager

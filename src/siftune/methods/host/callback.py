@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from siftune.base.errors import TrainingError
+from siftune.base.errors import RecipeError, TrainingError
 from siftune.base.settings import Settings
 from siftune.base.text import one_line
+from siftune.engine.gate import always
 from siftune.methods.drivers.batches import Batch, Loss, model_loss
 from siftune.methods.host import deepspeed
 from siftune.methods.host.spread import average_adapters
-from siftune.models.loss import moved
+from siftune.models.loss import IGNORED, moved
 
 
 class _Selecting(Protocol):
@@ -125,10 +126,29 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
         return self._means.take()
 
     def remove(self) -> None:
-        """Remove all hooks from model and Trainer; needed only after an exception in training."""
+        """Remove all hooks from model and Trainer.
+
+        After an exception in training they remove themselves as soon as the model trains again.
+        """
         self._lines.remove()
         if self._selection is not None:
             self._selection.remove()
+
+    @property
+    def _begun(self) -> T:
+        """The selection of this training."""
+        if self._selection is None:
+            raise RecipeError(f"{type(self).__name__} joined a training that was running: add it before train()")
+        return self._selection
+
+    def _clear(self) -> None:
+        """Remove the hooks that an interrupted training left, before this callback and those after it set new ones."""
+        self.remove()
+        trainer = calling_trainer(self)
+        callbacks = [] if trainer is None else trainer.callback_handler.callbacks
+        for other in callbacks[callbacks.index(self) + 1 :] if callbacks else []:
+            if isinstance(other, SelectionCallback):
+                other.remove()
 
     def state(self) -> dict[str, Any]:
         """State for the Trainer's checkpoints: the constructor's arguments except rows, and the selection's state."""
@@ -232,10 +252,29 @@ def trainer_loss(callback: TrainerCallback) -> Loss:
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         with _metrics_unchanged(trainer), trainer.compute_loss_context_manager():
             inputs = trainer._prepare_inputs(moved(batch, trainer.args.device))
-            value: Tensor = trainer.compute_loss(model, inputs)
+            items = {}
+            if trainer.compute_loss_func is not None:  # the Trainer always passes the number to such a function
+                count = (inputs["labels"] != IGNORED).sum()
+                ranks = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
+                items["num_items_in_batch"] = count * ranks  # the Trainer multiplies the loss by the ranks
+            value: Tensor = trainer.compute_loss(model, inputs, **items)
         return value
 
     return loss
+
+
+def while_training(trainer: Trainer | None) -> Callable[[], bool]:
+    """Whether a Trainer's `train` is still running: it ends without an event if an exception ends it."""
+
+    def running() -> bool:
+        frame = inspect.currentframe()
+        while frame is not None:
+            if frame.f_code.co_name == "train" and frame.f_locals.get("self") is trainer:
+                return True
+            frame = frame.f_back
+        return False
+
+    return always if trainer is None else running
 
 
 def calling_trainer(callback: TrainerCallback) -> Trainer | None:
@@ -264,7 +303,8 @@ def _calls(callback: TrainerCallback) -> Iterator[tuple[Trainer, Mapping[str, An
 
 @contextmanager
 def _metrics_unchanged(trainer: Trainer) -> Iterator[None]:
-    """Keep scoring out of the metrics that TRL's trainers collect in `compute_loss`."""
+    """Keep scoring out of the metrics and tokens that TRL's trainers collect in `compute_loss`."""
+    tokens = getattr(trainer, "_total_train_tokens", None)
     metrics: dict[str, dict[str, list[float]]] = getattr(trainer, "_metrics", None) or {}
     before = {mode: {name: list(v) for name, v in values.items()} for mode, values in metrics.items()}
     try:
@@ -273,3 +313,5 @@ def _metrics_unchanged(trainer: Trainer) -> Iterator[None]:
         for mode, values in before.items():
             metrics[mode].clear()
             metrics[mode].update(values)
+        if tokens is not None:
+            trainer._total_train_tokens = tokens

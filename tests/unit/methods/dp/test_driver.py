@@ -243,10 +243,10 @@ def test_the_mean_over_draws_is_the_clipped_sum_over_the_expected_rows():
 
 
 def test_noise_comes_from_the_secret_alone():
-    model = adapted()
+    models = [adapted() for _ in range(3)]
     one, again, other = (
         released(model, PrivateGradients(model, mechanism(noise=1.0), secret), 2)
-        for secret in (Secret(0), Secret(0), Secret())
+        for model, secret in zip(models, (Secret(0), Secret(0), Secret()), strict=True)
     )
     assert torch.equal(one, again)
     assert not torch.equal(one, other)

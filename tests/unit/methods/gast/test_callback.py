@@ -1,7 +1,10 @@
 """GAST in Trainers of transformers and TRL."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from support.oracles import flat, rest_scores
@@ -12,6 +15,7 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
     Trainer,
+    TrainerCallback,
     TrainerState,
     default_data_collator,
 )
@@ -31,6 +35,7 @@ from trl import (
 from siftune import GAST, IST
 from siftune.base.errors import DataError, RecipeError, UnsupportedError
 from siftune.engine.groups import group_by_layer
+from siftune.methods.host.callback import calling_trainer
 
 
 class Batches:
@@ -189,6 +194,62 @@ def test_sft_trainer(tmp_path):
     trainer.train()
     assert len(method.history) == 6
     assert all(s.scores.isfinite().all() for s in method.history)
+
+
+def test_support_rows_do_not_count_as_trained_tokens(tmp_path):
+    counts = []
+    for callbacks in ([], [GAST(2, "sample")]):
+        model = adapted(vocab_size=300)
+        trainer = SFTTrainer(
+            model, trl_arguments(tmp_path, SFTConfig), train_dataset=sft_rows(), processing_class=byte_tokenizer(),
+            callbacks=callbacks,
+        )  # fmt: skip
+        trainer.train()
+        counts.append([line["num_tokens"] for line in trainer.state.log_history if "num_tokens" in line])
+    assert counts[0] == counts[1] != []
+
+
+@pytest.mark.parametrize("method", [GAST(2, "sample"), IST(active=0.5, interval=2)])
+def test_a_loss_function_that_divides_by_the_number_of_labels(tmp_path, method):
+    """As transformers' own trainers call it; the mean is that of the model, and so are the choices."""
+
+    def own(outputs, labels, num_items_in_batch=None):
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        return F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+    found = []
+    for function in (None, own):
+        model = adapted()
+        trainer = Trainer(
+            model, arguments(tmp_path, max_steps=4), train_dataset=rows(), compute_loss_func=function,
+            callbacks=[replace(method)],
+        )  # fmt: skip
+        trainer.train()
+        found.append(weights(model))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("more", [{}, {"every_n_layers": 2}])
+def test_reentrant_checkpointing_has_no_support_gradient(tmp_path, more):
+    model = adapted()
+    model.enable_input_require_grads()
+    checkpointing = {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": True, **more},
+    }
+    with pytest.raises(UnsupportedError, match="use_reentrant"):
+        train(tmp_path, GAST(2, "sample"), model=model, **checkpointing)
+
+
+@pytest.mark.parametrize("method", [GAST(2, "rest"), IST(active=0.5)])
+def test_a_callback_that_joins_a_running_training(tmp_path, method):
+    class Joins(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            calling_trainer(self).add_callback(method)
+
+    with pytest.raises(RecipeError, match="before train"):
+        train(tmp_path, Joins())
 
 
 @pytest.mark.parametrize("settings", [{"packing": True, "max_length": 32}, {"padding_free": True, "max_length": None}])

@@ -4,7 +4,8 @@ import pytest
 import torch
 from support.oracles import flat, gradients, sample_gradients
 from support.seen import Seen
-from support.trainers import Watch, adapted, rows, train, weights
+from support.trainers import Watch, adapted, arguments, rows, train, weights
+from transformers import Trainer
 
 from siftune import GREATS, IST
 from siftune.methods.greats import greedy
@@ -71,3 +72,19 @@ def test_with_ist_the_active_layers_follow_one_choice(tmp_path):
     for choice, changed in zip(chosen, watch.changed, strict=True):
         assert {int(name.split(".layers.")[1].split(".")[0]) for name in changed} == set(choice.layers)
     assert all(choice.selected.shape == (1, 2) and choice.scores.isfinite().all() for choice in method.history)
+
+
+def test_scaled_losses_do_not_change_the_choice(tmp_path):
+    """As in float16: every sample's gradient has the scaler's factor, the support's has not."""
+    found = []
+    for scale in (None, 65536.0):
+        method, model = GREATS(2, keep=True), adapted()
+        trainer = Trainer(model, arguments(tmp_path, **SGD), train_dataset=rows(), callbacks=[method])
+        if scale is not None:
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        trainer.train()
+        found.append(method.history)
+    assert len(found[0]) == len(found[1]) == 6
+    for plain, scaled in zip(*found, strict=True):
+        assert torch.equal(plain.selected, scaled.selected)
+        torch.testing.assert_close(plain.scores, scaled.scores, rtol=1e-3, atol=1e-7)

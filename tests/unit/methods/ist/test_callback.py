@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from support.seen import assert_same
-from support.tiny import batch
+from support.tiny import batch, tiny
 from support.tokenizer import byte_tokenizer
 from support.trainers import Watch, adapted, arguments, rows, train, weights
 from transformers import Trainer
@@ -192,3 +193,13 @@ def test_resume_of_an_iterable_continues_its_position(tmp_path):
     train(tmp_path, whole, **settings)
     train(tmp_path, resumed, resume=str(tmp_path / "checkpoint-5"), **settings)
     assert [c.losses for c in second] == [c.losses for c in first[5:]]
+
+
+def test_adapters_whose_modules_take_arguments_of_their_own(tmp_path):
+    """aLoRA's, which base layers do not know."""
+    model = get_peft_model(tiny("llama"), LoraConfig(r=2, alora_invocation_tokens=[5], target_modules=["q_proj"]))
+    method = IST(active=0.5, interval=2, score_batch_size=4)
+    losses = []
+    method.on_select = lambda choice: losses.extend(choice.losses)
+    train(tmp_path, method, model=model)
+    assert losses
