@@ -44,7 +44,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 CountOrShare = Count | Share
 Steps = CountOrZero | BelowOne  # a number of steps, or a fraction of all steps
-Columns = tuple[Annotated[str, Field(pattern=r"^[^=]+=[^=]+$")], ...]  # pairs such as prompt=question
+Columns = tuple[Annotated[str, Field(pattern=r"^[^=]+=[^=]+$", description="pairs such as prompt=question")], ...]
 Template = Literal["auto", "chat", "none"] | Path  # a path: a file with a chat template
 
 # names in other trainers -> name here, for hints that spelling alone does not give
@@ -214,7 +214,8 @@ def described(hint: Any) -> str:
         elif origin is tuple:
             (item, own), *_ = leaves(arguments[0])
             bounds = f"each {each}" if (each := bounds_of(own)) else ""
-            parts.append(f"a list of {many.get(item) or 'names, each ' + described(item)}")
+            told = next((mark.description for mark in own if getattr(mark, "description", None)), None)
+            parts.append(f"a list of {told or many.get(item) or 'names, each ' + described(item)}")
         elif leaf is not type(None):
             parts.append(names.get(leaf, getattr(leaf, "__name__", str(leaf))))
         if bounds:

@@ -62,7 +62,7 @@ def run(options: Options) -> dict[str, Any]:
     shown.print("\n".join([before(base), "", *advice(runs, base)]), markup=False)
     seconds = round(time.monotonic() - started, 1)
     console.print(
-        f"done in {seconds:.0f} s: table and a recipe for each method in {path}\n"
+        f"done in {seconds:.0f} s: table and a recipe for each method, at the rate of your settings, in {path}\n"
         f"next: `siftune report {path}` draws it, `siftune train {path}/METHOD.yaml --lr RATE --out RUN`",
         markup=False,
     )

@@ -64,6 +64,7 @@ def run(options: Options) -> dict[str, Any]:
     count = rows.suspects or options.top or 0
     listed = rows.highest(min(count, options.top or count))
     title = f"{rows.suspects:,} of {counted(len(rows.rows), 'row')} of {options.run} may be wrong"
+    title += "" if rows.suspects else "; highest losses:"
     shown, note = listed[: options.top or _SHOWN], rows.doubt or NOTE
     if shown:
         Console(highlight=False, soft_wrap=True).print(plain_table(table(shown, title)), markup=False)

@@ -149,7 +149,8 @@ def _whereabouts(finished: "Run") -> str:
     path, adapter, returned = finished.folder.path, finished.folder.adapter, finished.folder.returned
     lines = [f"adapter in {adapter}"] if adapter.exists() else []
     if not returned.exists():
-        commands = (f"eval {path} --data FILE", f"report {path}", f"export {path}")
+        rows = " --data FILE" if finished.summary["eval_loss"] is None else ""
+        commands = (f"eval {path}{rows}", f"report {path}", f"export {path}")
         return "\n".join([*lines, f"next: {', '.join(f'`siftune {command}`' for command in commands)}"])
     return "\n".join(
         [

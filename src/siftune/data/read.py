@@ -98,19 +98,38 @@ def _open(source: str, split: str) -> Records:
 
 
 def check_source(source: str) -> None:
-    """Refuse a file that does not exist or has an unknown ending, without reading it.
+    """Refuse a file that does not exist or has an unknown ending, and a folder of mixed files, without reading them.
 
     Raises:
         DataError: The message names the file.
     """
     path = Path(path_and_split(source)[0]).expanduser()
     is_data = path.suffix.lower() in _READERS
+    if path.is_dir() and len(first := _kinds_in(path)) > 1:  # `datasets` would read one kind and ignore the others
+        *others, last = first.values()
+        raise DataError(f"{source} has files of several kinds, such as {', '.join(others)} and {last}; name the files.")
     if path.is_file() and not is_data:
         raise DataError(f"{source}: the ending {path.suffix!r} is unknown; supported: {', '.join(_READERS)}.")
     if not path.is_file() and (is_data or (not path.exists() and source.startswith((".", "/", "~")))):
         state = "is a folder, not a file" if path.exists() else "does not exist"
         hint = "put spaces between files, not commas" if "," in source else "give the path of a data file"
         raise DataError(f"{source} {state}; {hint}.")
+
+
+def _kinds_in(folder: Path) -> dict[str, str]:
+    """Kinds of data files in a folder, with the name of the first file of each.
+
+    A data set of `save_to_disk` or with a card has files of its own that are no rows: none are named.
+    """
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json", "README.md")):
+        return {}
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in _READERS and path.is_file()]
+    kinds = {".jsonl": "JSON", ".ndjson": "JSON", ".json": "JSON"}
+    found: dict[str, str] = {}
+    for path in files:
+        suffix = path.suffix.lower()
+        found.setdefault(kinds.get(suffix, suffix), path.relative_to(folder).as_posix())
+    return found
 
 
 def check_columns(source: str, columns: Sequence[str] = ()) -> None:

@@ -48,7 +48,7 @@ def named_rows(path: str) -> list[str]:
         lines = (line.strip() for line in text.split("\n"))
         places = [line for line in lines if line and not line.startswith("#")]
     if not places:
-        raise DataError(f"{path} names no rows; give places such as rows.jsonl:17, one a line.")
+        raise DataError(f"{path} names no rows, so there is nothing to leave out; train without it.")
     return places
 
 

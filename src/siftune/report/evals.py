@@ -18,10 +18,10 @@ from siftune.data.rows import Row
 from siftune.evaluate.measure import PERPLEXITY, Metric, MetricRow
 from siftune.records.rows import text_of
 from siftune.report.table import Table
+from siftune.train.folder.run import EVALS
 
 logger = logging.getLogger(__name__)
 
-EVALS = "eval.json"
 _SHOWN = 20  # answers that are kept: the first rows, not chosen ones
 
 

@@ -33,7 +33,7 @@ from siftune.records.visits import NAME
 from siftune.train.build import Built, build, check_trackers, trainable
 from siftune.train.callbacks import EarlyStop, Metrics, ProgressView, RegularCheckpoints
 from siftune.train.folder.checkpoints import SourceNote, best_in, step_of
-from siftune.train.folder.run import LOSSES, RECIPE, ROWS, RunFolder
+from siftune.train.folder.run import EVALS, LOSSES, RECIPE, ROWS, RunFolder
 from siftune.train.folder.selections import SelectionRecord
 from siftune.train.folder.weights import adopted
 from siftune.train.guards.memory import OutOfMemory, free, halved, memory_faults, refuse_ranks
@@ -161,7 +161,8 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
         folder.write(RECIPE, recipe_to_yaml(recorded))
         note_recipe(folder.path)
         folder.write(ROWS, f"{digest}\n")
-        folder.write_lines(LOSSES, [])  # of the model of an earlier run
+        for name in () if ended else (LOSSES, EVALS):  # of the model before
+            folder.write_lines(name, [])
         folder.cut_records(begun)  # of a run that ended before its next checkpoint
 
     def release() -> None:

@@ -177,6 +177,7 @@ def test_a_prompt_that_leaves_nothing_to_learn(words, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--methd", "ist"], "unknown option --methd of `siftune train`; did you mean --method?"),
+        (["--columns", "prompt"], "--columns is prompt, but must be a list of pairs such as prompt=question"),
         (["--ist.active", "0"], "--ist.active is 0, but must be a number, above 0 and at most 1"),
         (["--resume"], "No complete checkpoint in {run}/checkpoints; train without --resume."),
         (["--resume", "nowhere"], "nowhere is no complete checkpoint; give a folder RUN/checkpoints/checkpoint-N."),

@@ -332,6 +332,19 @@ def test_a_split_of_a_file_is_refused(tmp_path):
         load_rows(f"{tmp_path}/rows.jsonl@test", "train")
 
 
+def test_a_folder_of_mixed_files_is_refused_unless_it_has_a_card(tmp_path):
+    """`datasets` reads the files of one kind and ignores the others."""
+    (tmp_path / "deep").mkdir()
+    for number, name in enumerate(("deep/a.jsonl", "b.json")):
+        (tmp_path / name).write_text(json.dumps({"text": f"row {number}"}) + "\n")
+    assert len(load_rows(str(tmp_path))) == 2
+    (tmp_path / "c.csv").write_text("text\nrow 2\n")
+    with pytest.raises(DataError, match=r"several kinds, such as b.json and c.csv; name the files"):
+        load_rows(str(tmp_path))
+    (tmp_path / "README.md").write_text("A data set.\n")
+    assert load_rows(str(tmp_path))
+
+
 def test_a_folder_with_the_sign_in_its_name_is_no_split(tmp_path):
     folder = tmp_path / "me@host" / "rows"
     folder.mkdir(parents=True)

@@ -74,9 +74,10 @@ def test_files_that_cannot_be_read(tmp_path):
     for make, words in (
         (lambda path: None, "cannot be read: No such file"),
         (lambda path: path.write_text("#\n"), "names no rows"),
+        (lambda path: path.write_text("place,loss\n"), "nothing to leave out"),
         (lambda path: path.write_bytes(b"\xff"), "is not UTF-8 text: byte 0"),
     ):
-        path = tmp_path / f"{len(words)}.txt"
+        path = tmp_path / f"{len(words)}.csv" if "nothing" in words else tmp_path / f"{len(words)}.txt"
         make(path)
         with pytest.raises(DataError, match=words):
             named_rows(str(path))

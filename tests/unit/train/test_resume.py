@@ -115,7 +115,9 @@ def test_a_resumed_run_is_the_unbroken_one(base, rows, tmp_path, interfere, sett
 
 def test_a_run_that_is_extended_has_the_rates_of_its_new_length(finished, copied):
     run, resumed = copied()
+    (run / "eval.json").write_text("{}")  # of the model before
     train(resumed(steps=6), QUIET)
+    assert not (run / "eval.json").exists()
     rates = [line["learning_rate"] for line in metrics(run)]
     assert rates == pytest.approx([0, 0.01, 0.005, 0.006, 0.004, 0.002])
     before, after = (

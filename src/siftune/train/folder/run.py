@@ -34,7 +34,8 @@ from siftune.records.rows import BAD_ROWS
 from siftune.train.folder.checkpoints import checkpoints_in, fault_of, step_of, whole_checkpoints
 from siftune.train.folder.selections import SELECTIONS
 
-RECIPE, ROWS, METRICS, LOSSES = "recipe.yaml", "rows.sha256", "metrics.jsonl", "losses.parquet"
+RECIPE, ROWS, METRICS = "recipe.yaml", "rows.sha256", "metrics.jsonl"
+LOSSES, EVALS = "losses.parquet", "eval.json"
 
 
 class RunFolder:
