@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 from support import emulators, standin
 from support.commands import EMULATE, TRAIN, siftune
 
+from siftune.offsite.emulator.model import Base, Split
+from siftune.offsite.emulator.record import record
 from siftune.offsite.exchange.plug import plug_in
 
 pytestmark = pytest.mark.compiled
@@ -76,3 +78,22 @@ def factors(kit, seed):
     shapes = {f"{name}.up": (len(t), 2) for name, t in matrices.items()}
     shapes |= {f"{name}.down": (2, t.shape[1]) for name, t in matrices.items()}
     return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def test_masks_of_the_recording_are_in_main_memory(device):
+    """One for all layers of a batch, since they grow with rows and squared length."""
+    base = Base(emulators.base(layers=4).to(device), Split(1, 1))
+    batches = [
+        {name: value.to(device) for name, value in batch.items()}
+        for batch in emulators.calibration(base.model, count=5, rows=8)
+    ]
+    recording = record(base, batches)
+    masks = [
+        value
+        for calls in recording.calls
+        for call in calls
+        for value in call.kwargs.values()
+        if isinstance(value, torch.Tensor) and value.ndim == 4
+    ]
+    assert {mask.device.type for mask in masks} == {"cpu"}
+    assert len(masks) == 4 * len({id(mask) for mask in masks}) == 4 * len(batches)

@@ -55,7 +55,7 @@ POOL = "pool"  # of the bad rows' folder: the training on the pool
 _UNSEEN, _OTHERS = "unseen.csv", "others.csv"  # rows that the trainings on the few and on the pool leave out
 _FURTHER = 20  # steps on the bad rows, after those on the pool (ours)
 _CHUNK = 512  # rows in a line of losses.jsonl
-_WIDER = 4  # times the rows of a training step in a forward pass
+_WIDER = 4  # times the rows of a training step in a forward pass, unless the step saves no activations
 # settings of the trainings: those of the training that follows
 SAME = (
     *("model", "dtype", "quantize", "attention", "columns", "template", "max_length", "completion_only"),
@@ -144,7 +144,7 @@ def _row_losses(work: Work, model: Any, data: Dataset) -> tuple[Floats, Floats]:
     own = slice(rank(), None, world_size())  # each rank has a part of the rows
     rows = list(zip(data["input_ids"][own], data["labels"][own], strict=True))
     part = torch.zeros(2, len(data), dtype=torch.float64)
-    batch = _WIDER * work.recipe.batch_size
+    batch = _rows_at_once(work.recipe)
     with short_rows():
         results = [row_nll(model, rows, batch)]
         with _earlier(model):
@@ -161,21 +161,31 @@ def _similar(
     """Similarity of the prompts of the pool, and of the target's held-out rows, to those of its other rows."""
     done = from_first(lambda: list(work.folder.lines(SIMILAR)))
     if not done:
-        model, data = tuned(), concatenate_datasets([pool, held_out, seen])
-        texts = [prompt_of(ids, labels) for ids, labels in zip(data["input_ids"], data["labels"], strict=True)]
+        model, size = tuned(), _rows_at_once(work.recipe)
+        texts = _prompts(concatenate_datasets([pool, held_out]))
         own = slice(rank(), None, world_size())  # each rank has a part of the texts
+        of_pool = len(range(len(pool))[own])
         with short_rows(), model.disable_adapter(), stages(work.console) as progress:
-            part = embed(model, texts[own], _WIDER * work.recipe.batch_size, progress)
-        all_RH = part.new_zeros(len(texts), part.shape[1])
-        all_RH[own] = part
-        all_RH = mean_over_ranks(all_RH, model_device(model)) * world_size()
-        pool_RH, unseen_TH, seen_KH = torch.split(all_RH, [len(pool), len(held_out), len(seen)])
-        mean_H = pool_RH.mean(0)
-        values = [nearest(rows, seen_KH, mean_H).tolist() for rows in (pool_RH, unseen_TH)]
-        done = [dict(zip(("pool", "unseen"), values, strict=True))]
+            seen_KH = embed(model, _prompts(seen), size)
+            own_RH = embed(model, texts[own], size, progress)
+        sum_H = mean_over_ranks(own_RH[:of_pool].sum(0, dtype=torch.float64), model_device(model)) * world_size()
+        similar_R = torch.zeros(len(texts), dtype=torch.float64)
+        similar_R[own] = nearest(own_RH, seen_KH, (sum_H / len(pool)).to(own_RH)).double()
+        similar_R = mean_over_ranks(similar_R, model_device(model)) * world_size()
+        values = similar_R.tolist()
+        done = [{"pool": values[: len(pool)], "unseen": values[len(pool) :]}]
         if rank() == 0:
             work.folder.append(SIMILAR, done[0])
     return np.array(done[0]["pool"], np.float64), np.array(done[0]["unseen"], np.float64)
+
+
+def _prompts(data: Dataset) -> list[Sequence[int]]:
+    return [prompt_of(ids, labels) for ids, labels in zip(data["input_ids"], data["labels"], strict=True)]
+
+
+def _rows_at_once(recipe: Recipe) -> int:
+    """Rows in a forward pass, which saves no activations, as a step with checkpointing hardly does."""
+    return (1 if recipe.checkpointing else _WIDER) * recipe.batch_size
 
 
 def prefix(few: Few) -> str:

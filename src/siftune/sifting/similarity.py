@@ -23,6 +23,8 @@ from siftune.data.batches import by_length
 from siftune.models.loss import IGNORED, find_output_embeddings, logits_at
 from siftune.models.modules import evaluating, model_device
 
+_AT_ONCE = 4096  # texts that are compared at a time
+
 
 def prompt_of(ids: Sequence[int], labels: Sequence[int]) -> Sequence[int]:
     """Token ids before the first label; all of them if there is no prompt, as in a row of text.
@@ -52,7 +54,7 @@ def embed(
     Returns:
         (R, H), each of length 1, float32, or float64 if the model is; on the CPU.
     """
-    parts: dict[int, Tensor] = {}
+    found_RH, done = torch.empty(0), 0
     states: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -74,12 +76,15 @@ def embed(
                 states_BTH = states.pop()
                 weights_BT1 = seen_BT.to(states_BTH)[:, :, None]
                 mean_BH = (states_BTH * weights_BT1).sum(1) / weights_BT1.sum(1)
-                parts |= dict(zip(places, nn.functional.normalize(mean_BH, dim=1).cpu(), strict=True))
+                mean_BH = nn.functional.normalize(mean_BH, dim=1).cpu()
+                found_RH = found_RH if done else mean_BH.new_empty(len(texts), mean_BH.shape[1])
+                found_RH[places] = mean_BH
+                done += len(places)
                 if progress is not None:
-                    progress("similarity of the prompts", len(parts), len(texts))
+                    progress("similarity of the prompts", done, len(texts))
     finally:
         handle.remove()
-    return torch.stack([parts[place] for place in range(len(texts))])
+    return found_RH
 
 
 def nearest(texts_RH: Tensor, target_KH: Tensor, mean_H: Tensor) -> Tensor:
@@ -95,5 +100,6 @@ def nearest(texts_RH: Tensor, target_KH: Tensor, mean_H: Tensor) -> Tensor:
         >>> nearest(texts, target, torch.ones(2))
         tensor([1.0000, 0.8000])
     """
-    texts_RH, target_KH = (nn.functional.normalize(part - mean_H, dim=1) for part in (texts_RH, target_KH))
-    return (texts_RH @ target_KH.T).amax(1)
+    target_KH = nn.functional.normalize(target_KH - mean_H, dim=1)
+    parts = (nn.functional.normalize(part_RH - mean_H, dim=1) for part_RH in texts_RH.split(_AT_ONCE))
+    return torch.cat([(part_RH @ target_KH.T).amax(1) for part_RH in parts])

@@ -9,7 +9,7 @@ from support.tiny import batch
 from support.trainers import adapted, weights
 
 from siftune import LISA
-from siftune.base.errors import RecipeError
+from siftune.base.errors import RecipeError, UnsupportedError
 from siftune.engine.groups import group_by_layer
 
 
@@ -65,3 +65,13 @@ def test_it_is_a_loop_with_a_new_optimizer_for_every_visit_of_a_layer():
     assert any(set(a) & set(b) and a != b for a, b in itertools.pairwise(chosen))  # a layer stays, another leaves
     for name, value in weights(oracle).items():
         torch.testing.assert_close(weights(model)[name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_paged_optimizers_are_refused():
+    """As those of bitsandbytes, which keep the memory of a state that was dropped."""
+    model = adapted()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    optimizer.is_paged = True
+    sift = LISA(active=2, interval=1).attach(model, optimizer=optimizer)
+    with sift, pytest.raises(UnsupportedError, match="without paging"):
+        sift.step()

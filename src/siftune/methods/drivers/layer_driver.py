@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from siftune.base.errors import UnsupportedError
 from siftune.engine.gate import Alive, LayerGates, always
 from siftune.engine.groups import group_by_layer
 from siftune.engine.ranks import in_group, mean_over_ranks
@@ -138,6 +139,11 @@ class LayerSelection:
         self.last = replace(choice, layers=self._numbers(choice.layers), suppressed=sets)
         self._gates.set_active(self.last.layers)
         if self.policy.drops_state and self.optimizer is not None:
+            if getattr(self.optimizer, "is_paged", False):
+                raise UnsupportedError(
+                    "LISA drops the optimizer's state of layers that stop training, but a paged optimizer never "
+                    "returns its memory: use the same optimizer without paging, such as adamw_8bit"
+                )
             for parameter in self._gates.inactive_parameters():
                 self.optimizer.state.pop(parameter, None)
         return self.last

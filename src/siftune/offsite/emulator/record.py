@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply, send_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -86,7 +87,7 @@ class States:
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of a layer besides the hidden states: masks, positions and others."""
+    """Arguments of a layer besides the hidden states: masks, positions and others; tensors are on the CPU."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -94,9 +95,10 @@ class Call:
     def run(self, layer: nn.Module, hidden_BTH: Tensor) -> Tensor:
         """Run a layer so; (B, T, H)."""
         device = next(layer.parameters()).device
-        if device.type != "meta":  # else accelerate moves it
-            hidden_BTH = hidden_BTH.to(device)
-        output: Tensor = layer(hidden_BTH, *self.args, **self.kwargs)
+        args, kwargs = self.args, self.kwargs
+        if device.type != "meta":  # else accelerate moves them
+            hidden_BTH, args, kwargs = send_to_device((hidden_BTH, args, kwargs), device)
+        output: Tensor = layer(hidden_BTH, *args, **kwargs)
         return output
 
 
@@ -242,12 +244,17 @@ def _enter(model: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Batc
     Masks and positions do not depend on hidden states, so that the layers themselves need not run for that.
     """
     entering: list[Tensor] = []
+    there: dict[int, tuple[Tensor, Tensor]] = {}  # of a batch: a mask is moved once for all layers
+
+    def moved(tensor: Tensor) -> Tensor:
+        return there.setdefault(id(tensor), (tensor, tensor.cpu()))[1]  # the tensor too, so that its id stays its own
 
     def note(number: int, hidden: Tensor, call: Call) -> Tensor:
         if number == 0:
             entering.append(own(hidden))
             to.calls.append([])
-        to.calls[-1].append(call)
+            there.clear()
+        to.calls[-1].append(Call(*recursively_apply(moved, (call.args, call.kwargs))))
         return hidden
 
     for batch in batches:
