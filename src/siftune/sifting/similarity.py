@@ -101,5 +101,5 @@ def nearest(texts_RH: Tensor, target_KH: Tensor, mean_H: Tensor) -> Tensor:
         tensor([1.0000, 0.8000])
     """
     target_KH = nn.functional.normalize(target_KH - mean_H, dim=1)
-    parts = (nn.functional.normalize(part_RH - mean_H, dim=1) for part_RH in texts_RH.split(_AT_ONCE))
+    parts = (nn.functional.normalize(part_RH - mean_H, dim=1) for part_RH in torch.split(texts_RH, _AT_ONCE))
     return torch.cat([(part_RH @ target_KH.T).amax(1) for part_RH in parts])
