@@ -264,17 +264,19 @@ def trainer_loss(callback: TrainerCallback) -> Loss:
 
 
 def while_training(trainer: Trainer | None) -> Callable[[], bool]:
-    """Whether a Trainer's `train` is still running: it ends without an event if an exception ends it."""
+    """Whether a Trainer is still at work: its training ends without an event if an exception ends it."""
 
-    def running() -> bool:
+    def on_stack(named: str | None) -> bool:
         frame = inspect.currentframe()
         while frame is not None:
-            if frame.f_code.co_name == "train" and frame.f_locals.get("self") is trainer:
+            # local values cost microseconds, so the name comes first
+            if named in (None, frame.f_code.co_name) and frame.f_locals.get("self") is trainer:
                 return True
             frame = frame.f_back
         return False
 
-    return always if trainer is None else running
+    # other libraries put loops of their own in the place of `train`
+    return always if trainer is None else lambda: on_stack("train") or on_stack(None)
 
 
 def calling_trainer(callback: TrainerCallback) -> Trainer | None:

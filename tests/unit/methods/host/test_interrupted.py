@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.every_method import NAMES, FirstGradients, built
-from support.trainers import At, adapted, arguments, rows, stop, train
+from support.trainers import At, adapted, arguments, rows, stop, train, weights
 from transformers import Trainer, TrainerCallback
 
 from siftune import GAST, GREATS, LISA, RST, LabelLogits
@@ -90,3 +90,17 @@ def test_a_callback_that_is_refused_leaves_no_hooks(tmp_path):
 def test_two_methods_of_a_kind_are_refused(tmp_path, callbacks):
     with pytest.raises(RecipeError, match="already: use one of them"):
         train(tmp_path, *callbacks)
+
+
+def test_a_training_loop_of_another_name(tmp_path):
+    """As that of libraries that replace `train`."""
+
+    class Other(Trainer):
+        def loop(self, resume_from_checkpoint=None):
+            return self._inner_training_loop(batch_size=4, args=self.args)
+
+        train = loop
+
+    _, other = train(tmp_path, *built("ist"), trainer=Other)
+    _, usual = train(tmp_path, *built("ist"))
+    assert_equal(weights(other.model), weights(usual.model))
