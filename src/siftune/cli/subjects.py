@@ -194,7 +194,7 @@ def _trained_in(run: Path) -> Path:
 
 
 def _tell_older(run: Path, trained: Path) -> None:
-    """Warn if the run was resumed and killed: what it trained is then older than its newest checkpoint."""
+    """Warn if the run was resumed and has not ended: what it trained is then older than its newest checkpoint."""
     try:
         steps = int(parsed((run / "run.json").read_text(encoding="utf-8"))["summary"]["steps"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -203,7 +203,7 @@ def _tell_older(run: Path, trained: Path) -> None:
     newest = next(map(step_of, whole), 0)
     if newest > steps:
         logger.warning(
-            "%s is of step %d, but the run was killed after step %d: siftune train --resume %s finishes it",
+            "%s is of step %d, but the run has trained to step %d since: siftune train --resume %s finishes it",
             *(trained, steps, newest, run),
         )
 

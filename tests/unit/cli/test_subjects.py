@@ -72,7 +72,9 @@ def test_a_run_that_was_resumed_and_killed(base, adapter, caplog, step, told):
     seal(checkpoint)
     begin(run / "checkpoints" / "checkpoint-20")  # half written
     assert find_subject(str(run)).adapter == adapter
-    lines = [f"{adapter} is of step 8, but the run was killed after step 12: siftune train --resume {run} finishes it"]
+    lines = [
+        f"{adapter} is of step 8, but the run has trained to step 12 since: siftune train --resume {run} finishes it"
+    ]
     assert caplog.messages == (lines if told else [])
 
 
