@@ -103,8 +103,7 @@ class HelpfulSamples(SampleRule):
             products.append((wide_BD @ numerics.joined(helped)[0].to(wide_BD)).to(device))
             grams.append((wide_BD @ wide_BD.T).to(device))
         products_B, gram_BB = numerics.added(products), numerics.added(grams)
-        if self.loss_scale is not None:  # a factor of every g_i, but not of h
-            factor = self.loss_scale()
+        if self.loss_scale is not None and (factor := self.loss_scale()) != 1:  # of every g_i, but not of h
             products_B, gram_BB = products_B / factor, gram_BB / factor**2
         live_B = gram_BB.diagonal() > 0
         # DDP averages the ranks' gradients, so this rank's step is along its gradients times a share of the rate

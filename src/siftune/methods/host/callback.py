@@ -254,7 +254,7 @@ def trainer_loss(callback: TrainerCallback) -> Loss:
             inputs = trainer._prepare_inputs(moved(batch, trainer.args.device))
             items = {}
             if trainer.compute_loss_func is not None:  # the Trainer always passes the number to such a function
-                count = (inputs["labels"] != IGNORED).sum()
+                count = int((batch["labels"] != IGNORED).sum())  # rows are drawn on the CPU: no device waits
                 ranks = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
                 items["num_items_in_batch"] = count * ranks  # the Trainer multiplies the loss by the ranks
             value: Tensor = trainer.compute_loss(model, inputs, **items)
