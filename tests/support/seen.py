@@ -4,6 +4,7 @@ import torch
 
 
 def assert_same(first, second):
+    """Two sets of tensors by name, bit for bit."""
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name

@@ -18,7 +18,7 @@ from siftune.offsite.exchange.tune import KitSource, find_kit, put_in_return
 from siftune.offsite.kit.folder import Kit
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
-from siftune.train.folder.checkpoints import checkpoints_in, fault_of, step_of
+from siftune.train.folder.checkpoints import step_of, whole_checkpoints
 from siftune.train.folder.weights import holds_tuned, put_in, read_about, read_tuned
 from siftune.train.prepare import ModelSource
 
@@ -199,8 +199,7 @@ def _tell_older(run: Path, trained: Path) -> None:
         steps = int(parsed((run / "run.json").read_text(encoding="utf-8"))["summary"]["steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return
-    whole = (path for path in reversed(checkpoints_in(run / "checkpoints")) if fault_of(path, hashes=False) is None)
-    newest = next(map(step_of, whole), 0)
+    newest = next(map(step_of, whole_checkpoints(run / "checkpoints", hashes=False)), 0)
     if newest > steps:
         logger.warning(
             "%s is of step %d, but the run has trained to step %d since: siftune train --resume %s finishes it",

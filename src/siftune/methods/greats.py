@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from siftune.base import numerics
 from siftune.base.errors import RecipeError, UnsupportedError
@@ -39,7 +39,7 @@ from siftune.methods.drivers.sample_choice import Choosing, model_unit
 from siftune.methods.drivers.sample_driver import SampleRule, summed
 from siftune.methods.drivers.support import Gradients, Support
 from siftune.methods.host import deepspeed
-from siftune.methods.host.callback import calling_trainer
+from siftune.methods.host.callback import calling_trainer, loss_scale
 from siftune.methods.options import GREATSSettings
 
 SUPPORT_SIZE = 4
@@ -173,16 +173,9 @@ class GREATS(SampleCallback, GREATSSettings):
                 "GREATS does not know the loss scale of DeepSpeed's float16: train in bfloat16, or with GAST"
             )
         super().on_train_begin(args, state, control, **kwargs)
-        if trainer is not None:
-            self._begun.rule.loss_scale = partial(_loss_scale, trainer)
+        self._begun.rule.loss_scale = partial(loss_scale, trainer)
 
     def _check_attach(self, batches: Any, optimizer: Any) -> None:
         super()._check_attach(batches, optimizer)
         if optimizer is None:
             raise RecipeError("GREATS uses the optimizer's learning rate: pass attach(..., optimizer=...)")
-
-
-def _loss_scale(trainer: Trainer) -> float:
-    """The factor of a Trainer's losses; accelerate makes the scaler, if there is one."""
-    scaler = trainer.accelerator.scaler
-    return 1.0 if scaler is None else float(scaler.get_scale())

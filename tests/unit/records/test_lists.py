@@ -71,15 +71,16 @@ def test_an_empty_table_is_told_to_be_empty(tmp_path):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    for make, words in (
-        (lambda path: None, "cannot be read: No such file"),
-        (lambda path: path.write_text("#\n"), "names no rows"),
-        (lambda path: path.write_text("place,loss\n"), "nothing to leave out"),
-        (lambda path: path.write_bytes(b"\xff"), "is not UTF-8 text: byte 0"),
+    for name, content, message in (
+        ("missing.txt", None, "cannot be read: No such file"),
+        ("comment.txt", b"#\n", "names no rows"),
+        ("header.csv", b"place,loss\n", "names no rows"),
+        ("bytes.txt", b"\xff", "is not UTF-8 text: byte 0"),
     ):
-        path = tmp_path / f"{len(words)}.csv" if "nothing" in words else tmp_path / f"{len(words)}.txt"
-        make(path)
-        with pytest.raises(DataError, match=words):
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(DataError, match=message):
             named_rows(str(path))
 
 

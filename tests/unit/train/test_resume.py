@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from safetensors.torch import load_file
+from support.seen import assert_same
 from support.tiny_run import choices_of, lines, recipe, save_rows
 from support.trainers import At, stop
 
@@ -65,12 +66,6 @@ def weights(run):
     return load_file(path)
 
 
-def assert_equal(ours, theirs):
-    assert set(ours) == set(theirs)
-    for name, value in theirs.items():
-        assert torch.equal(ours[name], value), name
-
-
 def metrics(run):
     """The lines of the metrics without times."""
     names = ("step", "loss", "grad_norm", "learning_rate", "eval_loss", "num_input_tokens_seen", "active_layers")
@@ -105,7 +100,7 @@ def test_a_resumed_run_is_the_unbroken_one(base, rows, tmp_path, interfere, sett
     assert json.loads((broken / "run.json").read_text())["status"] == "interrupted"
     torch.manual_seed(99)
     done = train(recipe(base, rows, broken, resume=True, **settings), QUIET)
-    assert_equal(weights(broken), weights(unbroken))
+    assert_same(weights(broken), weights(unbroken))
     assert metrics(broken) == metrics(unbroken)
     assert choices_of(broken) == choices_of(unbroken)
     assert done.summary["loss_first"] == metrics(unbroken)[0]["loss"]
@@ -129,7 +124,7 @@ def test_a_run_that_is_extended_has_the_rates_of_its_new_length(finished, copied
 def test_a_named_checkpoint(finished, copied):
     run, resumed = copied()
     train(resumed(resume=str(run / "checkpoints" / "checkpoint-2")), QUIET)
-    assert_equal(weights(run), weights(finished()[0]))
+    assert_same(weights(run), weights(finished()[0]))
     assert [line["step"] for line in metrics(run)] == [1, 2, 3]
 
 
@@ -141,7 +136,7 @@ def test_a_damaged_checkpoint_is_skipped(finished, copied, caplog):
     optimizer.write_bytes(data)
     train(resumed(), QUIET)
     assert "checkpoint-3 is skipped: optimizer.pt" in caplog.text
-    assert_equal(weights(run), weights(finished()[0]))
+    assert_same(weights(run), weights(finished()[0]))
     assert choices_of(run) == choices_of(finished()[0])
 
 

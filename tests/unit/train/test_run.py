@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
+from support.seen import assert_same
 from support.tiny_run import choices_of, lines, recipe, save_rows
 from support.trainers import At, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,12 +33,6 @@ IDS = torch.tensor([[5, 80, 91, 17, 200, 44]])
 
 def adapter(folder):
     return load_file(folder / "adapter_model.safetensors")
-
-
-def assert_equal(ours, theirs):
-    assert set(ours) == set(theirs)
-    for name, value in theirs.items():
-        assert torch.equal(ours[name], value), name
 
 
 def loaded(base, folder):
@@ -203,7 +198,7 @@ def test_the_seed_decides_everything(base, rows, tmp_path):
         torch.manual_seed(len(runs))  # what was drawn before must not matter
         train(recipe(base, rows, tmp_path / name, seed=seed, **settings), QUIET)
         runs.append((adapter(tmp_path / name / "adapter"), choices_of(tmp_path / name)))
-    assert_equal(runs[0][0], runs[1][0])
+    assert_same(runs[0][0], runs[1][0])
     assert runs[0][1] == runs[1][1] != runs[2][1]
     name = next(name for name in runs[0][0] if "lora_A" in name)
     assert not torch.allclose(runs[0][0][name], runs[2][0][name], atol=0.02)
@@ -286,7 +281,7 @@ def test_an_interrupt_leaves_the_adapter_of_the_last_whole_step(base, rows, tmp_
     with pytest.raises(KeyboardInterrupt) as stopped:
         train(recipe(base, rows, tmp_path / "run", adapter="dora"), QUIET)
     assert stopped.value.__notes__ == [f"the adapter after step 3 is in {tmp_path}/run/adapter"]
-    assert_equal(weights(trainable(loaded(base, tmp_path / "run" / "adapter"))), kept)
+    assert_same(weights(trainable(loaded(base, tmp_path / "run" / "adapter"))), kept)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (record["status"], record["summary"]["steps"]) == ("interrupted", 3)
 
@@ -346,7 +341,7 @@ def test_a_signal_has_the_step_saved_and_a_second_one_ends_at_once(
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
     if times == 1:
         done = train(recipe(base, rows, run, resume=True, **settings), QUIET)
-        assert_equal(adapter(run / "adapter"), adapter(tmp_path / "whole" / "adapter"))
+        assert_same(adapter(run / "adapter"), adapter(tmp_path / "whole" / "adapter"))
         assert choices_of(run) == choices_of(tmp_path / "whole")
         assert figures(run) == figures(tmp_path / "whole")  # no evaluation more, and none less
         assert done.summary["steps"] == 6
@@ -364,7 +359,7 @@ def test_broken_numbers_leave_the_adapter_of_the_step_before(base, rows, tmp_pat
     interfere(At("on_step_begin", 4, act))
     with pytest.raises(TrainingError, match=r"The loss is nan .*at step 7.* So far, the adapter after step 6 is in "):
         train(recipe(base, rows, tmp_path / "run", steps=8), QUIET)
-    assert_equal(weights(trainable(loaded(base, tmp_path / "run" / "adapter"))), kept)
+    assert_same(weights(trainable(loaded(base, tmp_path / "run" / "adapter"))), kept)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
 
 
@@ -385,7 +380,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(base, rows, tmp_path, monkey
     monkeypatch.setattr(SiftTrainer, "_save_optimizer_and_scheduler", save)
     done = train(recipe(base, rows, tmp_path / "run", save_every=2, resume=True), QUIET)
     train(recipe(base, rows, tmp_path / "whole"), QUIET)
-    assert_equal(adapter(done.folder.adapter), adapter(tmp_path / "whole" / "adapter"))
+    assert_same(adapter(done.folder.adapter), adapter(tmp_path / "whole" / "adapter"))
 
 
 # --- what is refused before the model is loaded ---

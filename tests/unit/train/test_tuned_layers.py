@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from support.seen import assert_same
 from support.tiny_run import choices_of, recipe
 from support.trainers import At
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -43,12 +44,6 @@ def is_open(name):
     return name.startswith(("model.layers.0.", "model.layers.3."))
 
 
-def assert_equal(ours, theirs):
-    assert set(ours) == set(theirs)
-    for name, value in theirs.items():
-        assert torch.equal(ours[name], value), name
-
-
 # --- what a run leaves behind
 
 
@@ -61,7 +56,7 @@ def test_only_the_layers_change(base, rows, tmp_path, method):
     before, after = AutoModelForCausalLM.from_pretrained(base).state_dict(), done.model.state_dict()
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed == {name for name in after if name.startswith(tuple(f"model.layers.{n}." for n in drawn))}
-    assert_equal(weights(tmp_path / "run"), {name: value for name, value in after.items() if is_open(name)})
+    assert_same(weights(tmp_path / "run"), {name: value for name, value in after.items() if is_open(name)})
     assert {n: p.requires_grad for n, p in done.model.named_parameters()} == {
         n: is_open(n) for n, _ in done.model.named_parameters()
     }
@@ -111,7 +106,7 @@ def test_half_precision(base, rows, tmp_path):
     assert {p.dtype for p in done.model.parameters()} == {torch.bfloat16}
     checkpoint = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-2" / "tuned_layers.safetensors")
     assert {value.dtype for value in checkpoint.values()} == {torch.float32}
-    assert_equal(weights(tmp_path / "run"), {name: value.bfloat16() for name, value in checkpoint.items()})
+    assert_same(weights(tmp_path / "run"), {name: value.bfloat16() for name, value in checkpoint.items()})
     assert any(not torch.equal(value, value.bfloat16().float()) for value in checkpoint.values())
     assert float((logits(done.model) - logits(load_model(str(base), "bfloat16")[0])).abs().max()) > 1e-2
 
@@ -153,7 +148,7 @@ def test_build_on_a_model_in_memory(base, rows, tmp_path):
     assert built.trainer.model is model
     train(recipe(base, rows, tmp_path / "other", steps=2, dtype="bfloat16", **FULL), QUIET)
     state = model.state_dict()
-    assert_equal(weights(tmp_path / "other"), {name: value for name, value in state.items() if is_open(name)})
+    assert_same(weights(tmp_path / "other"), {name: value for name, value in state.items() if is_open(name)})
     logits(model)  # of use as it is
     with pytest.raises(RecipeError, match="no layers are given"):
         build(Recipe(method="dense", adapter="full"), model, tokenizer, data, tmp_path / "run")
@@ -199,7 +194,7 @@ def saved(tmp_path):
 
 def test_tuned_layers_round_trip(saved):
     assert read_about(saved) == About("base", (0, 3))
-    assert_equal(read_tuned(saved), {"a.weight": torch.ones(2, 3), "b": torch.zeros(2)})
+    assert_same(read_tuned(saved), {"a.weight": torch.ones(2, 3), "b": torch.zeros(2)})
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"base": 1, "layers": [0]}', '{"base": "b", "layers": [true]}'])
@@ -231,4 +226,4 @@ def test_tensors_that_do_not_fit_change_nothing(name, shape, message):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(AdapterError, match=message):
         put_in(model, {"bias": torch.ones(2), name: torch.ones(shape)}, "x")
-    assert_equal(model.state_dict(), before)
+    assert_same(model.state_dict(), before)

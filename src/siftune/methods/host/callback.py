@@ -263,6 +263,12 @@ def trainer_loss(callback: TrainerCallback) -> Loss:
     return loss
 
 
+def loss_scale(trainer: Trainer | None) -> float:
+    """The factor of a Trainer's losses in float16; 1 without a scaler, which accelerate makes."""
+    scaler = None if trainer is None else trainer.accelerator.scaler
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
 def while_training(trainer: Trainer | None) -> Callable[[], bool]:
     """Whether a Trainer is still at work: its training ends without an event if an exception ends it."""
 

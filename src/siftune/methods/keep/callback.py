@@ -36,7 +36,7 @@ from siftune.engine.sharding import is_sharded
 from siftune.engine.suppression import adapted_modules, refuse_taken_apart, suppress
 from siftune.engine.tape import unrecorded
 from siftune.methods.host import deepspeed
-from siftune.methods.host.callback import LogLines, calling_trainer, saved_state
+from siftune.methods.host.callback import LogLines, calling_trainer, loss_scale, saved_state
 from siftune.methods.host.spread import refuse_wrappers
 from siftune.methods.keep.maths import Reference, divergence, reference
 from siftune.methods.keep.texts import TokenRow, sample_texts
@@ -150,8 +150,7 @@ class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
             return
         trainer = calling_trainer(self)
         context = nullcontext() if trainer is None else trainer.compute_loss_context_manager()
-        scaler = None if trainer is None else trainer.accelerator.scaler
-        factor = self.weight * self.every * (1.0 if scaler is None else scaler.get_scale())
+        factor = self.weight * self.every * loss_scale(trainer)
         with context:
             self._noted.append(self._penalty.add_gradient(state.global_step // self.every, factor))
 

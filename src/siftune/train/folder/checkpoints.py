@@ -194,9 +194,9 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 
-def whole_checkpoints(folder: Path) -> Iterator[Path]:
-    """Intact checkpoints, the newest first."""
-    return (path for path in reversed(checkpoints_in(folder)) if fault_of(path) is None)
+def whole_checkpoints(folder: Path, hashes: bool = True) -> Iterator[Path]:
+    """Intact checkpoints, the newest first. Without `hashes` only names and sizes are checked."""
+    return (path for path in reversed(checkpoints_in(folder)) if fault_of(path, hashes) is None)
 
 
 def newest_checkpoint(folder: Path) -> Path:

@@ -1,8 +1,8 @@
 """Training after a training that an exception ended; two methods on the same layers."""
 
 import pytest
-import torch
 from support.every_method import NAMES, FirstGradients, built
+from support.seen import assert_same
 from support.trainers import At, adapted, arguments, rows, stop, train, weights
 from transformers import Trainer, TrainerCallback
 
@@ -14,12 +14,6 @@ def first_gradients(folder, *callbacks, model=None, **settings):
     spy = FirstGradients()
     train(folder, *callbacks, spy, model=model, **{"max_steps": 1, "max_grad_norm": 0.0, **settings})
     return spy.found
-
-
-def assert_equal(ours, theirs):
-    assert set(ours) == set(theirs)
-    for name, value in theirs.items():
-        assert torch.equal(ours[name], value), name
 
 
 class Once(TrainerCallback):
@@ -46,13 +40,13 @@ def interrupted(folder, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_interrupted_training_leaves_nothing_to_plain_training(tmp_path, name):
     model = interrupted(tmp_path, name)
-    assert_equal(first_gradients(tmp_path, model=model), first_gradients(tmp_path))
+    assert_same(first_gradients(tmp_path, model=model), first_gradients(tmp_path))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_method_begins_anew_on_an_interrupted_model(tmp_path, name):
     model = interrupted(tmp_path, name)
-    assert_equal(first_gradients(tmp_path, *built(name), model=model), first_gradients(tmp_path, *built(name)))
+    assert_same(first_gradients(tmp_path, *built(name), model=model), first_gradients(tmp_path, *built(name)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,7 +61,7 @@ def test_an_interrupted_trainer_trains_again(tmp_path, name):
         trainer.train()
     model.zero_grad()
     trainer.train()
-    assert_equal(spy.found, first_gradients(tmp_path, *built(name)))
+    assert_same(spy.found, first_gradients(tmp_path, *built(name)))
 
 
 def test_a_callback_that_is_refused_leaves_no_hooks(tmp_path):
@@ -80,7 +74,7 @@ def test_a_callback_that_is_refused_leaves_no_hooks(tmp_path):
         train(tmp_path, GAST(select=2), LabelLogits(), model=model, trainer=Own)
     with pytest.raises(SiftuneError):
         train(tmp_path, GAST(support="dataset"), model=model)
-    assert_equal(first_gradients(tmp_path, GAST(select=2), model=model), first_gradients(tmp_path, GAST(select=2)))
+    assert_same(first_gradients(tmp_path, GAST(select=2), model=model), first_gradients(tmp_path, GAST(select=2)))
 
 
 @pytest.mark.parametrize(
@@ -103,4 +97,4 @@ def test_a_training_loop_of_another_name(tmp_path):
 
     _, other = train(tmp_path, *built("ist"), trainer=Other)
     _, usual = train(tmp_path, *built("ist"))
-    assert_equal(weights(other.model), weights(usual.model))
+    assert_same(weights(other.model), weights(usual.model))

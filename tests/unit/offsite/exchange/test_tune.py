@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from support.kits import edit, read_json
+from support.seen import assert_same
 from support.tiny_kit import OUTER, SPLIT, base_model, save_kit
 from support.tiny_run import choices_of, recipe, save_rows
 from support.tokenizer import byte_tokenizer
@@ -73,12 +74,6 @@ def shipped(kit):
     return load_file(kit.path / "adapter.safetensors")
 
 
-def assert_equal(ours, theirs):
-    assert set(ours) == set(theirs)
-    for name, value in theirs.items():
-        assert torch.equal(ours[name], value), name
-
-
 # --- what is trained and what goes back
 
 
@@ -122,7 +117,7 @@ def test_adapters_sit_in_the_outer_layers_and_nothing_else_moves(kit, rows, tmp_
         for name, value in done.model.state_dict().items()
         if "lora" not in name
     }
-    assert_equal(own, before)  # merging for the return has left no trace either
+    assert_same(own, before)  # merging for the return has left no trace either
     config = json.loads((done.folder.adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(kit.path)
 
@@ -137,7 +132,7 @@ def test_a_kit_of_half_precision(half_kit, rows, tmp_path):
         assert {value.dtype for value in returned.values()} == {torch.bfloat16}
         if name == "full":
             state, names = done.model.state_dict(), outer_names(done.model, SPLIT)
-            assert_equal(returned, {neutral: state[full] for neutral, full in names.items()})
+            assert_same(returned, {neutral: state[full] for neutral, full in names.items()})
 
 
 def test_some_of_the_outer_layers(kit, rows, tmp_path):
@@ -159,7 +154,7 @@ def test_merging_is_what_peft_does(family, adapter):
                 parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype), alpha=0.1)
     state = copy.deepcopy(model.state_dict())
     found = merged_layers(model, SPLIT)
-    assert_equal(model.state_dict(), state)
+    assert_same(model.state_dict(), state)
     plain = copy.deepcopy(model).merge_and_unload()
     wanted = {neutral: plain.state_dict()[name] for neutral, name in outer_names(plain, SPLIT).items()}
     assert set(found) == set(wanted)
@@ -198,7 +193,7 @@ def test_stopped_and_resumed(kit, rows, tmp_path, interfere, adapter):
     half = read_return(tmp_path / "run" / "return", kit)
     train(recipe(kit.path, rows, tmp_path / "run", resume=True, **settings), QUIET)
     whole = read_return(tmp_path / "whole" / "return", kit)
-    assert_equal(read_return(tmp_path / "run" / "return", kit), whole)
+    assert_same(read_return(tmp_path / "run" / "return", kit), whole)
     assert any(not torch.equal(value, half[name]) for name, value in whole.items())
     assert choices_of(tmp_path / "run") == choices_of(tmp_path / "whole")
 
