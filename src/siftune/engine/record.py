@@ -98,7 +98,7 @@ class Tap(torch.autograd.Function):
         """Pass `output` on; `read(grad_output, inputs)` is called in backward."""
         ctx.read = read
         ctx.save_for_backward(inputs.to(output.dtype))
-        return output.view_as(output)
+        return output.detach()  # of a view, no module could change the values in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:

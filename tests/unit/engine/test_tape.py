@@ -63,6 +63,7 @@ CASES = {
     **{f"{family} lora": (lambda f=family: adapted(f)) for family in FAMILIES},
     **{f"{family} dora": (lambda f=family: adapted(f, "dora")) for family in ("llama", "gpt2", "bloom", "mixtral")},
     "mamba lora": lambda: adapted("mamba"),
+    "olmo lora": lambda: adapted("olmo"),
     "llama rslora": lambda: adapted(kind="rslora"),
     "bloom series": lambda: adapted("bloom", "series"),
     "opt parallel on both": lambda: adapted("opt", "parallel", targets=["attention", "mlp"]),
@@ -75,7 +76,7 @@ CASES = {
     "ranks per module, LoRA bias": lora_with_patterns,
     "two active adapters": two_active_adapters,
     "LoRA and DoRA on one module": lora_and_dora,
-    **{f"{family} in full": (lambda f=family: without_adapters(f)) for family in ("llama", "gpt2", "qwen3", "gemma2")},
+    **{f"{family} in full": (lambda f=family: without_adapters(f)) for family in ("llama", "gpt2", "qwen3", "gemma2", "olmo")},
 }
 
 
