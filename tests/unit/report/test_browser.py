@@ -1,4 +1,4 @@
-"""The page in a browser: it is silent, asks for nothing, fits, sorts, changes its colours, and runs nothing foreign."""
+"""The page in a browser: it is silent, asks for nothing, fits, sorts, and runs nothing foreign."""
 
 from contextlib import contextmanager
 
@@ -47,24 +47,10 @@ def test_it_fits_and_has_the_system_s_colours(browser, report, width, scheme):
         assert dark == (scheme == "dark")
 
 
-def test_the_button_changes_the_colours(browser, report):
-    with opened(browser, report) as page:
-        colour = "getComputedStyle(document.body).backgroundColor"
-        button, colours = page.locator("#theme"), [page.evaluate(colour)]
-        for name in ("light", "dark", "system"):
-            button.click()
-            assert button.inner_text() == f"Theme: {name}"
-            colours.append(page.evaluate(colour))
-        assert colours[0] == colours[1] == colours[3] != colours[2]
-
-
-@pytest.mark.parametrize("presses", [0, 2])  # the system's dark, and the page's
-def test_paper_is_light(browser, report, presses):
+def test_paper_is_light(browser, report):
     with opened(browser, report, scheme="dark") as page:
         styles = "['.chart text', 'body'].map(name => getComputedStyle(document.querySelector(name)))"
         colours = f"{styles}.map(style => style.fill + style.color)"
-        for _ in range(presses):
-            page.locator("#theme").click()
         on_screen = page.evaluate(colours)
         page.emulate_media(media="print", color_scheme="dark")
         on_paper = page.evaluate(colours)

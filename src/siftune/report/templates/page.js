@@ -1,23 +1,6 @@
 "use strict";
 (() => {
-  const tip = document.getElementById("tip"), theme = document.getElementById("theme");
-
-  // ---- theme: the system's, light or dark; kept where the browser lets a page keep things
-  const dark = document.getElementById("dark"), media = { system: dark.media, light: "not all", dark: "screen" };
-  const THEMES = Object.keys(media);
-  const stored = () => { try { return localStorage.getItem("siftune-theme"); } catch { return null; } };
-  const show = (name) => {
-    dark.media = media[name];
-    theme.textContent = `Theme: ${name}`;
-  };
-  let chosen = THEMES.includes(stored()) ? stored() : "system";
-  show(chosen);
-  theme.hidden = false;
-  theme.addEventListener("click", () => {
-    chosen = THEMES[(THEMES.indexOf(chosen) + 1) % THEMES.length];
-    show(chosen);
-    try { localStorage.setItem("siftune-theme", chosen); } catch { /* a page in a frame keeps nothing */ }
-  });
+  const tip = document.getElementById("tip");
 
   // ---- tables: a click on a heading sorts, another one turns it around; what has no figure stays last
   const key = (row, column) => {
