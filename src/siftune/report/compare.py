@@ -295,15 +295,15 @@ def _run_row(run: RunData, quality: _Quality) -> list[Cell]:
     interval = "–"
     if point is not None and point.low is not None and point.high is not None:
         interval = f"{value_text(quality.metric, point.low)} to {value_text(quality.metric, point.high)}"
-    seconds, peak, steps = (run.figure(name) for name in ("seconds", "peak_memory_mb", "steps"))
+    peak, steps = (run.figure(name) for name in ("peak_memory_mb", "steps"))
     return [
         Cell(run.name),
         Cell(run.recipe.method),
-        Cell(quality.text(run.name), point.value if point else None),
-        Cell(interval, point.low if point else None),
-        Cell(run.time, seconds),
-        Cell(memory(peak), peak),
-        Cell("–" if steps is None else f"{steps:,.0f}", steps),
+        Cell(quality.text(run.name)),
+        Cell(interval),
+        Cell(run.time),
+        Cell(memory(peak)),
+        Cell("–" if steps is None else f"{steps:,.0f}"),
         Cell(run.status),
     ]
 

@@ -53,8 +53,8 @@ def _ranks(other: Other) -> list[Figure]:
 def _middle(manifest: Manifest) -> Grid:
     rows = [
         [
-            Cell(str(shape.base), shape.base),
-            Cell("all" if shape.channels is None else f"{shape.channels:,}", shape.channels),
+            Cell(str(shape.base)),
+            Cell("all" if shape.channels is None else f"{shape.channels:,}"),
             Cell(
                 ", ".join(f"{name.rpartition('.')[2]} {rank}" for name, rank in dict(shape.ranks).items()) or "complete"
             ),

@@ -100,14 +100,13 @@ class Cell:
     """A cell of a table."""
 
     text: str
-    key: float | None = None  # what it is sorted by; None: its text
     mark: Literal["", "good", "bad"] = ""
     hint: str = ""  # shown under the pointer
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table, which sorts by a click on a column's head."""
+    """A table."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -119,17 +118,8 @@ class Grid:
 
 
 def grid_of(table: Table) -> Grid:
-    """A table that is written out already; columns of figures sort by what their cells begin with."""
-    rows = [
-        [Cell(text, None if column in table.words else _leading(text)) for column, text in enumerate(row)]
-        for row in table.rows
-    ]
-    return Grid(table.header, rows, table.title, sorted(table.words))
-
-
-def _leading(text: str) -> float | None:
-    found = re.match(r"\W*?([-−]?[\d,]*\.?\d+(?:e[-+]?\d+)?)", text)
-    return float(found[1].replace(",", "").replace("−", "-")) if found else None
+    """A table that is written out already."""
+    return Grid(table.header, [[Cell(text) for text in row] for row in table.rows], table.title, sorted(table.words))
 
 
 def marked_up(text: str) -> Markup:

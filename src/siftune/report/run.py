@@ -124,7 +124,7 @@ def _metrics(group: Group) -> Grid:
     for metric in dict.fromkeys(row.metric for _, newest in group for row in newest.metrics):
         found = [next((row for row in newest.metrics if row.metric == metric), None) for _, newest in group]
         base = next(row.base for row in found if row is not None)
-        rows.append([Cell(label_of(metric)), Cell(value_text(metric, base), base), *map(_change, found)])
+        rows.append([Cell(label_of(metric)), Cell(value_text(metric, base)), *map(_change, found)])
     caption = "Value, and difference from the base model with its interval."
     return Grid(["metric", "base", *(name for name, _ in group)], rows, caption, cards=True)
 
@@ -136,7 +136,7 @@ def _change(row: MetricRow | None) -> Cell:
     if row.difference is not None and row.low is not None and row.high is not None:
         change, low, high = (change_text(row.metric, value) for value in (row.difference, row.low, row.high))
         text += f"\n{change} ({low} to {high})"
-    return Cell(text, row.tuned)
+    return Cell(text)
 
 
 def _rates(group: Group) -> list[Figure]:
@@ -168,7 +168,7 @@ def _texts(group: Group) -> Grid:
     first = group[0][1].answers
     rows = []
     for place, one in enumerate(first):
-        cells = [Cell(str(place + 1), place), Cell(cut(one.prompt, _LONG)), Cell(cut(one.right, _LONG))]
+        cells = [Cell(str(place + 1)), Cell(cut(one.prompt, _LONG)), Cell(cut(one.right, _LONG))]
         cells.append(Cell(_answer(one.base), mark="good" if one.base_right else "bad"))
         for _, newest in group:
             tuned = newest.answers[place]
@@ -227,7 +227,7 @@ def _suspect_table(found: Mapping[str, Sequence[Suspect]]) -> Grid:
                 Cell(names[one.place], hint=one.place),
                 Cell(cut(_both(one.text), _LONG)),
                 Cell(one.reason.replace(folder, "") if folder else one.reason),
-                *(Cell(short(own.get(one.place)), own.get(one.place)) for own in scores.values()),
+                *(Cell(short(own.get(one.place))) for own in scores.values()),
             ]
         )
     columns = ["score"] if len(found) == 1 else [f"score, {name}" for name in found]

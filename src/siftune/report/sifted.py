@@ -129,9 +129,9 @@ def _by_source(rows: list[_Scored]) -> Grid:
     lines = [
         [
             Cell(source),
-            Cell(f"{number:,}", number),
-            Cell(f"{selected[source]:,}", selected[source]),
-            Cell(percent(selected[source] / number), selected[source] / number),
+            Cell(f"{number:,}"),
+            Cell(f"{selected[source]:,}"),
+            Cell(percent(selected[source] / number)),
         ]
         for source, number in sorted(pool.items(), key=lambda item: -selected[item[0]] / item[1])
     ]
@@ -144,13 +144,13 @@ def _examples(rows: list[_Scored], count: int, caption: str) -> Grid:
     places = sorted({*range(min(_EACH, len(rows))), *middle, *range(max(0, len(rows) - _EACH), len(rows))})
     lines = [
         [
-            Cell(f"{place + 1:,}", place),
+            Cell(f"{place + 1:,}"),
             Cell(Path(rows[place].place).name, hint=rows[place].place),
             Cell(rows[place].text),
             Cell("selected" if rows[place].selected else "left out", mark="good" if rows[place].selected else "bad"),
-            Cell(short(rows[place].score), rows[place].score),
-            Cell(f"{short(rows[place].before)} → {short(rows[place].after)}", rows[place].after),
-            *([] if similarity is None else [Cell(short(similarity), similarity)]),
+            Cell(short(rows[place].score)),
+            Cell(f"{short(rows[place].before)} → {short(rows[place].after)}"),
+            *([] if similarity is None else [Cell(short(similarity))]),
         ]
         for place in places
         for similarity in [rows[place].similarity]

@@ -1,4 +1,4 @@
-"""The page in a browser: it is silent, asks for nothing, fits, sorts, and runs nothing foreign."""
+"""The page in a browser: it is silent, asks for nothing, fits, and runs nothing foreign."""
 
 from contextlib import contextmanager
 
@@ -72,25 +72,6 @@ def test_paper_holds_all_of_it(browser, report):
             assert table.evaluate("one => getComputedStyle(one).display") == "table"
         first, second = (page.locator("#training figure").nth(i).bounding_box() for i in range(2))
         assert first["y"] == second["y"]
-
-
-def test_tables_sort_by_figures_and_by_words(browser, report):
-    with opened(browser, report) as page:
-        table = page.locator("#compare table").first
-
-        def first_cells():
-            return [row.locator("td").first.inner_text() for row in table.locator("tbody tr").all()]
-
-        assert first_cells() == ["dense", "ist", "gast"]
-        table.get_by_role("button", name="exact match").click()
-        assert first_cells() == ["dense", "ist", "gast"]
-        table.get_by_role("button", name="exact match").click()
-        assert first_cells() == ["gast", "ist", "dense"]
-        assert table.locator("th[aria-sort]").inner_text().strip() == "exact match"
-        table.get_by_role("button", name="run").click()
-        assert first_cells() == ["dense", "gast", "ist"]
-        table.get_by_role("button", name="time").click()
-        assert first_cells() == ["dense", "ist", "gast"]
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -126,7 +126,6 @@ def test_a_sweep_of_learning_rates(tmp_path):
     assert [[cell.text for cell in row] for row in section.tables[0].rows] == [
         ["dense", "0.7000", "* 0.5000", "diverged"], ["ist", "0.9000", "* 0.8000", "90.0000"]
     ]  # fmt: skip
-    assert [cell.key for cell in section.tables[0].rows[0][1:]] == [0.7, 0.5, None]
     assert "--method dense --lr 1e-3   held-out loss 0.5000" in section.words
 
 
@@ -159,7 +158,6 @@ def test_costs(tmp_path):
     assert [cell.text for cell in section.tables[0].rows[1]] == [
         "ist", "1.8", "1.7–1.9", "0.90", "2,400", "0.80"
     ]  # fmt: skip
-    assert section.tables[0].rows[1][4].key == 2400
     assert [str(figure.draw(548)).count("<circle") for figure in section.figures] == [2, 2]
     assert ATTACK not in show(path).html
 

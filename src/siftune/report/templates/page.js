@@ -2,28 +2,6 @@
 (() => {
   const tip = document.getElementById("tip");
 
-  // ---- tables: a click on a heading sorts, another one turns it around; what has no figure stays last
-  const key = (row, column) => {
-    const cell = row.cells[column];
-    return "key" in cell.dataset ? Number(cell.dataset.key) : cell.textContent.trim().toLowerCase();
-  };
-  const before = (a, b) => {
-    const figures = [typeof a === "number", typeof b === "number"];
-    if (figures[0] !== figures[1]) return 0;
-    return figures[0] ? a - b : a.localeCompare(b, undefined, { numeric: true });
-  };
-  const sort = (head) => {
-    const table = head.closest("table"), body = table.tBodies[0], column = head.cellIndex;
-    const down = head.getAttribute("aria-sort") === "ascending";
-    const rows = [...body.rows], known = rows.filter((row) => typeof key(row, column) === "number");
-    const some = known.length > 0, sorted = some ? known : rows;
-    sorted.sort((a, b) => (down ? -1 : 1) * before(key(a, column), key(b, column)));
-    body.append(...sorted, ...(some ? rows.filter((row) => !known.includes(row)) : []));
-    for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
-    head.setAttribute("aria-sort", down ? "descending" : "ascending");
-  };
-  for (const head of document.querySelectorAll("thead th")) head.firstElementChild.addEventListener("click", () => sort(head));
-
   // ---- figures: what stands under the pointer, in words
   const written = (value, percent) => {
     if (value === null) return "–";
