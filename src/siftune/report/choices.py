@@ -16,7 +16,7 @@ from siftune.train.folder.selections import LayersOfStep, RowsOfBatch
 BINS = 112  # columns of a heat map over steps; a cell is then ten pixels wide at most
 _NAMED = 3
 # ends of the colours, at least, so that noise is pale (ours)
-_LEAST_IMPORTANCE, _LEAST_Z, _LEAST_CORRELATION = 1.0, 0.5, 0.5
+_LEAST_IMPORTANCE, _LEAST_Z = 1.0, 0.5
 
 
 def layers(run: RunData, several: bool) -> Section | None:
@@ -101,13 +101,13 @@ _BOUND = 2.0  # z-scores at which the colours end
 
 
 def rows(run: RunData, several: bool) -> Section | None:
-    """Alignment, shares followed and agreement; None where rows were not chosen."""
+    """Alignment and shares followed; None where rows were not chosen."""
     batches = run.batches
     if not batches:
         return None
     sources = _Sources(batches)
     chosen = [batch for batch in batches if not batch.followed.all()] or batches  # before all rows were followed
-    figures = [_one_batch(run, chosen[-1], sources), *_agreement(run, batches)]
+    figures = [_one_batch(run, chosen[-1], sources)]
     figures += [*_shares(run, batches, sources), *_by_source(run, batches, sources)]
     title = f"Followed rows{f': {run.name}' if several else ''}"
     return Section(f"rows-{slug(run.name)}", title, _row_text(run, batches, sources), figures)
@@ -218,40 +218,6 @@ def _by_source(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) 
     cells = Cells(values, names, _labels(batches[0]), -bound, bound, "layer", "source", "mean z-score")
     note = "Above zero: gradients of this source agree with the support rows more than others in their batch."
     return [heat_map("Alignment by source", cells, note, "half")]
-
-
-def _agreement(run: RunData, batches: Sequence[RowsOfBatch]) -> list[Figure]:
-    """Layers × layers: how far two layers follow the same rows."""
-    same = [batch for batch in batches if batch.layers == batches[0].layers and len(batch.layers) > 1]
-    total, counts = (np.zeros((len(batches[0].layers),) * 2) for _ in range(2))
-    for batch in same:
-        if (table := agreement(batch)) is not None:
-            total += np.nan_to_num(table)
-            counts += ~np.isnan(table)
-    np.fill_diagonal(counts, 0)  # a layer agrees with itself
-    if not counts.any():
-        return []
-    mean, labels = np.where(counts, total / np.maximum(counts, 1), np.nan), _labels(same[0])
-    high = max(np.ceil(10 * np.nanmax(np.abs(mean))) / 10, _LEAST_CORRELATION)
-    low = -high if np.nanmin(mean) < 0 else 0.0
-    cells = Cells(mean[::-1], labels[::-1], labels, float(low), float(high), "layer", "layer", "correlation")
-    scored = same[0].scores is not None
-    note = f"Correlation of two layers' {'scores' if scored else 'choices'} over a batch's rows, the mean over batches."
-    return [heat_map("Agreement of layers", cells, note)]
-
-
-def agreement(batch: RowsOfBatch) -> NDArray[np.float64] | None:
-    """(U, U) correlations between layers over the rows of a batch: of scores, or of choices where there are none.
-
-    None where rows are too few, or all alike, so that nothing can be correlated.
-    """
-    if batch.followed.shape[1] < 3:
-        return None
-    z_US = zscores(batch.scores if batch.scores is not None else batch.followed.astype(np.float64))
-    if np.isnan(z_US).all():
-        return None
-    table: NDArray[np.float64] = z_US @ z_US.T / z_US.shape[1]
-    return table
 
 
 def zscores(scores_US: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -9,27 +9,10 @@ from support.report_runs import save_run
 from siftune.methods.drivers.layer_driver import LayerChoice
 from siftune.methods.drivers.sample_choice import SampleChoice
 from siftune.report import show
-from siftune.report.choices import agreement, zscores
+from siftune.report.choices import zscores
 from siftune.report.page import sections
 from siftune.report.subjects import find_subjects
-from siftune.train.folder.selections import RowsOfBatch, SelectionRecord
-
-
-def test_agreement_is_the_mean_over_batches_that_tell(tmp_path):
-    scores = np.random.default_rng(0).normal(size=(4, 3, 8))
-    scores[1, 2] = 1.0  # equal scores agree with nothing
-    run = save_run(tmp_path / "run", steps=2)
-    record = SelectionRecord(run, ())
-    for step, one in enumerate(scores):
-        chosen = torch.tensor(one).topk(4).indices.sort().values
-        record.rows(SampleChoice(step, 0, ("a", "b", "c"), (0, 1, 2), torch.tensor(one), chosen), range(8))
-    record.write()
-    figures = {one.title: one for section in sections(find_subjects([str(run)])) for one in section.figures}
-    shown = np.array(figures["Agreement of layers"].hover["values"][::-1], float)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        wanted = np.nanmean([np.corrcoef(one) for one in scores], 0)
-    np.fill_diagonal(wanted, np.nan)
-    np.testing.assert_allclose(shown, wanted, atol=2e-3)
+from siftune.train.folder.selections import SelectionRecord
 
 
 def test_importance_of_other_lengths_is_shown(tmp_path):
@@ -46,6 +29,7 @@ def test_noise_is_pale(tmp_path):
     record = SelectionRecord(run, ())
     record.layers(LayerChoice(0, (0,), torch.tensor([0.02, -0.02]), True))
     scores = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    scores[3] = 1.0  # equal scores have no z-scores
     record.rows(
         SampleChoice(0, 0, tuple("abcd"), (0, 1, 2, 3), scores, scores.topk(32).indices.sort().values), range(64)
     )
@@ -53,14 +37,12 @@ def test_noise_is_pale(tmp_path):
     figures = {one.title: str(one.draw(600)) for part in sections(find_subjects([str(run)])) for one in part.figures}
     assert {*re.findall(r'<path[^>]*class="(d\d)"', figures["Importance"])} == {"d4"}
     assert "−1.0<" in figures["Importance"]
-    assert "hatch" in figures["Agreement of layers"]
     assert "row 64" in figures["Rows and layers of one batch"]
+    assert "hatch" in figures["Rows and layers of one batch"]
 
 
-def test_agreement_is_a_correlation():
+def test_equal_scores_have_no_z_scores():
     scores = np.random.default_rng(0).normal(size=(5, 9)).astype(np.float32)
-    batch = RowsOfBatch(0, 0, tuple(range(5)), (), (), scores > 0, scores)
-    np.testing.assert_allclose(agreement(batch), np.corrcoef(scores), rtol=1e-5)
-    few = RowsOfBatch(0, 0, (0, 1), (), (), scores[:2, :2] > 0, scores[:2, :2])
-    assert agreement(few) is None
+    standard = (scores - scores.mean(1, keepdims=True)) / scores.std(1, keepdims=True)
+    np.testing.assert_allclose(zscores(scores), standard, rtol=1e-4, atol=1e-6)
     assert np.isnan(zscores(np.ones((2, 4)))).all()
