@@ -1,6 +1,5 @@
 """The result as a sentence, and several runs side by side."""
 
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,14 +115,6 @@ def headline(subjects: Subjects) -> str:
         return _result_of_runs(subjects.runs)
     other = subjects.others[0]
     return _SENTENCES[other.kind](other.content)
-
-
-def commands(subjects: Subjects) -> list[str]:
-    """What repeats it: for every run the recipe that it left, into another folder."""
-    return [
-        shlex.join(["siftune", "train", str(run.path / "recipe.yaml"), "--out", f"{run.path}-again"])
-        for run in subjects.runs
-    ]
 
 
 def _result_of_run(run: RunData) -> str:

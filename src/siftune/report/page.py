@@ -15,7 +15,7 @@ from siftune.base.errors import RecipeError
 from siftune.base.files import write_beside
 from siftune.report import bench, offsite, rates, sweep
 from siftune.report.choices import layers, rows
-from siftune.report.compare import commands, compare_runs, headline
+from siftune.report.compare import compare_runs, headline
 from siftune.report.parts import TEMPLATES, Section, distinct, marked_up
 from siftune.report.run import results, setup, suspects, training
 from siftune.report.sifted import avoided, sifted
@@ -80,7 +80,6 @@ def page_of(subjects: Subjects) -> Page:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     html = _template().render(
         headline=headline(subjects),
-        commands=commands(subjects),
         facts=_facts(subjects.runs),
         sections=sections(subjects),
         styles="\n".join(map(_asset, _STYLES)),

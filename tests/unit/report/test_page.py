@@ -9,12 +9,10 @@ import pytest
 from support.report_runs import save_eval, save_run
 
 from siftune.base.errors import InputError, RecipeError
-from siftune.cli.options import parse
-from siftune.cli.train import Options
 from siftune.evaluate.measure import MetricRow
 from siftune.records.rows import Text
 from siftune.report import show
-from siftune.report.compare import basis_of, commands, headline
+from siftune.report.compare import basis_of, headline
 from siftune.report.evals import Answer, Eval, read_evals, record_eval
 from siftune.report.page import make_page, sections
 from siftune.report.run import _suspect_table
@@ -164,14 +162,6 @@ def test_a_run_that_is_under_way(tmp_path, steps):
     told = headline(subjects(run))
     assert told.startswith("“run” is at step 11 of 12: training loss" if steps else "“run” has no logged step yet")
     assert make_page([str(run)]).html.count("<svg") == (6 if steps else 0)
-
-
-def test_the_commands_are_what_the_command_line_takes(runs):
-    for command, run in zip(commands(subjects(*runs.values())), runs.values(), strict=True):
-        program, word, *arguments = command.split()
-        assert (program, word) == ("siftune", "train")
-        options = parse(Options, arguments, "siftune train")
-        assert (options.out, options.method) == (f"{run}-again", run.name)
 
 
 # --- what is there
