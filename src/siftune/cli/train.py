@@ -13,7 +13,7 @@ from siftune.base.settings import CONFIG
 from siftune.base.text import visible
 from siftune.cli.sift import PoolShare
 from siftune.recipe.checks import check
-from siftune.recipe.schema import Recipe
+from siftune.recipe.schema import Recipe, train_files
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,18 +62,11 @@ def run(options: Options) -> dict[str, Any]:
     if launch_rank():
         return {}
     summary, path = finished.summary, finished.folder.path
-    returned = finished.folder.returned
-    told = ""
-    if returned.exists():
-        from siftune.report.audit import before_it_is_sent  # an audit's rooms, which few runs need
-
-        told = f"{before_it_is_sent(recipe, returned)}\n"
     console.print(
         f"done: {counted(summary['steps'], 'step')}{_since(summary)} in {summary['seconds']:.0f} s, {_losses(summary)}"
         f"peak {summary['peak_memory_mb']:,.0f} MB\n"
         f"{_followed(summary['followed'])}"
-        f"{told}"
-        f"{_whereabouts(finished)}",
+        f"{_whereabouts(finished, recipe)}",
         markup=False,
     )
     left = {"adapter": finished.folder.adapter, "return": finished.folder.returned}
@@ -144,7 +137,7 @@ def _followed(shares: dict[str, float]) -> str:
     return f"followed of the rows that came: {', '.join(parts)}\n" if parts else ""
 
 
-def _whereabouts(finished: "Run") -> str:
+def _whereabouts(finished: "Run", recipe: Recipe) -> str:
     """Say what is where, and what to do next."""
     path, adapter, returned = finished.folder.path, finished.folder.adapter, finished.folder.returned
     lines = [f"adapter in {adapter}"] if adapter.exists() else []
@@ -157,6 +150,8 @@ def _whereabouts(finished: "Run") -> str:
             *lines,
             f"return in {returned}: send it to the model's owner, who runs "
             "`siftune plug --model BASE --kit KIT --return RETURN --out TUNED`",
+            f"before, to measure what it tells about the rows: `siftune audit --kit {recipe.model} --return {returned} "
+            f"--train {train_files(recipe)[0]} --eval {recipe.eval or 'OTHERS'}`",
             f"next: `siftune eval {path} --data FILE`",
         ]
     )

@@ -5,15 +5,14 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from siftune.base.errors import InputError, RecipeError
+from siftune.base.errors import RecipeError
 from siftune.base.files import writable_folder, write_beside
 from siftune.evaluate.bootstrap import Estimate
 from siftune.offsite.audits.calibration_attack import CalibrationLeak
 from siftune.offsite.audits.gradients import GradientCosine
 from siftune.offsite.audits.membership import Attack, Membership
 from siftune.offsite.audits.result import LABELS, Audit, RecoveryPoint
-from siftune.offsite.audits.run import AFTER_TRAINING, OwnAudit, audit_run
-from siftune.recipe.schema import Recipe, resolve_recipe, train_files
+from siftune.offsite.audits.run import OwnAudit
 from siftune.report.table import Table, markdown_table
 
 _MEASURES = {"accuracy": "by accuracy", "nll": "by log-likelihood"}
@@ -267,29 +266,3 @@ def _calibration_words(strongest: Attack) -> str:
             f"guessing). Calibrate on public or generated text if that must not be known.{advice}"
         )
     return f"Calibration rows were not told from others beyond chance: AUC {shown(strongest.auc)}.{advice}"
-
-
-def before_it_is_sent(recipe: Recipe, returned: Path) -> str:
-    """Attack the return of a run of a kit before it is sent, and sum up in a sentence or two.
-
-    Training is over: whatever keeps the audit from being made is said, and raised no further.
-    """
-    rows = train_files(recipe)[0]
-    hint = f"`siftune audit --kit {recipe.model} --return {returned} --train {rows} --eval OTHERS`"
-    try:
-        found = audit_run(resolve_recipe(recipe), returned)
-    except InputError as error:
-        return f"leakage of training rows by the return was not measured: {error}"
-    if found is None:
-        return (
-            "leakage of training rows by the return was not measured: other rows of the same source are needed, by "
-            f"--eval in training, or now: {hint}"
-        )
-    best = max(found.membership.loss, found.membership.reference, key=lambda attack: attack.auc.value or 0.0)
-    assert best.auc.low is not None
-    verdict = "can be told from others" if best.auc.low > 0.5 else "were not told from others"
-    blind = " (but the two differ by source)" if found.membership.blind.tells_apart else ""
-    return (
-        f"rows {verdict} by the return{blind}: AUC {shown(best.auc)}, 0.5 is guessing; two attacks, at most "
-        f"{AFTER_TRAINING} rows of either kind, on the emulator; more: {hint}"
-    )

@@ -7,10 +7,8 @@ from support.commands import error_of, siftune
 from support.tiny_run import save_rows
 
 from siftune.base.errors import DataError
-from siftune.offsite.audits.run import audit_paths, audit_run, own_audit_paths
+from siftune.offsite.audits.run import audit_paths
 from siftune.offsite.audits.settings import AuditOptions
-from siftune.recipe.schema import Recipe
-from siftune.report.audit import before_it_is_sent
 
 QUICK = {"steps": 1, "batch_size": 2, "resamples": 50, "template": "none", "recovery": False, "membership": False}
 
@@ -55,21 +53,3 @@ def test_a_data_owner_s_audit(parties, others, tmp_path, capsys):
     for words in ("Leakage of training rows", "blind: the emulator's loss alone", "The emulator stands in"):
         assert words in said
     assert "neither model nor return" in error_of(capsys, "audit", *arguments[:2], *arguments[4:], "--eval", others)
-
-
-def test_what_is_said_before_a_return_is_sent(parties, others):
-    given = {"model": str(parties / "kit"), "train": str(parties / "rows.jsonl"), "template": "none", "seed": 3}
-    returned = parties / "run" / "return"
-    recipe = Recipe(**given, eval=str(others), out="unused")
-    found = audit_run(recipe, returned)
-    named = {"kit": given["model"], "train": given["train"], "eval": str(others), "template": "none", "seed": 3}
-    same = own_audit_paths(AuditOptions(**named, returned=returned, membership_rows=128, eval_limit=128))
-    assert found.membership == same.membership
-    said = before_it_is_sent(recipe, returned)
-    assert f"{max(found.membership.loss.auc.value, found.membership.reference.auc.value):.3f} [" in said
-    assert "0.5 is guessing" in said
-    bare = Recipe(**given, out="unused")
-    assert audit_run(bare, returned) is None
-    assert "--eval" in before_it_is_sent(bare, returned)
-    twice = Recipe(**given, eval=given["train"], out="unused")
-    assert "every held-out row is a training row" in before_it_is_sent(twice, returned)

@@ -19,7 +19,6 @@ those of attacks that were not tried.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -69,7 +68,6 @@ from siftune.offsite.exchange.returned import read_return
 from siftune.offsite.exchange.updates import compare
 from siftune.offsite.kit.folder import read_kit
 from siftune.offsite.kit.manifest import fingerprint
-from siftune.recipe.schema import Recipe, train_files
 
 Scores = dict[str, RowScores]  # by condition
 
@@ -206,9 +204,6 @@ def _facts(job: Job, returned: bool) -> dict[str, Any]:
     }
 
 
-AFTER_TRAINING = 128  # rows of either kind that are looked at when training ends: seconds, not minutes
-
-
 @dataclass(frozen=True)
 class OwnAudit:
     """The result of a data owner's audit."""
@@ -276,29 +271,3 @@ def own_audit_paths(options: AuditOptions, progress: Progress | None = None) -> 
     membership = own_audit(models, rows, returned, settings, progress)
     facts = {"kit": kit.digest, "train": options.train, "eval": options.eval, "versions": versions()}
     return OwnAudit(membership, settings, facts)
-
-
-def audit_run(recipe: Recipe, returned: Path) -> OwnAudit | None:
-    """Attack the return of a run of a kit that has just ended, on at most `AFTER_TRAINING` rows of either kind.
-
-    None where the recipe names no held-out rows: without others there is nothing to compare with.
-    """
-    if not recipe.eval:
-        return None
-    return own_audit_paths(
-        AuditOptions(
-            kit=str(Path(recipe.model).expanduser()),
-            returned=returned,
-            train=train_files(recipe)[0],
-            limit=recipe.limit,
-            eval=recipe.eval,
-            eval_limit=AFTER_TRAINING,
-            columns=recipe.columns,
-            max_length=recipe.max_length,
-            template=recipe.template,
-            completion_only=recipe.completion_only,
-            membership_rows=AFTER_TRAINING,
-            dtype=recipe.dtype,
-            seed=recipe.seed,
-        )
-    )

@@ -320,26 +320,15 @@ def test_the_command_names_the_return(kit, rows, tmp_path, capsys):
     result = json.loads(captured.out)
     assert result["return"] == f"{tmp_path}/run/return"
     assert "adapter" not in result
-    told, *last = captured.err.splitlines()[-3:]
-    assert told.startswith("leakage of training rows by the return was not measured: other rows of the same source")
+    last = captured.err.splitlines()[-3:]
     assert last[0].startswith(f"return in {tmp_path}/run/return: send it to the model's owner, who runs `siftune plug ")
-    assert last[1] == f"next: `siftune eval {tmp_path}/run --data FILE`"
+    audit = f"`siftune audit --kit {kit.path} --return {tmp_path}/run/return --train {rows} --eval OTHERS`"
+    assert last[1].endswith(audit)
+    assert last[2] == f"next: `siftune eval {tmp_path}/run --data FILE`"
     card = (tmp_path / "run" / "README.md").read_text()
     assert "Send the folder RUN/return, and nothing else" in card
     assert "siftune plug --model BASE --kit KIT --return RUN/return --out TUNED" in card
     assert read_kit(kit.path).digest == json.loads((tmp_path / "run/return/manifest.json").read_text())["kit"]
-
-
-def test_before_a_return_is_sent_it_is_attacked(kit, rows, tmp_path, capsys):
-    others = tmp_path / "others.jsonl"
-    others.write_text("".join(json.dumps(row) + "\n" for row in arithmetic_rows(20, seed=77)))
-    words = ["train", "--model", str(kit.path), "--train", str(rows), "--template", "none", "--steps", "1"]
-    words += ["--adapter", "full", "--layers", "0", "--method", "dense", "--out", str(tmp_path / "run")]
-    assert main([*words, "--eval", str(others)]) == 0
-    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rows ")]
-    assert " by the return" in told
-    assert "0.5 is guessing; two attacks, at most 128 rows of either kind, on the emulator" in told
-    assert f"--return {tmp_path}/run/return --train {rows}" in told
 
 
 @pytest.fixture(scope="module")
