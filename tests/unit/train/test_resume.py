@@ -149,8 +149,8 @@ def test_no_checkpoint(base, rows, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "change", "message"),
     [
-        ({}, {"rank": 3}, "r = 2"),
-        ({}, {"targets": ("q_proj",)}, "target_modules = .* instead; set targets and layers"),
+        ({}, {"rank": 3}, "rank 2, this recipe has 3"),
+        ({}, {"targets": ("q_proj",)}, "set targets"),
         ({}, {"adapter": "dora"}, "set adapter"),
         ({}, {"lr": 0.02}, "lr 0.01, this recipe has 0.02"),
         ({}, {"method": "rst"}, "method ist, this recipe has rst"),
@@ -171,6 +171,13 @@ def test_checkpoints_of_other_runs_are_refused(copied, settings, change, message
     with pytest.raises(RecipeError, match=rf"checkpoint-3 (?s:.*){message}"):
         train(resumed(**{"steps": 4, **change}), QUIET)
     assert contents(run) == before
+
+
+def test_a_checkpoint_without_its_recipe_is_refused(copied):
+    run, resumed = copied()
+    (run / "recipe.yaml").rename(run / "elsewhere.yaml")
+    with pytest.raises(RecipeError, match=r"run/recipe\.yaml does not exist"):
+        train(resumed(steps=4), QUIET)
 
 
 def test_rows_are_told_apart_by_their_tokens_labels_and_weights():
