@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import GenerationConfig
 
-from siftune.base.errors import AdapterError, DataError
+from siftune.base.errors import AdapterError
 from siftune.data.batches import by_length
 from siftune.models.generate import continued
 from siftune.models.loss import contiguous_head_input
-from siftune.models.modules import evaluating, model_window
+from siftune.models.modules import evaluating
 
 
 def greedy(
@@ -31,7 +31,8 @@ def greedy(
 
     Args:
         model: A causal language model, PEFT-wrapped or not; it's put into eval mode and back.
-        prompts_ids: Token ids of each prompt, at least one token each.
+        prompts_ids: Token ids of each prompt, at least one token each, with room for the new tokens in the model's
+            window.
         max_new_tokens: Largest number of new tokens.
         batch_size: Prompts per pass, taken from prompts of similar length; they're padded on the left.
         pad_id: Token id for the padding; any valid id does, since it's masked.
@@ -41,11 +42,9 @@ def greedy(
         The new tokens per prompt, in the order of `prompts_ids`, without the one that ended it.
 
     Raises:
-        DataError: A prompt is empty, or doesn't leave room for the new tokens in the model's window.
         AdapterError: The adapter adds virtual tokens.
     """
     inner = _generator(model)
-    _check_prompts(prompts_ids, max_new_tokens, model_window(inner))
     outputs: list[list[int]] = [[] for _ in prompts_ids]
     settings = GenerationConfig(
         do_sample=False,
@@ -93,18 +92,6 @@ def _generator(model: nn.Module) -> Any:
         )
     get_base: Any = getattr(model, "get_base_model", None)
     return get_base() if callable(get_base) else model
-
-
-def _check_prompts(prompts_ids: Sequence[Sequence[int]], max_new_tokens: int, window: int | None) -> None:
-    """Refuse prompts that can't be continued."""
-    for index, ids in enumerate(prompts_ids):
-        if not ids:
-            raise DataError(f"prompt {index} has no tokens. Begin it with the tokenizer's first-token mark.")
-        if window is not None and len(ids) + max_new_tokens > window:
-            raise DataError(
-                f"prompt {index}: {len(ids)} tokens and {max_new_tokens} new ones don't fit the model's "
-                f"window of {window}. Shorten the prompt or ask for fewer new tokens."
-            )
 
 
 def _until_end(ids: list[int], eos_ids: Sequence[int]) -> list[int]:

@@ -170,12 +170,7 @@ def score_choices(model: nn.Module, items: Sequence[ChoiceItem], batch_size: int
 
     Returns:
         Log-likelihoods, lengths and predictions in the order of `items`.
-
-    Raises:
-        DataError: An item has an empty prompt, no choices, an empty choice or an answer out of range.
     """
-    for index, item in enumerate(items):
-        _check(index, item)
     nll = row_nll(model, [_as_row(item, choice) for item in items for choice in item.choices_ids], batch_size)
     bounds = np.cumsum([len(item.choices_ids) for item in items])[:-1]
     return ChoiceResult(
@@ -188,13 +183,3 @@ def score_choices(model: nn.Module, items: Sequence[ChoiceItem], batch_size: int
 def _as_row(item: ChoiceItem, choice: Sequence[int]) -> TokenRow:
     """Join prompt and choice; only the choice counts."""
     return [*item.prompt_ids, *choice], [*[IGNORED] * len(item.prompt_ids), *choice]
-
-
-def _check(index: int, item: ChoiceItem) -> None:
-    """Refuse an item that can't be scored."""
-    if not item.prompt_ids:
-        raise DataError(f"item {index}: the prompt has no tokens. Begin it with the tokenizer's first-token mark.")
-    if not item.choices_ids or not all(item.choices_ids):
-        raise DataError(f"item {index}: choices {item.choices_ids!r}. Give at least one, with a token or more each.")
-    if not 0 <= item.answer < len(item.choices_ids):
-        raise DataError(f"item {index}: answer {item.answer}, but the {len(item.choices_ids)} choices count from 0.")

@@ -98,18 +98,3 @@ def test_predictions_by_sum_and_by_mean():
     assert result.by_mean.tolist() == [1, 2]
     assert result.correct().tolist() == [False, True]
     assert result.correct(normalised=True).tolist() == [True, False]
-
-
-@pytest.mark.parametrize(
-    ("item", "message"),
-    [
-        (ChoiceItem([], [[1]], 0), "item 1: the prompt has no tokens"),
-        (ChoiceItem([1], [], 0), "item 1: choices"),
-        (ChoiceItem([1], [[2], []], 0), "item 1: choices"),
-        (ChoiceItem([1], [[2], [3]], 2), "item 1: answer 2, but the 2 choices"),
-        (ChoiceItem([1], [[2], [3]], -1), "item 1: answer -1"),
-    ],
-)
-def test_items_that_cannot_be_scored(model, item, message):
-    with pytest.raises(DataError, match=message):
-        score_choices(model, [ITEMS[0], item])
