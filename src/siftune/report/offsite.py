@@ -1,16 +1,12 @@
 """Sections on a kit and on an audit."""
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from typing import Any
-
-import numpy as np
 
 from siftune.base.text import finite
 from siftune.offsite.audits.result import LABELS
 from siftune.offsite.kit.manifest import EMULATOR, OUTER, Manifest
 from siftune.report.charts import Point, Scale, listed_points
-from siftune.report.heat import Cells, heat_map
 from siftune.report.parts import Cell, Figure, Grid, Section, slug
 from siftune.report.subjects import UNREADABLE, Other
 from siftune.report.words import memory, short
@@ -34,20 +30,7 @@ def kit_section(other: Other) -> Section:
         f"The emulator takes {size[0]}, the outer layers {size[1]}. The lower a rank or number of channels, the less "
         "of a matrix is released. The released part is exact.",
     ]
-    return Section(f"kit-{slug(other.name)}", f"Kit {other.name}", words, _ranks(other), [_middle(manifest)])
-
-
-def _ranks(other: Other) -> list[Figure]:
-    manifest: Manifest = other.content
-    names = list(dict.fromkeys(chain.from_iterable(dict(shape.ranks) for shape in manifest.middle)))
-    layers = [str(shape.base) for shape in manifest.middle]
-    if not names:
-        return []
-    values = np.array([[dict(shape.ranks).get(name, np.nan) for shape in manifest.middle] for name in names], float)
-    shown = [name.rpartition(".")[2] for name in names]
-    cells = Cells(values, shown, layers, 0.0, float(np.nanmax(values)), "layer of the base", "matrix", "rank")
-    note = "Empty cell: the matrix is complete, or reduced by channels of the MLP."
-    return [heat_map("Ranks", cells, note, "full")]
+    return Section(f"kit-{slug(other.name)}", f"Kit {other.name}", words, tables=[_middle(manifest)])
 
 
 def _middle(manifest: Manifest) -> Grid:

@@ -183,7 +183,9 @@ def test_a_kit(tmp_path):
     assert told.startswith(f"A kit of a llama with {kit.manifest.depth} layers: 1 and 1 outer layers to tune")
     assert [row[0].text for row in section.tables[0].rows] == [str(shape.base) for shape in middle]
     assert section.tables[0].rows[0][1].text == str(middle[0].channels)
-    assert "Ranks" in [figure.title for figure in section.figures]
+    assert section.tables[0].rows[0][2].text == ", ".join(
+        f"{n.rpartition('.')[2]} {r}" for n, r in dict(middle[0].ranks).items()
+    )
 
 
 def test_a_damaged_kit_is_refused(tmp_path):
