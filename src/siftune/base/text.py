@@ -104,31 +104,27 @@ def path_and_split(source: str) -> tuple[str, str]:
     return source, ""
 
 
-def jsonable(value: Any, digits: int | None = None) -> Any:
+def jsonable(value: Any) -> Any:
     """Bring a value into the types of JSON, at any depth.
 
     Dataclasses become dictionaries; tensors, arrays and their scalars lists and Python's numbers; NaN and infinity,
     which JSON does not know, None; whatever else, such as paths, text.
 
-    Args:
-        value: The value.
-        digits: Significant digits that floats are rounded to; None keeps all.
-
     Example:
         >>> from pathlib import Path
-        >>> jsonable({"loss": float("nan"), "scores": (0.123456, 1), "out": Path("run")}, digits=4)
-        {'loss': None, 'scores': [0.1235, 1], 'out': 'run'}
+        >>> jsonable({"loss": float("nan"), "scores": (0.5, 1), "out": Path("run")})
+        {'loss': None, 'scores': [0.5, 1], 'out': 'run'}
     """
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: jsonable(getattr(value, field.name), digits) for field in fields(value)}
+        return {field.name: jsonable(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): jsonable(part, digits) for key, part in value.items()}
+        return {str(key): jsonable(part) for key, part in value.items()}
     if hasattr(value, "tolist"):
-        return jsonable(value.tolist(), digits)
+        return jsonable(value.tolist())
     if isinstance(value, list | tuple | set):
-        return [jsonable(part, digits) for part in value]
+        return [jsonable(part) for part in value]
     if isinstance(value, float):
-        return _number(value, digits)
+        return value if math.isfinite(value) else None
     return value if isinstance(value, str | int | None) else str(value)
 
 
@@ -146,12 +142,6 @@ def finite(value: Any) -> float:
     if not abs(number) < _BEYOND:
         raise ValueError(f"{value} is no figure")
     return number
-
-
-def _number(value: float, digits: int | None) -> float | None:
-    if not math.isfinite(value):
-        return None
-    return value if digits is None else float(f"{value:.{digits}g}")
 
 
 def parsed(text: str) -> Any:

@@ -191,10 +191,8 @@ def with_hidden(
     return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
 
-def layer_numbers(depth: int, layers: Sequence[int], option: str = "layers") -> tuple[int, ...]:
+def layer_numbers(depth: int, layers: Sequence[int]) -> tuple[int, ...]:
     """Resolve numbers of layers, from -depth to depth − 1, into numbers from 0, ascending, each once.
-
-    `option` names the user's option in the message.
 
     Raises:
         LayerError: There is no such layer, or none at all.
@@ -202,7 +200,7 @@ def layer_numbers(depth: int, layers: Sequence[int], option: str = "layers") -> 
     wrong = [number for number in layers if not -depth <= number < depth]
     if wrong or not layers:
         raise LayerError(
-            f"the model has {depth} layers, so `{option}` takes numbers from 0 to {depth - 1}, or from -{depth} to -1 "
+            f"the model has {depth} layers, so `layers` takes numbers from 0 to {depth - 1}, or from -{depth} to -1 "
             f"counted from the end; found {wrong[0] if wrong else 'none'}"
         )
     return tuple(sorted({number % depth for number in layers}))
