@@ -39,6 +39,7 @@ _IA3 = {
     "gptj": (["k_proj", "v_proj", "fc_out"], ["fc_out"]),
     "phi3": (["qkv_proj", "down_proj"], ["down_proj"]),
 }
+_IN_FULL = ("llama", "gpt2", "qwen3", "gemma2", "olmo")
 _BIASED = {"gpt2": ["c_attn", "c_fc"], "opt": ["q_proj", "fc1"], "gpt_neox": ["query_key_value"], "qwen2": ["q_proj"]}
 
 
@@ -76,7 +77,7 @@ CASES = {
     "ranks per module, LoRA bias": lora_with_patterns,
     "two active adapters": two_active_adapters,
     "LoRA and DoRA on one module": lora_and_dora,
-    **{f"{family} in full": (lambda f=family: without_adapters(f)) for family in ("llama", "gpt2", "qwen3", "gemma2", "olmo")},
+    **{f"{family} in full": (lambda f=family: without_adapters(f)) for family in _IN_FULL},
 }
 
 
