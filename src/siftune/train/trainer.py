@@ -57,7 +57,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         last: Share of the steps, the last ones, that train on rows with the column `aimed`.
         privacy: Differential privacy: every step draws its rows, clips their gradients and adds noise. A batch is then
             a step's, and the loss is the mean over its rows of each row's mean token loss; rows without a finite loss
-            are left out, and without rows it is 0.
+            are left out, and without rows it is 0. Evaluations measure the mean over label tokens, as without privacy.
         bad_steps: Non-finite steps to skip before training stops; see `BrokenSteps`. Private runs check none.
         short_rows: Whether to use the attention of `models.attention` for short rows.
     """
@@ -204,6 +204,8 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         return mean_loss(weighed(losses_N, labels, self._weights), num_items_in_batch)
 
     def _row_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        if self._evaluates:  # held-out rows are measured as in other runs
+            return self._label_loss(outputs, labels, num_items_in_batch)
         losses_B = row_losses(outputs.logits, labels)
         self._row_losses.append(losses_B.detach())
         return finite_sum(losses_B)

@@ -96,6 +96,16 @@ def test_training_is_the_loop(tmp_path, most, clip):
         torch.testing.assert_close(weights(model)[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_held_out_rows_are_measured_as_without_privacy(tmp_path, batch):
+    settings = {"eval_dataset": ragged(), "data_collator": Collator(0)}
+    private, plain = (
+        SiftTrainer(adapted(), arguments(tmp_path, per_device_eval_batch_size=batch), privacy=privacy, **settings)
+        for privacy in (DP(MECHANISM, 4, Secret(5)), None)
+    )
+    assert private.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
+
+
 class Steps(TrainerCallback):
     """What the model was after every step."""
 
