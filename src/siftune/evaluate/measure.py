@@ -82,7 +82,7 @@ def measure(model: nn.Module, prepared: Prepared, batch_size: int = 16) -> Metri
     """Measure a model on prepared rows.
 
     Raises:
-        DataError: A row doesn't fit the model's window.
+        DataError: A row doesn't fit the model's window, or its loss isn't finite.
     """
     _check_window(model, prepared)
     with short_rows():
@@ -93,12 +93,14 @@ def measure(model: nn.Module, prepared: Prepared, batch_size: int = 16) -> Metri
 def _measured(model: nn.Module, prepared: Prepared, batch_size: int) -> Iterator[Metric]:
     if prepared.items is not None:
         scores = score_choices(model, prepared.items, batch_size)
+        _refuse_losses(prepared, np.array([np.isnan(each).any() for each in scores.loglik]))  # argmax would pick them
         yield _rate("choices", scores.correct())
         yield _rate("choices_per_token", scores.correct(normalised=True))
     if prepared.questions is not None:
         yield _exact_match(model, prepared.questions, prepared.tokenizer, batch_size)
     if prepared.sequences is not None:
         result = perplexity(model, prepared.sequences, batch_size)
+        _refuse_losses(prepared, ~np.isfinite(result.nll))
         yield Metric(PERPLEXITY, result.nll, result.tokens.astype(np.float64))
 
 
@@ -151,6 +153,15 @@ def _metric_row(base: Metric, tuned: Metric | None, level: float, seed: int) -> 
         high=change.high,
         tuned_interval=tuned.interval(level),
     )
+
+
+def _refuse_losses(prepared: Prepared, broken_R: NDArray[np.bool_]) -> None:
+    """Refuse losses that are no numbers, by the first such row's place in the file."""
+    if broken_R.any():
+        raise DataError(
+            f"{prepared.origins[int(broken_R.argmax())]}: the model's loss is not finite: leave the row out, or give "
+            "--dtype float32"
+        )
 
 
 def _rate(name: str, correct: NDArray[np.bool_], texts: Iterable[str] = ()) -> Metric:

@@ -58,6 +58,14 @@ def test_choices_and_perplexity_of_questions(model):
     assert result["perplexity"].value == pytest.approx(math.exp(sum(nll) / tokens), rel=1e-5)
 
 
+@pytest.mark.parametrize("metric", ["choices", "perplexity"])
+def test_losses_that_are_not_finite_are_refused(model, metric):
+    prepared = prepare_rows(QUESTIONS, TOKENIZER, [metric])
+    model.lm_head.weight.data[ord("3")] = math.nan
+    with pytest.raises(DataError, match="row 1: the model's loss is not finite"):
+        measure(model, prepared)
+
+
 def test_short_rows_take_their_own_products(model, monkeypatch):
     calls, products = [], attention._products
     monkeypatch.setattr(attention, "_products", lambda *given: calls.append(1) or products(*given))
