@@ -56,7 +56,7 @@ def basis_of(runs: Sequence[RunData]) -> Basis:
 
 
 def by_loss(runs: Sequence[RunData]) -> Basis:
-    """The runs that held out the same rows: the largest group of several."""
+    """The runs that held out the same tokens: the largest group of several."""
     groups: dict[tuple[object, ...], list[RunData]] = {}
     for run in runs:
         if run.figure("eval_loss") is not None:
@@ -85,10 +85,11 @@ def level_text(run: RunData, data: str) -> str:
 
 
 def _held_out(recipe: Recipe) -> tuple[object, ...]:
-    """What decides the held-out rows: a file, or a share of the training rows."""
+    """What decides the held-out tokens: a file, or a share of the training rows, and how rows become tokens."""
+    tokens = ("model", "columns", "template", "max_length", "completion_only")
     share = ("train", "limit", "eval_share", "drop_rows", "target")
     names = ("eval",) if recipe.eval is not None else share
-    return tuple(getattr(recipe, name) for name in names)
+    return tuple(getattr(recipe, name) for name in (*names, *tokens))
 
 
 def value_text(metric: str, value: float) -> str:
