@@ -357,10 +357,22 @@ def report(lines: Sequence[Line]) -> str:
         rows = []
         for name in names:
             runs = [line for line in rest if line["job"]["keep"] == keep and line["job"]["name"] == name]
+            _refuse_mixture(name, runs)
             rows.append(_line(name, runs, bases))
         table = markdown_table(Table(_header(bool(bases)), rows))
         out += ["", f"**Kept: {keep:.0%} of the middle's matrices**", "", table]
     return "\n".join(out)
+
+
+def _refuse_mixture(name: str, lines: Sequence[Line]) -> None:
+    """Refuse to pool runs of other settings than the seed, as if they had other questions."""
+    jobs = [{key: value for key, value in line["job"].items() if key != "seed"} for line in lines]
+    different = {key for job in jobs for key in job.keys() | jobs[0].keys() if job.get(key) != jobs[0].get(key)}
+    if different:
+        raise SystemExit(
+            f"“{name}” names emulators with different {', '.join(sorted(different))}: give each a name of its own, "
+            'as by --methods "32 rows="'
+        )
 
 
 def _at_rate(job: Job) -> str:

@@ -409,6 +409,17 @@ def test_offsite(llama, suite, tmp_path, capsys):
     assert len({base["full_zs"]["nll"], base["full_ft"]["nll"], mine["plug_in"]["nll"]}) == 3
 
 
+def test_offsite_pools_no_runs_of_different_settings():
+    from lab import offsite
+
+    text = {"overall": 0.9, "loss_emulator": 5.0, "loss_full": 4.9}
+    job = {"name": "one", "keep": 0.7, "rows": 32, "seed": 0, "tune": None, "emulator": {"keep": 0.7}}
+    lines = [{"job": {**job, **change}, "text": text, "scores": {}} for change in ({}, {"seed": 1}, {"rows": 256})]
+    assert "| one |" in offsite.report(lines[:2])
+    with pytest.raises(SystemExit, match="“one” names emulators with different rows"):
+        offsite.report(lines)
+
+
 @pytest.mark.lab
 def test_a_tuned_middle_is_mapped_back(llama, suite, tmp_path):
     from lab import offsite
