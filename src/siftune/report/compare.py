@@ -35,7 +35,10 @@ class Basis:
 
 
 def basis_of(runs: Sequence[RunData]) -> Basis:
-    """The rows and the metric that most runs are measured by; of several the newest rows, and the first of `_FIRST`."""
+    """The rows and the metric that most runs are measured by; of several the newest rows, and the first of `_FIRST`.
+
+    Perplexities are of the same tokens.
+    """
     best = Basis()
     for run in runs:
         for one in reversed(run.evals):
@@ -43,7 +46,8 @@ def basis_of(runs: Sequence[RunData]) -> Basis:
                 members = tuple(
                     each
                     for each in runs
-                    if any(
+                    if (metric != PERPLEXITY or _tokens(each.recipe) == _tokens(run.recipe))
+                    and any(
                         (of.data, of.rows) == (one.data, one.rows) and metric in {row.metric for row in of.metrics}
                         for of in each.evals
                     )
@@ -86,10 +90,14 @@ def level_text(run: RunData, data: str) -> str:
 
 def _held_out(recipe: Recipe) -> tuple[object, ...]:
     """What decides the held-out tokens: a file, or a share of the training rows, and how rows become tokens."""
-    tokens = ("model", "columns", "template", "max_length", "completion_only")
     share = ("train", "limit", "eval_share", "drop_rows", "target")
     names = ("eval",) if recipe.eval is not None else share
-    return tuple(getattr(recipe, name) for name in (*names, *tokens))
+    return (*(getattr(recipe, name) for name in names), _tokens(recipe), recipe.max_length, recipe.completion_only)
+
+
+def _tokens(recipe: Recipe) -> tuple[object, ...]:
+    """What decides how rows become tokens."""
+    return recipe.model, recipe.columns, recipe.template
 
 
 def value_text(metric: str, value: float) -> str:
@@ -174,7 +182,8 @@ def _result_of_runs(runs: Sequence[RunData]) -> str:
     best = found[order[0]]
     first = [name for name in order if valued[name] == valued[order[0]]]
     others = [f"{value_text(metric, valued[name])} for “{name}”" for name in order[len(first) :][:3]]
-    others.append(f"{value_text(metric, best.base)} for the base model")
+    if len({run.recipe.model for run in basis.runs}) == 1:
+        others.append(f"{value_text(metric, best.base)} for the base model")
     interval = ""
     if best.tuned_interval is not None:
         level = level_text(next(run for run in runs if run.name == order[0]), data)
@@ -182,10 +191,10 @@ def _result_of_runs(runs: Sequence[RunData]) -> str:
         interval = f" ({level} interval {low} to {high})"
     names = listed([f"“{name}”" for name in first]) if len(first) < 5 else f"{len(first)} runs"
     told = f"{names} are equally good, the best" if len(first) > 1 else f"{names} is best"
+    against = f", against {listed(others)}" if others else ""
     return (
         f"{told} of {count} runs: {value_text(metric, valued[order[0]])} "
-        f"{label_of(metric)}{interval} on {counted(best.rows, 'held-out row')}, "
-        f"against {listed(others)}."
+        f"{label_of(metric)}{interval} on {counted(best.rows, 'held-out row')}{against}."
     )
 
 
@@ -233,9 +242,11 @@ def _quality(runs: Sequence[RunData]) -> tuple["_Quality", list[str]]:
         if row.tuned is not None:
             points[run.name] = Point(run.name, row.tuned, *(row.tuned_interval or (None, None)))
     first = basis.runs[0]
+    of_base = f"; the base model has {value_text(metric, measured(first, data, metric).base)}"
+    if len({run.recipe.model for run in basis.runs}) > 1:
+        of_base = ""
     words = [
-        f"Quality: {label_of(metric)} on {data_name(data)}; the base model has "
-        f"{value_text(metric, measured(first, data, metric).base)}. Bars are {level_text(first, data)} intervals over "
+        f"Quality: {label_of(metric)} on {data_name(data)}{of_base}. Bars are {level_text(first, data)} intervals over "
         "rows."
     ]
     return _Quality(label_of(metric), points, metric), [*words, *advice]

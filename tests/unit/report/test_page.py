@@ -145,6 +145,18 @@ def test_runs_by_their_losses_where_they_were_held_to_the_same_rows(tmp_path):
         assert headline(subjects(first, third)) == "2 runs, not measured on the same held-out rows."
 
 
+def test_runs_of_two_models_share_no_base_and_no_perplexity(tmp_path):
+    runs = [save_run(tmp_path / name, model=name) for name in ("one", "two")]
+    for number, run in enumerate(runs):
+        save_eval(run, base=number / 10, tuned=0.5 + number / 10)
+    assert headline(subjects(*runs)).replace("\u00a0", " ").endswith("on 200 held-out rows, against 50.0 % for “one”.")
+    assert "the base model has" not in text_of(sections(subjects(*runs))[0])
+    perplexity = MetricRow("perplexity", 200, 6.5, 1.7, -4.8, -5.2, -4.4)
+    for run in runs:
+        record_eval(run, replace(read_evals(run)[0], metrics=(perplexity,)))
+    assert headline(subjects(*runs)) == "2 runs, not measured on the same held-out rows."
+
+
 def test_perplexity_is_better_when_less(tmp_path):
     for number, name in enumerate("ab"):
         run = save_run(tmp_path / name)
