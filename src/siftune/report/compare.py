@@ -60,7 +60,7 @@ def basis_of(runs: Sequence[RunData]) -> Basis:
 
 
 def by_loss(runs: Sequence[RunData]) -> Basis:
-    """The runs that held out the same tokens: the largest group of several."""
+    """The runs that held out the same tokens in the same batches: the largest group of several."""
     groups: dict[tuple[object, ...], list[RunData]] = {}
     for run in runs:
         if run.figure("eval_loss") is not None:
@@ -89,10 +89,11 @@ def level_text(run: RunData, data: str) -> str:
 
 
 def _held_out(recipe: Recipe) -> tuple[object, ...]:
-    """What decides the held-out tokens: a file, or a share of the training rows, and how rows become tokens."""
+    """What decides the held-out loss: a file, or a share of the training rows, their tokens, and the batches."""
     share = ("train", "limit", "eval_share", "drop_rows", "target")
     names = ("eval",) if recipe.eval is not None else share
-    return (*(getattr(recipe, name) for name in names), _tokens(recipe), recipe.max_length, recipe.completion_only)
+    how = ("max_length", "completion_only", "batch_size")  # the Trainer's loss is a mean of the batches' means
+    return (*(getattr(recipe, name) for name in (*names, *how)), _tokens(recipe))
 
 
 def _tokens(recipe: Recipe) -> tuple[object, ...]:

@@ -140,7 +140,8 @@ def test_a_run_on_other_rows_does_not_keep_the_others_from_being_compared(tmp_pa
 def test_runs_by_their_losses_where_they_were_held_to_the_same_rows(tmp_path):
     first, second = (save_run(tmp_path / name, seed=seed) for seed, name in enumerate("ab"))
     assert headline(subjects(first, second)).startswith("“a” has the lowest held-out loss of 2 runs, 0.7000")
-    for number, settings in enumerate(({"eval": "others.jsonl"}, {"completion_only": False}, {"model": "other"})):
+    others = ({"eval": "others.jsonl"}, {"completion_only": False}, {"model": "other"}, {"batch_size": 2})
+    for number, settings in enumerate(others):
         third = save_run(tmp_path / f"c{number}", **settings)
         assert headline(subjects(first, third)) == "2 runs, not measured on the same held-out rows."
 
