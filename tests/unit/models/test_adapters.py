@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 from support.adapted import adapted, shake
 from support.tiny import FAMILIES, batch, tiny
 from torch import Tensor, nn
@@ -187,6 +188,32 @@ def test_a_damaged_file_of_weights_is_refused(tmp_path):
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x02")
     with pytest.raises(AdapterError, match="doesn't fit the model base"):
         load_adapter(tiny("llama"), tmp_path, "base")
+
+
+def test_tensors_that_are_none_of_the_adapter_are_refused(tmp_path):
+    """PEFT ignores those of modules that the config does not name, and puts those of the base into it."""
+    adapted().save_pretrained(tmp_path)
+    config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    settings, tensors = json.loads(config.read_text()), load_file(weights)
+    load_adapter(tiny("llama"), tmp_path, "base")
+    config.write_text(json.dumps(settings | {"target_modules": ["q_proj"]}))
+    with pytest.raises(AdapterError, match=r"hold .*\.lora_A\.weight, which is no part of the adapter"):
+        load_adapter(tiny("llama"), tmp_path, "base")
+    config.write_text(json.dumps(settings))
+    for name in ("mlp.down_proj.weight", "self_attn.q_proj.base_layer.weight"):
+        place = f"model.layers.2.{name}"
+        own = tiny("llama").get_parameter(place.replace(".base_layer", ""))
+        save_file({**tensors, f"base_model.model.{place}": 2 * own}, weights)
+        with pytest.raises(AdapterError, match=f"{place}, which is no part of the adapter"):
+            load_adapter(tiny("llama"), tmp_path, "base")
+
+
+def test_saved_embeddings_are_for_measuring_and_not_for_training(tmp_path):
+    """Training would not save them again."""
+    adapted().save_pretrained(tmp_path, save_embedding_layers=True)
+    load_adapter(tiny("llama"), tmp_path, "base")
+    with pytest.raises(AdapterError, match=r"lm_head\.weight, which is no part of the adapter"):
+        load_adapter(tiny("llama"), tmp_path, "base", trainable=True)
 
 
 def test_attach_refuses_a_second_time():

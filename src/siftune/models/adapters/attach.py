@@ -5,13 +5,14 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
 
 from siftune.base.errors import AdapterError
 from siftune.base.files import why_unreadable
+from siftune.base.text import one_line
 from siftune.models.adapters.bottleneck import register
 from siftune.models.adapters.registry import ADAPTER_TYPES, Shape, filled_in
 from siftune.models.quantised import refuse_on_quantised
@@ -99,12 +100,31 @@ def load_adapter(model: nn.Module, adapter: Path, base: str, exact: bool = False
             warnings.filterwarnings("error", message="Found missing adapter keys")
             warnings.filterwarnings("ignore", category=FutureWarning)  # between PEFT and transformers
             # in the base's dtype, as in training: float32 products are slow on many machines
-            return PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=exact, is_trainable=trainable)
+            tuned = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=exact, is_trainable=trainable)
+            _refuse_foreign(tuned, adapter, trainable)
+            return tuned
     except _UNREADABLE as error:
         raise AdapterError(
             f"the adapter in {adapter} doesn't fit the model {base}: {why_unreadable(error)}; give the adapter's own "
             "base model."
         ) from error
+
+
+def _refuse_foreign(tuned: PeftModel, adapter: Path, trainable: bool) -> None:
+    """Refuse a file with tensors that are not the adapter's: PEFT ignores these, or puts them into the base model.
+
+    Embeddings, which PEFT can save beside an adapter, are refused for training alone, which would not save them.
+
+    Raises:
+        AdapterError: The file has such a tensor.
+    """
+    own = get_peft_model_state_dict(tuned, save_embedding_layers=not trainable)
+    foreign = sorted(load_peft_weights(str(adapter), device="cpu").keys() - own.keys())
+    if foreign:
+        raise AdapterError(
+            f"the weights in {adapter} hold {one_line(foreign[0])}, which is no part of the adapter that its "
+            "adapter_config.json describes: save the adapter again, with PEFT's save_embedding_layers=False."
+        )
 
 
 def refuse_adapters(model: nn.Module) -> None:
