@@ -73,6 +73,13 @@ class Source(Protocol):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer alone."""
 
+    def check_tuned(self, model: nn.Module) -> None:
+        """Check, before training, that `returned` would hold all that trains in the model.
+
+        Raises:
+            InputError: It would not.
+        """
+
     def returned(
         self, model: nn.Module, privacy: Mapping[str, Any] | None = None
     ) -> Mapping[str, Callable[[Path], None]]:
@@ -108,6 +115,9 @@ class ModelSource:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer."""
         return load_tokenizer(self.name)
+
+    def check_tuned(self, model: nn.Module) -> None:
+        """Check nothing: all that trains is saved."""
 
     def returned(
         self, model: nn.Module, privacy: Mapping[str, Any] | None = None

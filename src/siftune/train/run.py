@@ -142,6 +142,7 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     stopping = [] if recipe.patience is None else [EarlyStop(recipe.patience)]
     callbacks = [metrics, view, *saving, *stopping, *records, SourceNote(source.identity), signals]
     built = build(recipe, model, tokenizer, prepared.data, folder.checkpoints, callbacks)
+    source.check_tuned(built.trainer.model)
     trainer = built.trainer
     trainer.broken.name = lambda row: rows[row].origin
     stand_first(trainer, metrics)  # trackers read a line of the log before other callbacks extend it

@@ -37,6 +37,8 @@ siftune plug --model BASE --kit KIT --return RUN/return --out TUNED
 `siftune eval RUN --data FILE` measures the kit's emulator before and after.
 """
 
+_KEEPING = (True, False, "gaussian", "orthogonal")  # values of `init_lora_weights` that leave the base as it is
+
 
 @dataclass(frozen=True)
 class KitSource:
@@ -57,11 +59,15 @@ class KitSource:
     def settle(self, recipe: Recipe) -> Recipe:
         """Fill in which layers train: the outer ones, or those of them that the recipe names.
 
+        The layers of an adapter that was trained before are its own; see `check_tuned`.
+
         Raises:
             RecipeError: The recipe would change the kit's weights, or names a layer between the outer ones.
             LayerError: There is no such layer.
         """
         self._refuse_changed(recipe)
+        if recipe.from_adapter is not None:
+            return recipe
         depth = self.kit.manifest.emulator_depth
         outer = self.kit.manifest.split.outer(depth)
         chosen = layer_numbers(depth, outer if recipe.layers is None else recipe.layers)
@@ -99,6 +105,30 @@ class KitSource:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer alone."""
         return kit_tokenizer(self.kit)
+
+    def check_tuned(self, model: nn.Module) -> None:
+        """Check that a return would hold all that trains, as of an adapter that was trained before.
+
+        Raises:
+            RecipeError: Something trains outside of the outer layers or beside their tensors, or the adapter has taken
+                a part of the kit's weights into itself.
+        """
+        decoder = find_layers(model)
+        outer = self.kit.manifest.split.outer(len(decoder.layers))
+        inside = tuple(f"{decoder.path}.{number}." for number in outer)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and (not name.startswith(inside) or ".modules_to_save." in name):
+                raise RecipeError(
+                    f"{name} would train, but a return holds only the tensors of the outer layers {_listed(outer)} of "
+                    f"the kit {self.kit.path}: take an adapter in these layers, without modules_to_save"
+                )
+        for config in getattr(model, "peft_config", {}).values():
+            init = getattr(config, "init_lora_weights", True)
+            if init not in _KEEPING:
+                raise RecipeError(
+                    f"the adapter has init_lora_weights {init}, which changes weights of the kit {self.kit.path}, but "
+                    "a return is put on these as they are: take another adapter"
+                )
 
     def returned(self, model: nn.Module, privacy: Mapping[str, Any] | None = None) -> dict[str, Callable[[Path], None]]:
         """The return."""

@@ -3,9 +3,11 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
 from support.kits import edit, read_json
@@ -173,6 +175,42 @@ def test_merging_keeps_what_half_precision_would_lose():
     found = merged_layers(model, SPLIT)["first.0.self_attn.q_proj.weight"]
     assert torch.equal(found, weight.float() + 2.0**-14)
     assert found.dtype == torch.float32
+
+
+# --- an adapter that was trained before
+
+
+def earlier(kit, folder, **settings):
+    """An adapter on the emulator of a kit, as another tool saves it."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, **{"target_modules": ["q_proj"], **settings})
+    get_peft_model(load_emulator(kit.path), config).save_pretrained(folder, save_embedding_layers=False)
+    return {"method": "dense", "steps": 4, "save_every": 2, "rank": None, "from_adapter": str(folder)}
+
+
+def test_a_run_on_an_earlier_adapter_continues_by_its_own_recipe(kit, rows, tmp_path):
+    given = earlier(kit, tmp_path / "adapter", layers_to_transform=OUTER)
+    done = train(recipe(kit.path, rows, tmp_path / "run", **given))
+    torch.testing.assert_close(logits(with_return(kit, done.folder.returned)), logits(done.model), rtol=1e-4, atol=1e-4)
+    first = str(tmp_path / "run" / "checkpoints" / "checkpoint-2")
+    again = replace(load_recipe(tmp_path / "run" / "recipe.yaml"), out=str(tmp_path / "again"), resume=first)
+    assert_same(read_return(train(again).folder.returned, kit), read_return(done.folder.returned, kit))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, r"layers\.2\.self_attn\.q_proj\.lora_A.* would train, but a return holds only .* 0, 1, 3 of the kit"),
+        ({"layers_to_transform": OUTER, "modules_to_save": ["embed_tokens"]}, "embed_tokens.* would train"),
+        ({"layers_to_transform": OUTER, "modules_to_save": ["input_layernorm"]}, "input_layernorm.* would train"),
+        ({"layers_to_transform": OUTER, "init_lora_weights": "pissa"}, "init_lora_weights pissa, which changes"),
+        ({"layers_to_transform": OUTER, "init_lora_weights": "olora"}, "init_lora_weights olora, which changes"),
+    ],
+    ids=["middle", "embeddings", "norms", "pissa", "olora"],
+)
+def test_an_earlier_adapter_that_no_return_can_hold_is_refused(kit, rows, tmp_path, settings, words):
+    given = earlier(kit, tmp_path / "adapter", **settings)
+    with pytest.raises(RecipeError, match=words):
+        train(recipe(kit.path, rows, tmp_path / "run", **given))
 
 
 # --- resuming and stopping
