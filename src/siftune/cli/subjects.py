@@ -14,6 +14,7 @@ from siftune.base.text import parsed
 from siftune.models.adapters.attach import load_adapter
 from siftune.models.smollm2 import NAME as SMOLLM2
 from siftune.models.source import resolve, similar_folder, why_missing
+from siftune.offsite.exchange.returned import open_return
 from siftune.offsite.exchange.tune import KitSource, find_kit, put_in_return
 from siftune.offsite.kit.folder import Kit
 from siftune.recipe.read import load_recipe
@@ -70,7 +71,8 @@ def find_subject(
         find: Finds, reads and checks a kit; who names several subjects gives one that remembers.
 
     Raises:
-        KitError: The kit is damaged or not signed by the key, or a key was given and there is no kit.
+        KitError: The kit is damaged or not signed by the key, or a key was given and there is no kit; or the return
+            beside what was trained is damaged or of another kit.
         ModelError: There is nothing of that name, a run folder has no adapter in it, or its base is gone.
         AdapterError: An adapter's config can't be read, or names no base model.
         RecipeError: A run's recipe can't be read.
@@ -80,7 +82,14 @@ def find_subject(
         subject = replace(subject, base=base)
     elif subject.adapter is not None:
         _refuse_gone(subject)
-    return replace(subject, kit=find(subject.base, public_key))
+    subject = replace(subject, kit=find(subject.base, public_key))
+    if subject.kit is not None and subject.adapter is not None:
+        returned = subject.adapter.parent / "return"
+        # an adapter does not name its kit; the return beside it does
+        if returned != subject.adapter and _is_return(returned):
+            with open_return(returned, subject.kit):
+                pass
+    return subject
 
 
 def _subject(source: str) -> Subject:

@@ -222,6 +222,15 @@ def test_a_run_does_not_resume_on_another_kit_whoever_has_signed_it(signed, tmp_
     assert f"is now the kit {read_kit(place / 'kit').digest[:12]}" in refusal
 
 
+@pytest.mark.parametrize("run", ["full", "lora", "lora/adapter"])
+def test_a_run_is_not_measured_on_another_kit(signed, tmp_path, capsys, run):
+    place = copied(signed, tmp_path / "place")
+    measure = ("--data", place / "rows.jsonl", "--limit", "2", "--metrics", "perplexity", "--base", place / "kit")
+    siftune(capsys, "eval", place / run, *measure)
+    forged_and_signed(place / "kit", place)
+    assert "it was made for another kit" in error_of(capsys, "eval", place / run, *measure)
+
+
 def test_a_run_resumes_on_its_kit_with_the_key_and_without(signed, tmp_path, capsys):
     place = copied(signed, tmp_path / "place")
     more, key = ("train", "--resume", place / "full", "--steps"), ("--public-key", place / "owner.pub.pem")
