@@ -51,6 +51,9 @@ def assemble(base: Base, layers: Sequence[CompressedLayer]) -> EmulatorParts:
     """Collect the tensors of an emulator with this middle; all others are the base's own, not copies."""
     split, middle = base.split, tuple(layer.shape for layer in layers)
     config = emulator_config(base.model.config, split, middle)
+    if not getattr(base.model, "all_tied_weights_keys", None):
+        # whatever the config says, transformers does not tie a head that differs from the embeddings in the checkpoint
+        config.tie_word_embeddings = False
     skeleton = build(config, split, middle)
     decoder = find_layers(skeleton)
     compressed = {

@@ -1,11 +1,13 @@
 """Emulators: their limits, their shapes, and how they are made."""
 
 import copy
+import json
 
 import pytest
 import torch
 from support.emulators import FAMILIES, base, calibration, emulator, logits, settings
 from support.tokenizer import byte_tokenizer
+from transformers import AutoModelForCausalLM
 
 from siftune.base.errors import KitError, LayerError, ModelError, RecipeError, UnsupportedError
 from siftune.models.families import family_of
@@ -93,6 +95,17 @@ def test_kinds_of_attention_go_with_the_layers():
     small = emulator(model, calibration(model), method="layerdrop", keep=0.75)
     assert small.config.layer_types == [model.config.layer_types[i] for i in (0, 1, 3, 4, 5)]
     assert small.config.layer_types != model.config.layer_types[:5]
+
+
+def test_a_head_of_its_own_stays_although_the_config_says_it_is_tied(tmp_path):
+    base(vocab_size=300, tie_word_embeddings=False).float().save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    batches = calibration(model)
+    emulate(model, byte_tokenizer(), batches, tmp_path / "kit", settings(keep=1.0))
+    found = load_emulator(tmp_path / "kit", "float32")
+    torch.testing.assert_close(logits(found, batches[0]), logits(model, batches[0]))
 
 
 def test_batches_and_padding_do_not_matter():
