@@ -213,7 +213,7 @@ def _work(options: Options, work: "Reproduction | Offsite") -> dict[str, Any]:
 
     from siftune.base.stages import stages
 
-    console, started = Console(stderr=True, highlight=False, soft_wrap=True), time.monotonic()
+    console, started = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True), time.monotonic()
     work.begin(_about(options, work))
     work.prepare(_data(options), options.limit, options.questions)
     try:
@@ -223,7 +223,7 @@ def _work(options: Options, work: "Reproduction | Offsite") -> dict[str, Any]:
     except BaseException:
         _report(work, None)  # of what is there
         raise
-    found = _report(work, Console(highlight=False, soft_wrap=True))
+    found = _report(work, Console(highlight=False, emoji=False, soft_wrap=True))
     console.print(f"done in {time.monotonic() - started:.0f} s: tables and runs in {work.out}", markup=False)
     return {"folder": work.out, **found}
 

@@ -40,7 +40,8 @@ def run(options: Options) -> dict[str, Any]:
 
     if options.out is not None:
         prepare_folder(options.out)  # before hours of work
-    console, page = Console(stderr=True, highlight=False, soft_wrap=True), Console(highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+    page = Console(highlight=False, emoji=False, soft_wrap=True)
     with stages(console) as progress:
         result = audit_paths(options, progress) if options.model else own_audit_paths(options, progress)
     if options.out is not None:

@@ -66,7 +66,7 @@ def run(options: Options) -> dict[str, Any]:
     work = _workload(options)
     here = replace(work, model=str(resolve(work.model)))
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     measurements: list[Measurement] = []
     versions: dict[str, str] = {}
     with console.status("") as status:
@@ -86,7 +86,7 @@ def run(options: Options) -> dict[str, Any]:
         "versions": versions,
         "methods": {method: asdict(cost) for method, cost in costs.items()},
     }
-    output = Console(highlight=False, soft_wrap=True)
+    output = Console(highlight=False, emoji=False, soft_wrap=True)
     print_table(cost_table(result), output)
     for line in notes(result):
         output.print(line, markup=False)
@@ -135,7 +135,7 @@ def _planned(options: Options, model: str) -> dict[str, Any]:
                 need = plan(config, work, method, checkpointing=checkpointing)
                 steps.append({"method": method, "checkpointing": checkpointing, **asdict(need)})
     result = {"workload": {**asdict(work), "model": model}, "plan": steps}
-    output = Console(highlight=False, soft_wrap=True)
+    output = Console(highlight=False, emoji=False, soft_wrap=True)
     print_table(plan_table(result), output)
     output.print(plan_note(result), markup=False)
     return result

@@ -73,7 +73,7 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.report.sweep import base_loss, table, to_dict, write_sweep
     from siftune.report.table import print_table
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     started = time.monotonic()
     rows, held_out = calibration_and_held_out(options, options.held_out, options.held_out_rows)
     with new_folder(options.out) as folder:
@@ -90,7 +90,7 @@ def run(options: Options) -> dict[str, Any]:
             "last": options.last, "allot": options.allot,
         }  # fmt: skip
         write_sweep(points, folder, facts)
-    shown = Console(highlight=False, soft_wrap=True)
+    shown = Console(highlight=False, emoji=False, soft_wrap=True)
     print_table(table(points), shown)
     shown.print(base_loss(points), markup=False)
     seconds = round(time.monotonic() - started, 1)

@@ -65,7 +65,7 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.report.table import print_table
 
     _check(options)
-    console, started = Console(stderr=True, highlight=False, soft_wrap=True), time.monotonic()
+    console, started = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True), time.monotonic()
     folder = _write_rows(options)
     questions = load_rows(str(folder / "test.jsonl"))
     measured, summaries = _measure(_recipes(options, folder), questions, console)

@@ -88,7 +88,7 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.offsite.exchange.emulate import KitOptions, check_base, emulate
     from siftune.offsite.kit.folder import facts
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     started = time.monotonic()
     rows = calibration_rows(options)
     with console.status(f"loading {options.model}"):

@@ -163,7 +163,7 @@ def _recorded(job: _Job, base: "Metrics", tuned: "Metrics | None", options: Opti
         record_eval(Path(job.subject.name).expanduser(), found)
     if shown:
         table = metric_table(f"{job.subject.name} on {job.data}", compared, options.level)
-        print_table(table, Console(highlight=False, soft_wrap=True))
+        print_table(table, Console(highlight=False, emoji=False, soft_wrap=True))
     settings = {"run": job.subject.name, "model": job.subject.base, "data": job.data}
     return {**settings, "level": options.level, "metrics": jsonable(compared)}
 
@@ -184,7 +184,7 @@ def _compared(
     from siftune.report.evals import label_of, metric_table
     from siftune.report.table import Table, print_table
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, emoji=False, soft_wrap=True)
     models = {job.subject.name: tuned or base for job, (base, tuned) in zip(jobs, pairs, strict=True)}
     bases = {job.of_base: base for job, (base, tuned) in zip(jobs, pairs, strict=True) if tuned is not None}
     names = [label_of(metric) for metric in pairs[0][0]]

@@ -39,7 +39,7 @@ def run(options: Options) -> dict[str, Any]:
 
     settings = PlugSettings(**{field.name: getattr(options, field.name) for field in fields(PlugSettings)})
     settings.check(len(options.returned))
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     with console.status("checking what came back"):
         kit = read_kit(options.kit, options.public_key)
         result = plug(options.model, kit, options.returned, options.out, settings)

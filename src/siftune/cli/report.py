@@ -28,7 +28,7 @@ def run(options: Options) -> dict[str, Any]:
 
     from siftune.report.page import make_page
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     page = make_page(options.folders).write(options.out)
     console.print(f"report in {page} ({page.stat().st_size / 1000:,.0f} kB): open it in a browser", markup=False)
     return {"report": page, "bytes": page.stat().st_size}

@@ -57,7 +57,7 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.suspects.named import ScoredRows
     from siftune.train.folder.run import LOSSES
 
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    errors = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     if not (folder / LOSSES).is_file():
         _score(options, folder, errors)
     rows = ScoredRows(folder, options.files)
@@ -67,7 +67,7 @@ def run(options: Options) -> dict[str, Any]:
     title += "" if rows.suspects else "; highest losses:"
     shown, note = listed[: options.top or _SHOWN], rows.doubt or NOTE
     if shown:
-        Console(highlight=False, soft_wrap=True).print(plain_table(table(shown, title)), markup=False)
+        Console(highlight=False, emoji=False, soft_wrap=True).print(plain_table(table(shown, title)), markup=False)
     more = f"{len(listed) - len(shown):,} more with --top or --csv FILE; " if len(listed) > len(shown) else ""
     advice = f"\n{more}`siftune train --drop-rows FILE` trains without the rows of a list" if rows.suspects else ""
     errors.print(f"{note}{advice}", markup=False)

@@ -78,7 +78,7 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.offsite.exchange.tune import source_of
     from siftune.sifting.run import sift
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     settings = {field.name: getattr(options, field.name) for field in fields(options)}
     sifted = sift(**settings, console=console, source_of=source_of)
     if launch_rank():

@@ -55,7 +55,7 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.offsite.exchange.tune import source_of
     from siftune.train.run import train
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     sources = partial(source_of, public_key=options.public_key)
     with in_launch():
         finished = train(_sifted(options, recipe, console, sources), source_of=sources)
@@ -101,7 +101,7 @@ def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
 
     if launch_size() > 1:
         raise RecipeError("a dry run is of one process: start it without torchrun")
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     if _sifts(options):
         from siftune.sifting.rows import check_sifting
 

@@ -38,7 +38,7 @@ def run(options: Options) -> dict[str, Any]:
     """Check, and print what it is."""
     from siftune.offsite.kit.folder import is_kit, read_kit
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, emoji=False, soft_wrap=True)
     if is_kit(options.path):
         if options.kit is not None:
             raise KitError(f"{options.path} is a kit itself: leave out --kit, which names the kit of a return")
@@ -83,8 +83,11 @@ def _show_kit(kit: "Kit", console: Console) -> dict[str, Any]:
 
 
 def _escaped(text: str) -> str:
-    """Untrusted text on one line, without characters that move the cursor or change the direction of writing."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """Untrusted text on one line, without characters that move the cursor or change the direction of writing.
+
+    A backslash is doubled, so that nothing else looks like one of these.
+    """
+    return "".join(c if c.isprintable() and c != "\\" else repr(c)[1:-1] for c in text)
 
 
 def _show_return(options: Options, kit: "Kit", console: Console) -> dict[str, Any]:

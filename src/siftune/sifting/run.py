@@ -160,7 +160,8 @@ def sift(
     bad = None if avoid is None else str(avoid)
     check_sifting(recipe, share, bad)
     with in_launch(), ExitStack() as stack:
-        console = Console(quiet=True) if rank() else console or Console(stderr=True, highlight=False, soft_wrap=True)
+        console = console or Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+        console = Console(quiet=True) if rank() else console
         recipe = from_first(lambda: _dense(recipe))
         source = source_of(recipe.model)
         recipe = source.settle(recipe)

@@ -81,7 +81,7 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
         InputError: Recipe, data or model cannot be used. If training had begun, the run folder has the adapter after
             the last complete step.
     """
-    console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+    console = console or Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     check(recipe)
     check_trackers(recipe.report_to)
     refuse_launched()

@@ -11,7 +11,8 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from siftune.cli.main import main
 from siftune.offsite.kit.folder import write_kit
 
-HOSTILE = CHATML + "\x1b[2J\u202egnp.exe"  # clears the screen, and turns the direction of writing
+# clears the screen, turns the direction of writing, and has Rich's name of an emoji and what looks like a line feed
+HOSTILE = CHATML + "\x1b[2J\u202egnp.exe:x: \\n."
 
 
 def answer_of(capsys, *words):
@@ -28,8 +29,8 @@ def test_verify_shows_normalizers_and_fixed_text_and_nothing_of_it_acts(tmp_path
     code, found, said = answer_of(capsys, "verify", tmp_path / "hostile")
     assert code == 0
     assert ["start", "user", "<|start|>user\n"] in found["chat_text"]
-    assert ["assistant", "end", "<|end|>\n\x1b[2J\u202egnp.exe"] in found["chat_text"]
-    assert r"assistant → end: <|end|>\n\x1b[2J\u202egnp.exe" in said
+    assert ["assistant", "end", "<|end|>\n\x1b[2J\u202egnp.exe:x: \\n."] in found["chat_text"]
+    assert r"assistant → end: <|end|>\n\x1b[2J\u202egnp.exe:x: \\n." in said
     assert "\x1b[2J" not in said
     assert "\u202e" not in said
     code, found, said = answer_of(capsys, "verify", tmp_path / "none")
