@@ -37,7 +37,12 @@ siftune plug --model BASE --kit KIT --return RUN/return --out TUNED
 `siftune eval RUN --data FILE` measures the kit's emulator before and after.
 """
 
-_KEEPING = (True, False, "gaussian", "orthogonal")  # values of `init_lora_weights` that leave the base as it is
+# of a LoRA's config: the values with which it changes neither weights nor layers of the base, and merges into any
+_FITTING: dict[str, tuple[Any, ...]] = {
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+    "lora_bias": (False,),
+    "layer_replication": (None,),
+}
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,8 @@ class KitSource:
         """Check that a return would hold all that trains, as of an adapter that was trained before.
 
         Raises:
-            RecipeError: Something trains outside of the outer layers or beside their tensors, or the adapter has taken
-                a part of the kit's weights into itself.
+            RecipeError: Something trains outside of the outer layers or beside their tensors, or the adapter changes
+                the kit's weights or layers.
         """
         decoder = find_layers(model)
         outer = self.kit.manifest.split.outer(len(decoder.layers))
@@ -123,12 +128,12 @@ class KitSource:
                     f"the kit {self.kit.path}: take an adapter in these layers, without modules_to_save"
                 )
         for config in getattr(model, "peft_config", {}).values():
-            init = getattr(config, "init_lora_weights", True)
-            if init not in _KEEPING:
-                raise RecipeError(
-                    f"the adapter has init_lora_weights {init}, which changes weights of the kit {self.kit.path}, but "
-                    "a return is put on these as they are: take another adapter"
-                )
+            for name, fitting in _FITTING.items():
+                if (value := getattr(config, name, fitting[0])) not in fitting:
+                    raise RecipeError(
+                        f"the adapter has {name} {value}, but a return is put on the weights of the kit "
+                        f"{self.kit.path} as they are: take another adapter"
+                    )
 
     def returned(self, model: nn.Module, privacy: Mapping[str, Any] | None = None) -> dict[str, Callable[[Path], None]]:
         """The return."""
