@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 from rich.console import Console
+from rich.text import Text
 
 from siftune.base.settings import CONFIG, Count
 from siftune.offsite.exchange.calibration import CalibrationOptions
@@ -77,7 +78,7 @@ def run(options: Options) -> dict[str, Any]:
     started = time.monotonic()
     rows, held_out = calibration_and_held_out(options, options.held_out, options.held_out_rows)
     with new_folder(options.out) as folder:
-        with console.status(f"loading {options.model}"):
+        with console.status(Text(f"loading {options.model}")):
             model, tokenizer = load_base(options)
         measured = batches_of(held_out, model, tokenizer, options)
         with stages(console) as progress:

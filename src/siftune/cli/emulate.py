@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 from rich.console import Console
+from rich.text import Text
 
 from siftune.base.settings import CONFIG, NotNegative, Share
 from siftune.methods.options import OWN
@@ -91,7 +92,7 @@ def run(options: Options) -> dict[str, Any]:
     console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     started = time.monotonic()
     rows = calibration_rows(options)
-    with console.status(f"loading {options.model}"):
+    with console.status(Text(f"loading {options.model}")):
         # to sample from files would read all of them for every token
         model, tokenizer = load_base(options, streamed=options.calibration != OWN)
     dtype, settings = _kit_dtype(options, model), options.settings()

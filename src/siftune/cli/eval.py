@@ -205,19 +205,20 @@ def _compared(
 def _measure(job: _Job, options: Options, known: "dict[tuple[Any, ...], Metrics]") -> "tuple[Metrics, Metrics | None]":
     """Measure the base, unless it's known, and the tuned model, if something was trained."""
     from rich.console import Console
+    from rich.text import Text
 
     from siftune.cli.subjects import load_base, put_on
     from siftune.evaluate.measure import measure
     from siftune.evaluate.prepare import prepare_rows
 
     subject = job.subject
-    with Console(stderr=True).status(f"loading {subject.name}") as status:
+    with Console(stderr=True).status(Text(f"loading {subject.name}")) as status:
         model, tokenizer = load_base(subject, job.dtype)
         prepared = prepare_rows(job.rows, tokenizer, options.metrics, job.template, options.max_new_tokens)
         if job.of_base not in known:
-            status.update(f"measuring {subject.base}")
+            status.update(Text(f"measuring {subject.base}"))
             known[job.of_base] = measure(model, prepared, options.batch_size)
         if subject.adapter is None:
             return known[job.of_base], None
-        status.update(f"measuring {subject.name}")
+        status.update(Text(f"measuring {subject.name}"))
         return known[job.of_base], measure(put_on(model, subject), prepared, options.batch_size)

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -206,3 +207,13 @@ def test_a_template_is_no_large_file(place):
     (place / "chat.jinja").write_text("x" * 2**19)
     with pytest.raises(RecipeError, match="more than"):
         run(Options(("one",), template=place / "chat.jinja"))
+
+
+def test_names_in_brackets_are_no_markup(place, capsys):
+    name = "x[/y]"
+    shutil.copytree("base", name)
+    way = ("--metrics", "perplexity", "--template", "none")
+    assert main(["eval", name, "--data", "rows.jsonl", *way]) == 0
+    for command in ("emulate", "compare-emulators"):
+        assert main([command, "--model", f"{name}/gone", "--calibration", "rows.jsonl", "--out", "out"]) == 2
+        assert f"{name}/gone" in capsys.readouterr().err
