@@ -9,13 +9,15 @@ How the parts of a row join:
   first if the tokenizer adds one by itself, and the end-of-sequence token comes last.
 
 Prompt and completion are tokenised separately and then joined, because at generation time the prompt is tokenised
-alone. `Encoder.prompt` and `Encoder.completion` give evaluation the same tokens as training.
+alone. A space that the tokenizer puts before a text, as Llama 2's does, is not put before the completion.
+`Encoder.prompt` and `Encoder.completion` give evaluation the same tokens as training.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -127,6 +129,8 @@ class Encoder:
             raise ModelError("the tokenizer has no end-of-sequence token; set one in its tokenizer_config.json.")
         self._eos: list[int] = [tokenizer.eos_token_id]
         self._bos = self._leading_ids()
+        end, letter, both = self._tokenize([(text, "a short text") for text in ("\n", "a", "\na")])
+        self._changes_starts = both != end + letter
 
     def prompt(self, row: Row) -> list[int]:
         """Token ids of everything before the completion."""
@@ -149,14 +153,17 @@ class Encoder:
         notes = Counter(self.notes)
         rendered = self._rendered(rows)
         sound = [(row, one) for row, one in zip(rows, rendered, strict=True) if isinstance(one, _Rendered)]
-        texts = [(part.text, row.origin) for row, one in sound for part in one.parts]
         try:
-            ids = iter(self._tokenize(texts))
+            ids = iter(self._tokenize_parts([(one, row.origin) for row, one in sound]))
         except DataError as error:
             self.notes = notes  # rows that are rendered again count again
             return [error] if len(rows) == 1 else [self.encode([row])[0] for row in rows]
         return [
-            [Piece(one.starts, False), *(Piece(next(ids), part.learned) for part in one.parts), Piece(one.ends, True)]
+            [
+                Piece(one.starts, False),
+                *(Piece(own, part.learned) for own, part in zip(next(ids), one.parts, strict=True)),
+                Piece(one.ends, True),
+            ]
             if isinstance(one, _Rendered)
             else one
             for one in rendered
@@ -203,6 +210,7 @@ class Encoder:
 
     def _render_chat(self, row: Row, turns: list[Message], full: str, prompt: str) -> _Rendered:
         answer = turns[-1].content
+        self._refuse_lost(turns, full, row.origin)
         if not full.startswith(prompt):
             self.notes[_REOPENED] += 1
             return _Rendered([_Part(prompt, False), _Part(answer, True)], [], self._eos)
@@ -211,6 +219,21 @@ class Encoder:
         # without a marker after the completion, the model would never learn to stop
         unmarked = full[len(prompt) : end].strip() == answer.strip()
         return _Rendered(_cut(full, spans), [], self._eos if unmarked else [])
+
+    def _refuse_lost(self, turns: list[Message], full: str, origin: str) -> None:
+        """Refuse a row of which the template leaves out a turn, such as one of a role that it does not know."""
+        for i, turn in enumerate(turns):
+            if turn.content.strip() in full:
+                continue
+            try:
+                others = self._apply([*turns[:i], *turns[i + 1 :]], origin)
+            except DataError:  # the template needs the turn
+                continue
+            if others == full:
+                raise DataError(
+                    f"{origin}: the chat template leaves out the turn of the role {one_line(turn.role)!r}; change its "
+                    "role, remove the row, or give another template."
+                )
 
     def _earlier_spans(self, turns: list[Message], full: str, origin: str) -> list[tuple[int, int]]:
         """Find the learned turns before the last in the full text.
@@ -250,7 +273,25 @@ class Encoder:
         return [str(text) for text in texts]
 
     def _ids(self, rendered: _Rendered, origin: str) -> list[list[int]]:
-        return [rendered.starts, *self._tokenize([(part.text, origin) for part in rendered.parts]), rendered.ends]
+        return [rendered.starts, *self._tokenize_parts([(rendered, origin)])[0], rendered.ends]
+
+    def _tokenize_parts(self, rows: list[tuple[_Rendered, str]]) -> list[list[list[int]]]:
+        """Tokenise the parts of rows with their origins.
+
+        If the tokenizer changes the start of a text, a part is tokenised together with the part before it, whose tokens
+        are then removed. If these tokens differ from those of that part alone, nothing can be removed.
+        """
+        ids = iter(self._tokenize([(part.text, origin) for one, origin in rows for part in one.parts]))
+        parts = [[next(ids) for _ in one.parts] for one, _ in rows]
+        if self._changes_starts:
+            pairs = [(a.text + b.text, origin) for one, origin in rows for a, b in pairwise(one.parts)]
+            joined = iter(self._tokenize(pairs))
+            for own in parts:
+                for place, before in enumerate(own[:-1], 1):
+                    both = next(joined)
+                    if both[: len(before)] == before:
+                        own[place] = both[len(before) :]
+        return parts
 
     def _tokenize(self, texts: list[tuple[str, str]], special: bool = False) -> list[list[int]]:
         """Tokenise pairs of a text and its origin."""
@@ -308,7 +349,7 @@ def use_template(template: str | Path, tokenizer: PreTrainedTokenizerBase) -> No
     if str(template) in ("auto", "chat", "none"):
         return
     try:
-        with Path(template).expanduser().open(encoding="utf-8") as file:
+        with Path(template).expanduser().open(encoding="utf-8-sig") as file:
             text = file.read(_LONGEST + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(

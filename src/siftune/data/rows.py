@@ -270,6 +270,10 @@ _PARSERS: dict[Format, Callable[[Record, str], Row]] = {
 
 def _conversation(turns: tuple[Message, ...], column: str, origin: str, extra: Record) -> Row:
     """Make a row of a conversation, which must end with the assistant's turn."""
+    if extra.get("tools"):
+        raise DataError(
+            f"{origin}: the column 'tools' is not supported; write the tools into a system turn, and remove the column."
+        )
     *before, last = turns
     if last.role != "assistant":
         raise DataError(

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 from support.tokenizer import byte_tokenizer
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from siftune.base.errors import DataError, ModelError, RecipeError
 from siftune.data.encode import Encoder
@@ -100,6 +102,40 @@ def test_the_seam_is_never_merged():
     row = tokenized(SUM, tokenizer)
     assert len(joint) == 4
     assert row["input_ids"] == tokenizer("1+1=")["input_ids"] + tokenizer("2")["input_ids"] + [END]
+
+
+LLAMA2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def spacing_tokenizer(template):
+    """A tokenizer that puts a space before every text, as that of Llama 2 does, and joins spaces with letters."""
+    letters = [chr(number) for number in range(33, 127)]
+    tokens = ["<unk>", "<s>", "</s>", "▁", "\n", *letters, *(f"▁{letter}" for letter in letters)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    core = Tokenizer(BPE(vocabulary, merges=[("▁", letter) for letter in letters], unk_token="<unk>"))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=template)
+
+
+def test_no_space_comes_between_prompt_and_completion_if_the_tokenizer_puts_one_before_a_text():
+    tokenizer = spacing_tokenizer(None)
+    (row,) = rows_from([SUM])
+    assert tokenized(SUM, tokenizer)["input_ids"] == tokenizer("1+1=2</s>")["input_ids"]
+    assert Encoder(tokenizer).completion(row, "7") == tokenizer.convert_tokens_to_ids(["7", "</s>"])
+
+
+@pytest.mark.parametrize("template", [LLAMA2, ZEPHYR])
+def test_the_parts_of_a_conversation_have_the_tokens_of_the_whole_if_the_tokenizer_puts_a_space_before_a_text(template):
+    tokenizer = spacing_tokenizer(template)
+    whole = tokenizer.apply_chat_template(TALK["messages"], tokenize=False).rstrip()
+    assert tokenized(TALK, tokenizer)["input_ids"] == tokenizer(whole)["input_ids"]
 
 
 # several turns
@@ -218,6 +254,8 @@ def test_a_template_from_a_file(tmp_path):
     (row,) = rows_from([{"prompt": "Hi", "completion": "Hello"}])
     assert tokenizer.decode(encoder.prompt(row)).endswith("[user]Hi[assistant]")
     assert tokenizer.chat_template == path.read_text()
+    path.write_text("\ufeff" + CHAT.chat_template, encoding="utf-8")  # as some editors for Windows do
+    assert tokenizer.decode(Encoder(tokenizer, path).prompt(row)).startswith("<|start|>user")
 
 
 # refusals
@@ -241,6 +279,15 @@ def test_a_conversation_that_the_template_refuses_names_the_row():
     record = {"messages": [{"role": "system", "content": "x"}, *TALK["messages"]]}
     with pytest.raises(DataError, match=r"row 1: the chat template refuses .*the user must start.*system, user"):
         tokenized(record, byte_tokenizer(STRICT))
+
+
+def test_a_row_of_which_the_template_leaves_out_a_turn_is_refused():
+    for_two = "{% for m in messages if m.role != 'bing' %}[{{ m.role }}]{{ m.content | trim }}{% endfor %}"
+    tokenizer = byte_tokenizer(for_two + "{% if add_generation_prompt %}[assistant]{% endif %}")
+    turns = [{"role": "bing", "content": "By the way"}, *TALK["messages"]]
+    with pytest.raises(DataError, match=r"^row 1: the chat template leaves out the turn of the role 'bing'; change"):
+        tokenized({"messages": turns}, tokenizer)
+    assert len(learned(tokenized(TALK, tokenizer))) == 2
 
 
 # a tokenizer that fails

@@ -246,6 +246,7 @@ def test_the_limit_leaves_later_rows_unread(write):
             lines({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}),
             "t.jsonl:1: turn 1 of 'messages' has tool_calls",
         ),
+        ("t.jsonl", lines({"messages": TURNS, "tools": [{}]}), "t.jsonl:1: the column 'tools' is not supported"),
         ("x.tsv", "a", "x.tsv: the ending '.tsv' is unknown"),
     ],
 )
