@@ -25,6 +25,7 @@ def save_base(folder: Path) -> Path:
 def save_rows(path: Path, count: int = 24) -> Path:
     """Write rows of different lengths."""
     rows = [{"prompt": f"{i} and {i * i}?", "completion": str(i + i * i)} for i in range(count)]
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 

@@ -24,7 +24,6 @@ from torch.utils.data import Sampler
 
 from siftune.base.errors import DataError
 from siftune.data.rows import WEIGHT, Row
-from siftune.data.target import TARGET, sources
 from siftune.models.loss import IGNORED
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def aimed(data: Dataset, rows: Sequence[Row]) -> Dataset:
         data: The rows' tokens, in the same order.
         rows: The rows.
     """
-    return data.add_column(AIMED, [source == TARGET for source in sources(rows)])
+    return data.add_column(AIMED, [row.of_target for row in rows])
 
 
 @dataclass(frozen=True)

@@ -326,7 +326,7 @@ def _read_hub(source: str, split: str) -> Records:
             f"{reason.rstrip('.')}; check the name, the split and the network, or give a file ending in "
             f"{', '.join(_READERS)}."
         ) from error
-    return ((f"{source} {split} row {number}", record) for number, record in enumerate(data, 1))
+    return ((f"{source}@{split} row {number}", record) for number, record in enumerate(data, 1))
 
 
 def _decode(data: bytes, source: str, line: int | None = None) -> str:

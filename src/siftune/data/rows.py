@@ -68,12 +68,14 @@ class Row:
         completion: the answer; for plain text, the text.
         origin: place of the row, for messages: `data/rows.jsonl:17`.
         extra: columns outside the format, such as `answer` and `choices`.
+        of_target: whether the row is one of the target's, among the training rows.
     """
 
     prompt: tuple[Message, ...]
     completion: str
     origin: str
     extra: Record = field(default_factory=dict)
+    of_target: bool = False
 
     @property
     def weight(self) -> float:

@@ -40,7 +40,7 @@ def with_target(rows: Sequence[Row], target: Sequence[Row], share: float) -> lis
     """
     if not share:
         return list(rows)
-    marked = [replace(row, extra={**row.extra, SOURCE: TARGET}) for row in target]
+    marked = [replace(row, extra={**row.extra, SOURCE: TARGET}, of_target=True) for row in target]
     return [*rows, *(marked[place % len(marked)] for place in range(repeats(len(rows), len(target), share)))]
 
 
@@ -50,8 +50,8 @@ def repeats(others: int, target: int, share: float) -> int:
 
 
 def sources(rows: Sequence[Row]) -> list[str]:
-    """Return the column `source` of rows, or "other"."""
-    return [str(row.extra.get(SOURCE, OTHER)) for row in rows]
+    """Return the column `source` of rows, or "other" if it is missing or empty."""
+    return [_source(row, OTHER) for row in rows]
 
 
 def source_or_file(rows: Sequence[Row]) -> list[str]:
@@ -59,7 +59,12 @@ def source_or_file(rows: Sequence[Row]) -> list[str]:
     files = [file_of(row.origin) for row in rows]
     paths = [*dict.fromkeys(files)]
     names = dict(zip(paths, short_names([Path(path) for path in paths]), strict=True))
-    return [str(row.extra.get(SOURCE, names[file])) for row, file in zip(rows, files, strict=True)]
+    return [_source(row, names[file]) for row, file in zip(rows, files, strict=True)]
+
+
+def _source(row: Row, default: str) -> str:
+    source = row.extra.get(SOURCE)
+    return default if source in (None, "") else str(source)
 
 
 def held_out(rows: Sequence[Row], share: float, trained: Iterable[Row] = ()) -> tuple[list[Row], list[Row]]:

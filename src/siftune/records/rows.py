@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from siftune.base.errors import DataError
-from siftune.base.text import counted, path_and_split
+from siftune.base.text import counted, file_of, path_and_split
 from siftune.data.read import load_rows
 from siftune.data.rows import Row, row_texts
 from siftune.data.target import held_out, with_target
@@ -89,7 +89,8 @@ def without(rows: Sequence[Row], places: Iterable[str], path: str) -> list[Row]:
             f"{path} names {counted(len(missing), 'place')} without a training row ({shown}); the first training row "
             f"is at {rows[0].origin}."
         )
-    remaining = [row for row in rows if absolute_place(row.origin) not in {*named.values()}]
+    dropped = {*named.values()}
+    remaining = [row for row in rows if absolute_place(row.origin) not in dropped]
     if not remaining:
         raise DataError(f"{path} names all training rows; leave some in.")
     return remaining
@@ -187,16 +188,21 @@ def read_rows(recipe: Recipe) -> Read:
                     f"eval_share {recipe.eval_share:g} of {counted(len(train) + len(heldout), 'row')} {fault}; give "
                     "another share, or other rows with --eval FILE."
                 )
-    if recipe.eval:
-        heldout = load(recipe.eval, "test")
     parts = {"train": with_target(train, target, recipe.target_share) if recipe.target else train}
-    if heldout:
-        parts["eval"] = heldout
+    if recipe.eval or heldout:
+        parts["eval"] = load(recipe.eval, "test") if recipe.eval else heldout
     if compared_with(recipe):
         parts["support"] = target
     if recipe.keep not in (None, OWN):
         parts["keep"] = load(recipe.keep)
     return Read(parts, bad)
+
+
+def bad_row_lines(faults: Iterable[str]) -> Iterator[str]:
+    """Lines of the file of bad rows: their faults, with complete paths, since files of two folders may share a name."""
+    for fault in faults:
+        place = re.match(r".*?(?::| row )\d+(?=: )", fault)
+        yield fault if place is None else f"{absolute_place(place[0])}{fault[place.end() :]}"
 
 
 def used_rows(run: Path, recipe: Recipe, part: str = "train") -> list[Row]:
@@ -213,5 +219,7 @@ def used_rows(run: Path, recipe: Recipe, part: str = "train") -> list[Row]:
     path = run / BAD_ROWS
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     places = {line[: match.start()] for line in lines for match in re.finditer(": ", line)}  # a place may contain ": "
-    bad = {Path(place).name for place in places}  # without folders: the file may have been named from another one
-    return [row for row in read_rows(recipe).parts[part] if Path(row.origin).name not in bad]
+    bad = {*map(absolute_place, places)}
+    moved = {Path(place).name for place in bad if not Path(path_and_split(file_of(place))[0]).exists()}
+    rows = read_rows(recipe).parts[part]
+    return [row for row in rows if absolute_place(row.origin) not in bad and Path(row.origin).name not in moved]

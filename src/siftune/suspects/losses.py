@@ -29,7 +29,7 @@ from siftune.base.errors import DataError
 from siftune.base.files import Progress, refuse_links, write_beside
 from siftune.base.text import one_line
 from siftune.data.rows import Row
-from siftune.data.target import TARGET, source_or_file, sources
+from siftune.data.target import source_or_file
 from siftune.data.tokens import Form, tokens_of
 from siftune.evaluate.likelihood import row_nll
 from siftune.models.attention import short_rows
@@ -103,7 +103,7 @@ def score_run(
     tokens = tokens_of(rows, form, progress)
     if tokens.bad:
         raise DataError(f"{tokens.faults(rows)[0]}; the run {run} could use this row, so its tokenizer has changed.")
-    numbers = [at for at, source in enumerate(sources(rows)) if source != TARGET]
+    numbers = [at for at, row in enumerate(rows) if not row.of_target]
     pairs = list(zip(tokens.data["input_ids"], tokens.data["labels"], strict=True))
     own = [rows[at] for at in numbers]
     kinds = np.unique(kinds_of(own), return_inverse=True)[1]

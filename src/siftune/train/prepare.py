@@ -24,7 +24,6 @@ from siftune.base.text import counted, visible
 from siftune.data.batches import aimed, numbered, weighted
 from siftune.data.read import grouped
 from siftune.data.rows import WEIGHT, Row, row_texts
-from siftune.data.target import SOURCE, TARGET
 from siftune.data.tokens import Form, tell_notes, tokens_of
 from siftune.models.load import load_model, load_tokenizer
 from siftune.models.loss import IGNORED
@@ -160,9 +159,14 @@ def prepare(
         tell_notes(tokens, len(part))
     reasons = list(dict.fromkeys(map(str, bad)))  # a repeated row is bad once
     _refuse_bad(recipe, reasons)
+    why = grouped(reasons)[0] if reasons else "--drop-rows leaves out all"
     for name in read.parts:
         if not rows.get(name):
-            raise DataError(f"none of the rows to {_USES[name]} can be used: {grouped(reasons)[0]}")
+            raise DataError(f"none of the rows to {_USES[name]} can be used: {why}")
+    if recipe.target and recipe.target_share:
+        for of_target, which in ((True, "rows of the target"), (False, "other training rows")):
+            if all(row.of_target != of_target for row in rows["train"]):
+                raise DataError(f"none of the {which} can be used: {why}")
     weighed = {name: part if name in ("eval", "keep") else weighted(part, rows[name]) for name, part in data.items()}
     train = numbered(weighed["train"])
     if "eval" in weighed:
@@ -184,7 +188,7 @@ def refuse_long(model: nn.Module, data: Mapping[str, Dataset]) -> None:
 
 def _tell_duplicates(rows: Sequence[Row]) -> None:
     """Warn of training rows that repeat others, apart from the repeats of a target's rows."""
-    own = [row for row in rows if row.extra.get(SOURCE) != TARGET]
+    own = [row for row in rows if not row.of_target]
     if twice := len(own) - len(set(row_texts(own))):
         logger.warning("%s of %s repeat earlier ones", f"{twice:,}", counted(len(own), "training row"))
 

@@ -27,7 +27,7 @@ from siftune.recipe.read import anchored, recipe_to_yaml
 from siftune.recipe.schema import Recipe, resolve_recipe
 from siftune.records.again import note_recipe
 from siftune.records.record import RowRecord
-from siftune.records.rows import BAD_ROWS, read_rows
+from siftune.records.rows import BAD_ROWS, bad_row_lines, read_rows
 from siftune.records.rows import digest_of as digest_of_texts
 from siftune.records.visits import NAME
 from siftune.train.build import Built, build, check_trackers, trainable
@@ -158,7 +158,7 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     console.print(_summary_lines(recipe, prepared, built, folder.path), markup=False)
     begun = 0 if checkpoint is None else step_of(checkpoint)
     if rank() == 0:
-        folder.write_lines(BAD_ROWS, prepared.bad)
+        folder.write_lines(BAD_ROWS, [*bad_row_lines(prepared.bad)])
         folder.write(RECIPE, recipe_to_yaml(recorded))
         note_recipe(folder.path)
         folder.write(ROWS, f"{digest}\n")

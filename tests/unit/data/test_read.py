@@ -286,7 +286,7 @@ def test_hub_rows_and_configuration(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     rows = load_rows("org/sums:main", split="test[:2]", limit=1)
     assert asked == [(("org/sums", "main"), {"split": "test[:2]"})]
-    assert [row.origin for row in rows] == ["org/sums:main test[:2] row 1"]
+    assert [row.origin for row in rows] == ["org/sums:main@test[:2] row 1"]
     load_rows("org/sums")
     assert asked[1] == (("org/sums", None), {"split": "train"})
 

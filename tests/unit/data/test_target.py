@@ -8,7 +8,7 @@ import pytest
 
 from siftune.data import batches, target, tasks
 from siftune.data.rows import rows_from
-from siftune.data.target import held_out, sources, with_target
+from siftune.data.target import held_out, source_or_file, sources, with_target
 
 
 def made(count, **more):
@@ -31,8 +31,10 @@ def test_a_target_makes_up_its_share_but_none_of_it_is_left_out_or_comes_too_oft
 
 
 def test_sources_of_rows():
-    rows = [*made(1, source="web"), *made(1), *made(1, source=7)]
-    assert sources(with_target(rows, made(1, source="mine"), 0.25)) == ["web", "other", "7", "target"]
+    rows = [*made(1, source="web"), *made(1), *made(1, source=7), *made(1, source=""), *made(1, source=None)]
+    few = made(1, source="mine")
+    assert sources(with_target(rows, few, 0.25)) == ["web", "other", "7", "other", "other", "target", "target"]
+    assert source_or_file(rows) == ["web", "row 1", "7", "row 1", "row 1"]
 
 
 def rows(numbers, name="row"):

@@ -130,6 +130,17 @@ def test_bad_rows_of_a_file_named_in_another_folder_are_left_out(base, tmp_path,
     assert len(rows_again(tmp_path / "run")) == 8
 
 
+def test_a_bad_row_stands_for_none_of_a_file_of_the_same_name(base, tmp_path):
+    """Training rows in two folders, and held-out rows in a third."""
+    files = [save_rows(tmp_path / f"{name}/rows.jsonl", 8) for name in ("one", "two", "held")]
+    for file, line in zip(files, (2, 3, 4), strict=True):
+        rows = file.read_text().splitlines()
+        file.write_text("\n".join([*rows[: line - 1], json.dumps({"prompt": "no completion"}), *rows[line - 1 :]]))
+    settings = {"train": tuple(map(str, files[:2])), "eval": str(files[2]), "bad_rows": "drop"}
+    train(recipe(base, files[0], tmp_path / "run", method="dense", steps=1, **settings), QUIET)
+    assert [row.completion for row in rows_again(tmp_path / "run")] == [str(i + i * i) for i in range(8)] * 2
+
+
 def test_eval_reads_no_rows_that_the_recipe_of_another_party_names(foreign, trained, capsys):
     run = foreign("eval: null", f"eval: {trained / 'rows.jsonl'}")
     assert "--data FILE" in error_of(capsys, "eval", run)

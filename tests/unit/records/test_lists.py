@@ -1,6 +1,7 @@
 """Files that name rows, and what is done with these."""
 
 import logging
+import time
 
 import datasets
 import pytest
@@ -9,6 +10,7 @@ from support.tiny_run import recipe, save_rows
 
 from siftune.base.errors import DataError
 from siftune.data.read import load_rows
+from siftune.data.rows import rows_from
 from siftune.records.rows import named_rows, without
 from siftune.records.visits import read_visits
 from siftune.suspects.losses import trained_rows
@@ -54,6 +56,21 @@ def test_places_have_the_split_of_a_saved_folder(tmp_path, monkeypatch):
     loaded = [*load_rows("saved@train"), *load_rows("saved@test")]
     left = without(loaded, [f"{tmp_path}/saved@test row 1"], "bad.txt")
     assert [row.origin for row in left] == ["saved@train row 1", "saved@train row 2", "saved@test row 2"]
+
+
+def test_places_in_a_folder_of_files_hold_in_another_folder(tmp_path, monkeypatch):
+    save_rows(tmp_path / "folder" / "part.jsonl", 2)
+    monkeypatch.chdir(tmp_path)
+    loaded = load_rows("folder")
+    assert [row.origin for row in loaded] == ["folder@train row 1", "folder@train row 2"]
+    assert len(without(loaded, [f"{tmp_path}/folder@train row 1"], "bad.txt")) == 1
+
+
+def test_a_long_list_takes_no_longer_than_its_rows():
+    rows = rows_from([{"text": str(number)} for number in range(20_000)], "rows.jsonl")
+    began = time.process_time()
+    assert len(without(rows, [row.origin for row in rows[5_000:]], "bad.txt")) == 5_000
+    assert time.process_time() - began < 4  # a set for each row took 15 s
 
 
 def test_places_that_are_no_rows_are_refused(data):

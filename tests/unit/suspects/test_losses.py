@@ -70,6 +70,15 @@ def test_other_prompts_are_tried_only_if_the_losses_name_rows(run, monkeypatch, 
     assert (~np.isnan(read_losses(run, trained_rows(run)[1]).elsewhere)).sum() == count
 
 
+def test_rows_of_a_source_that_is_called_target_are_scored(base, tmp_path):
+    rows = save_rows(tmp_path / "rows.jsonl", 4)
+    rows.write_text(rows.read_text().replace("}", ', "source": "target"}'))
+    tuned = train(recipe(base, rows, tmp_path / "run", method="dense", steps=1))
+    score_run(tmp_path / "run", tuned.model, tuned.tokenizer)
+    losses = read_losses(tmp_path / "run", trained_rows(tmp_path / "run")[1])
+    assert losses.row[~losses.decoy].tolist() == [0, 1, 2, 3]
+
+
 def decoys_of(rows, seed):
     return {at: row for (at, what), row in swapped_of(rows, seed).items() if what == "decoy"}
 

@@ -104,6 +104,34 @@ def test_nothing_but_bad_rows_is_refused_with_one_of_them(tmp_path):
         prepared(recipe(tmp_path, path, tmp_path / "run", bad_rows="drop"))
 
 
+@pytest.mark.parametrize("bad", [LONG, json.dumps({"prompt": "no completion"})])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("train", "other training rows"), ("target", "rows of the target"), ("eval", "rows to measure on")],
+)
+def test_a_file_of_nothing_but_bad_rows_is_refused(tmp_path, bad, name, words):
+    files = {each: save_rows(tmp_path / f"{each}.jsonl") for each in ("train", "target", "eval")}
+    files[name].write_text(f"{bad}\n{bad}\n")
+    given = {each: str(file) for each, file in files.items()}
+    with pytest.raises(DataError, match=rf"none of the {words} can be used: .*{name}.jsonl:1"):
+        prepared(recipe(tmp_path, files["train"], tmp_path / "run", bad_rows="drop", **given))
+
+
+def test_a_list_of_all_rows_of_the_target_is_refused(tmp_path):
+    few, dropped = save_rows(tmp_path / "few.jsonl", 2), tmp_path / "dropped.txt"
+    dropped.write_text(f"{few}:1\n{few}:2\n")
+    given = {"target": str(few), "drop_rows": str(dropped)}
+    with pytest.raises(DataError, match="rows of the target can be used: --drop-rows leaves out all"):
+        prepared(recipe(tmp_path, save_rows(tmp_path / "rows.jsonl"), tmp_path / "run", **given))
+
+
+def test_rows_of_a_source_that_is_called_target_are_no_rows_of_the_target(tmp_path):
+    pool, few = tmp_path / "pool.jsonl", save_rows(tmp_path / "few.jsonl", 2)
+    pool.write_text("\n".join(json.dumps({**json.loads(row), "source": "target"}) for row in GOOD))
+    data = prepared(recipe(tmp_path, pool, tmp_path / "run", method="dense", target=str(few))).data["train"]
+    assert data["aimed"][:] == [False] * 6 + [True] * 2
+
+
 def test_held_out_rows_have_no_weights(tmp_path):
     heavy = tmp_path / "heavy.jsonl"
     heavy.write_text("\n".join(json.dumps({"prompt": f"{i}?", "completion": str(i), "weight": 9}) for i in range(3)))
