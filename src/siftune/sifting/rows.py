@@ -13,6 +13,7 @@ import numpy as np
 from siftune.base.errors import DataError, RecipeError
 from siftune.base.text import counted
 from siftune.data.rows import Row, row_texts
+from siftune.data.tokens import Form, tokens_of
 from siftune.recipe.schema import Recipe, train_files
 from siftune.records.rows import Read, read_rows
 from siftune.sifting.scores import held_out_count
@@ -94,8 +95,16 @@ def read_all(recipe: Recipe, avoid: str | None, source: Source) -> Rows:
     bad = [fault for part in (pool, *read.values()) for fault in part.bad]
     parts = {"train": pool.parts["train"], **{PARTS[name]: part.parts["train"] for name, part in read.items()}}
     refuse_read(recipe, Read(parts, bad), source.tokenizer)
+    few_rows = {name: part.parts["train"] for name, part in read.items()}
+    if recipe.bad_rows == "drop":  # before some are held out: those must be usable
+        form = Form(source.tokenizer(), recipe.max_length, recipe.template, recipe.completion_only)
+        for name, rows in few_rows.items():
+            if rows:
+                tokens = tokens_of(rows, form)
+                few_rows[name] = tokens.usable(rows)
+                bad += tokens.faults(rows)
     places = dict(zip((row.origin for row in pool.parts["train"]), row_texts(pool.parts["train"]), strict=True))
-    few = [_few(name, file, read[name].parts["train"], places) for name, file in files.items()]
+    few = [_few(name, file, few_rows[name], places) for name, file in files.items()]
     _refuse_both(few)
     gone = {place for each in few for place in each.in_pool}
     others = [row for row in pool.parts["train"] if row.origin not in gone]

@@ -90,7 +90,7 @@ def choose_by(work: Work, prepared: Prepared, few: Few, count: int | None) -> Pa
     pool, own = (prepared.data[name].select_columns(["input_ids", "labels"]) for name in ("train", PARTS[few.name]))
     unseen = {row.origin for row in few.unseen}
     aside = [number for number, row in enumerate(own_rows) if row.origin in unseen]
-    held_out, seen = own.select(aside), own.select(sorted({*range(len(own_rows))} - {*aside}))
+    held_out = own.select(aside)
     model = cache(partial(_tuned, work, few, held_out))  # loaded at most once, and only if something is missing
     after, before = _losses(work, few, concatenate_datasets([pool, held_out]), model)
     all_R = scores(after, before)
@@ -102,7 +102,7 @@ def choose_by(work: Work, prepared: Prepared, few: Few, count: int | None) -> Pa
     if few.name == AVOID:
         choice = unlike(score_R, few_T)
     else:
-        columns["similarity"], similar_T = _similar(work, pool, held_out, seen, model)
+        columns["similarity"], similar_T = _similar(work, prepared, few, aside, model)
         task_R = of_task(columns["similarity"], similar_T)
         choice = choose(score_R, few_T, task_R)
         if count is not None:
@@ -156,31 +156,37 @@ def _row_losses(work: Work, model: Any, data: Dataset) -> tuple[Floats, Floats]:
 
 
 def _similar(
-    work: Work, pool: Dataset, held_out: Dataset, seen: Dataset, tuned: Callable[[], Any]
+    work: Work, prepared: Prepared, few: Few, aside: Sequence[int], tuned: Callable[[], Any]
 ) -> tuple[Floats, Floats]:
-    """Similarity of the prompts of the pool, and of the target's held-out rows, to those of its other rows."""
+    """Similarity of the prompts of the pool, and of the target's held-out rows `aside`, to those of its other rows."""
+    count = len(prepared.rows["train"])
     done = from_first(lambda: list(work.folder.lines(SIMILAR)))
     if not done:
         model, size = tuned(), _rows_at_once(work.recipe)
-        texts = _prompts(concatenate_datasets([pool, held_out]))
+        of_few = _prompts(prepared, PARTS[few.name])
+        texts = [*_prompts(prepared, "train"), *(of_few[number] for number in aside)]
+        seen = [text for number, text in enumerate(of_few) if number not in aside]
         own = slice(rank(), None, world_size())  # each rank has a part of the texts
-        of_pool = len(range(len(pool))[own])
+        of_pool = len(range(count)[own])
         with short_rows(), model.disable_adapter(), stages(work.console) as progress:
-            seen_KH = embed(model, _prompts(seen), size)
+            seen_KH = embed(model, seen, size)
             own_RH = embed(model, texts[own], size, progress)
         sum_H = mean_over_ranks(own_RH[:of_pool].sum(0, dtype=torch.float64), model_device(model)) * world_size()
         similar_R = torch.zeros(len(texts), dtype=torch.float64)
-        similar_R[own] = nearest(own_RH, seen_KH, (sum_H / len(pool)).to(own_RH)).double()
+        similar_R[own] = nearest(own_RH, seen_KH, (sum_H / count).to(own_RH)).double()
         similar_R = mean_over_ranks(similar_R, model_device(model)) * world_size()
         values = similar_R.tolist()
-        done = [{"pool": values[: len(pool)], "unseen": values[len(pool) :]}]
+        done = [{"pool": values[:count], "unseen": values[count:]}]
         if rank() == 0:
             work.folder.append(SIMILAR, done[0])
     return np.array(done[0]["pool"], np.float64), np.array(done[0]["unseen"], np.float64)
 
 
-def _prompts(data: Dataset) -> list[Sequence[int]]:
-    return [prompt_of(ids, labels) for ids, labels in zip(data["input_ids"], data["labels"], strict=True)]
+def _prompts(prepared: Prepared, part: str) -> list[Sequence[int]]:
+    """Token ids of the prompts of a part's rows; all token ids of a row of text, which may begin without a label."""
+    data = prepared.data[part]
+    rows = zip(prepared.rows[part], data["input_ids"], data["labels"], strict=True)
+    return [prompt_of(ids, labels) if row.prompt else ids for row, ids, labels in rows]
 
 
 def _rows_at_once(recipe: Recipe) -> int:

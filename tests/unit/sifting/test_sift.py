@@ -18,6 +18,7 @@ from datasets import load_dataset
 from peft import PeftModel
 from pyarrow import parquet
 from rich.console import Console
+from support.tokenizer import byte_tokenizer
 from support.trainers import At
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -315,6 +316,31 @@ def test_unusable_rows_are_left_out_on_request(given, task):
     assert records(sifted.rows) == [bad[n] for n in sifted.selected]
     recipe = Recipe(train=str(given["train"]), drop_rows=str(sifted.dropped), bad_rows="drop")
     assert f"{given['train']}:12" in [row.origin for row in read_rows(recipe).parts["train"]]  # dropped by tokens alone
+
+
+def test_rows_of_the_target_that_are_too_long_are_not_held_out(given, task):
+    """Those that would have been held out of all."""
+    long = [{"prompt": "x" * 70 + str(n), "completion": "y"} for n in range(12)]
+    rows = [row for pair in zip(long, task.target, strict=True) for row in pair]
+    given["target"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sifted = sift(**given, bad_rows="drop", share=6, console=QUIET)
+    assert "12 rows left out" in sifted.notes[0]
+    unseen = named_rows(str(sifted.folder / "unseen.csv"))
+    assert len(unseen) == 6
+    assert all(int(place.rpartition(":")[2]) % 2 == 0 for place in unseen)
+
+
+def test_texts_are_compared_after_a_token_that_begins_all_of_them(given, base, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(base, model)
+    byte_tokenizer(add_bos=True).save_pretrained(model)
+    for name in ("train", "target"):
+        rows = map(json.loads, given[name].read_text().splitlines())
+        texts = [{"text": f"{row['prompt']} {row['completion']}"} for row in rows]
+        given[name].write_text("".join(json.dumps(row) + "\n" for row in texts))
+    sifted = sift(**{**given, "model": str(model)}, share=6, console=QUIET)
+    by_task = [sifted.similar[[place in sums for place in range(36)]].mean() for sums in (range(7, 19), range(7))]
+    assert by_task[0] > by_task[1] + 0.2
 
 
 def test_held_out_rows_are_neither_scored_nor_dropped(given):
