@@ -180,8 +180,7 @@ def _compared(
     from rich.console import Console
 
     from siftune.evaluate.measure import compare
-    from siftune.report.compare import value_text
-    from siftune.report.evals import label_of, metric_table
+    from siftune.report.evals import label_of, metric_table, value_text
     from siftune.report.table import Table, print_table
 
     console = Console(highlight=False, emoji=False, soft_wrap=True)

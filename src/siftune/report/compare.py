@@ -11,10 +11,10 @@ from siftune.recipe.read import recipe_values
 from siftune.recipe.schema import Recipe
 from siftune.report import bench, offsite, rates, sweep
 from siftune.report.charts import Point, Scale, scatter
-from siftune.report.evals import label_of
+from siftune.report.evals import change_text, label_of, value_text
 from siftune.report.parts import Cell, Figure, Grid, Section
 from siftune.report.subjects import RunData, Subjects
-from siftune.report.words import NBSP, data_name, listed, memory, percent, points, short
+from siftune.report.words import NBSP, data_name, listed, memory, short
 
 _FIRST = ("exact_match", "choices", "choices_per_token", PERPLEXITY)  # the metric that tells most comes first
 
@@ -99,16 +99,6 @@ def _held_out(recipe: Recipe) -> tuple[object, ...]:
 def _tokens(recipe: Recipe) -> tuple[object, ...]:
     """What decides how rows become tokens."""
     return recipe.model, recipe.columns, recipe.template
-
-
-def value_text(metric: str, value: float) -> str:
-    """A value of a metric, as text."""
-    return short(value, 4) if metric == PERPLEXITY else percent(value)
-
-
-def change_text(metric: str, value: float) -> str:
-    """A difference of a metric, as text; of shares in points."""
-    return short(value) if metric == PERPLEXITY else points(value)
 
 
 _SENTENCES: dict[str, Callable[[Any], str]] = {

@@ -6,7 +6,7 @@ The file is a list of measurements, the newest last, one for each file of held-o
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from siftune.data.rows import Row
 from siftune.evaluate.measure import PERPLEXITY, Metric, MetricRow
 from siftune.records.rows import text_of
 from siftune.report.table import Table
+from siftune.report.words import percent, points, short
 from siftune.train.folder.run import EVALS
 
 logger = logging.getLogger(__name__)
@@ -149,17 +150,15 @@ def metric_table(
 
 
 def _single(row: MetricRow) -> list[str]:
-    show = _formatter(row.metric)
-    interval = "" if row.base_interval is None else " to ".join(map(show, row.base_interval))
-    return [label_of(row.metric), str(row.rows), show(row.base), interval]
+    bounds = row.base_interval or ()
+    interval = " to ".join(value_text(row.metric, bound) for bound in bounds)
+    return [label_of(row.metric), str(row.rows), value_text(row.metric, row.base), interval]
 
 
 def _compared(row: MetricRow) -> list[str]:
-    show, change = _formatter(row.metric), _change(row.metric)
-    numbers = (row.tuned, row.difference, row.low, row.high)
-    tuned, difference, low, high = (float("nan") if number is None else number for number in numbers)
-    interval = f"{change(low)} to {change(high)}"
-    return [label_of(row.metric), str(row.rows), show(row.base), show(tuned), change(difference), interval]
+    values = (value_text(row.metric, value) for value in (row.base, row.tuned))
+    difference, low, high = (change_text(row.metric, value) for value in (row.difference, row.low, row.high))
+    return [label_of(row.metric), str(row.rows), *values, difference, f"{low} to {high}"]
 
 
 def label_of(metric: str) -> str:
@@ -167,13 +166,13 @@ def label_of(metric: str) -> str:
     return _LABELS.get(metric, metric)
 
 
-def _formatter(metric: str) -> Callable[[float], str]:
-    if metric == PERPLEXITY:
-        return lambda value: f"{value:.4g}"
-    return lambda value: f"{100 * value:.1f} %"
+def value_text(metric: str, value: float | None) -> str:
+    """A value of a metric, as text."""
+    return short(value, 4) if metric == PERPLEXITY else percent(value)
 
 
-def _change(metric: str) -> Callable[[float], str]:
-    if metric == PERPLEXITY:
-        return lambda value: f"{value:+.3g}"
-    return lambda value: f"{100 * value:+.1f}"
+def change_text(metric: str, value: float | None) -> str:
+    """A difference of a metric, as text with its sign; of shares in points."""
+    if metric != PERPLEXITY:
+        return points(value)
+    return f"{'+' if value is not None and value > 0 else ''}{short(value)}"

@@ -8,8 +8,7 @@ from siftune.evaluate.measure import PERPLEXITY, MetricRow
 from siftune.recipe.read import recipe_to_yaml
 from siftune.records.rows import Text
 from siftune.report.charts import COLOURS, Chart, Line, Point, Scale, line_chart, listed_points
-from siftune.report.compare import change_text, value_text
-from siftune.report.evals import Eval, label_of
+from siftune.report.evals import Eval, change_text, label_of, value_text
 from siftune.report.parts import Cell, Figure, Grid, Section
 from siftune.report.subjects import RunData
 from siftune.report.words import NBSP, cut, data_name, listed, short, short_places

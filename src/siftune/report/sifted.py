@@ -11,8 +11,9 @@ from siftune.report.charts import Chart, Line, line_chart
 from siftune.report.parts import Cell, Figure, Grid, Section, slug
 from siftune.report.subjects import RunData
 from siftune.report.words import percent, short
-from siftune.sifting.run import FOLDER, RECORD, SCORES
+from siftune.sifting.run import RECORD, SCORES
 from siftune.sifting.scoring import AVOID
+from siftune.train.folder.run import SIFT
 
 _EACH = 5  # rows from each part of the order
 
@@ -30,12 +31,12 @@ class _Scored(NamedTuple):
 
 def sifted(run: RunData, several: bool) -> Section | None:
     """Selected rows by source, the order of the scores, and rows from it; None for a run without a target's scores."""
-    read = _rows(run, several, run.path / FOLDER / SCORES, "Sifted rows", "sifted")
+    read = _rows(run, several, run.path / SIFT / SCORES, "Sifted rows", "sifted")
     if not isinstance(read, _Part):
         return read
     rows = sorted(read.rows, key=lambda row: (not row.selected, row.score))
     count = sum(row.selected for row in rows)
-    words = [f"{count:,} of {counted(len(rows), 'row')} of the pool were selected{_why(run.path / FOLDER / RECORD)}."]
+    words = [f"{count:,} of {counted(len(rows), 'row')} of the pool were selected{_why(run.path / SIFT / RECORD)}."]
     tables = [_by_source(rows)] if len({row.source for row in rows}) > 1 else []
     chart = Chart("change of the loss, nats per token", "rows of the pool: selected, left out, by score")
     caption = (
@@ -48,12 +49,12 @@ def sifted(run: RunData, several: bool) -> Section | None:
 
 def avoided(run: RunData, several: bool) -> Section | None:
     """The order of the scores by the bad rows, and rows from it; None for a run without `--avoid`."""
-    read = _rows(run, several, run.path / FOLDER / AVOID / SCORES, "Rows like the bad ones", "avoided")
+    read = _rows(run, several, run.path / SIFT / AVOID / SCORES, "Rows like the bad ones", "avoided")
     if not isinstance(read, _Part):
         return read
     rows = sorted(read.rows, key=lambda row: (row.selected, row.score))
     count = sum(not row.selected for row in rows)
-    why = "" if (run.path / FOLDER / SCORES).is_file() else _why(run.path / FOLDER / RECORD)
+    why = "" if (run.path / SIFT / SCORES).is_file() else _why(run.path / SIFT / RECORD)
     words = [f"{count:,} of {counted(len(rows), 'row')} of the pool were left out{why}."]
     chart = Chart("change of the loss by the bad rows, nats per token", "rows of the pool: left out, others, by score")
     caption = "By score: the first and last rows that were left out, and the first and last of the others."

@@ -17,9 +17,8 @@ from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.report.evals import Eval, read_evals
 from siftune.report.words import duration
-from siftune.sifting.run import FOLDER as SIFTING
 from siftune.sifting.run import RECORD as SIFT_RECORD
-from siftune.train.folder.run import RECIPE
+from siftune.train.folder.run import RECIPE, SIFT
 from siftune.train.folder.selections import LayersOfStep, RowsOfBatch, read_selections
 
 # what fails in a file that holds something else than it ought to
@@ -146,7 +145,7 @@ def read_run(path: Path, name: str) -> RunData:
     summary = record.get("summary")
     figures = _figures(summary if isinstance(summary, dict) else {})
     if "seconds" in figures:
-        figures["seconds"] += _sifting_seconds(path / SIFTING / SIFT_RECORD)
+        figures["seconds"] += _sifting_seconds(path / SIFT / SIFT_RECORD)
     return RunData(
         path=path,
         name=name,

@@ -62,9 +62,9 @@ def percent(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else _signed(f"{100 * value:.1f}{NBSP}%")
 
 
-def points(value: float) -> str:
-    """A difference of shares in points, with its sign."""
-    return _signed(f"{100 * value:+.1f}")
+def points(value: float | None) -> str:
+    """A difference of shares in points, with its sign; a dash where there is none."""
+    return "–" if value is None or not math.isfinite(value) else _signed(f"{100 * value:+.1f}")
 
 
 def duration(seconds: float | None) -> str:

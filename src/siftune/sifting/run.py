@@ -64,12 +64,11 @@ from siftune.sifting.scoring import (
     csv_text,
     prefix,
 )
-from siftune.train.folder.run import RunFolder
+from siftune.train.folder.run import SIFT, RunFolder
 from siftune.train.prepare import NAMED, ModelSource, Prepared, Source, bad_lines, prepare
 from siftune.train.resume import find_checkpoint
 
 STEPS = 60  # of the training on the target's rows (ours: docs/sifting.md)
-FOLDER = "sift"  # of a run folder
 SCORES, DROPPED, SIFTED, RECORD = "scores.csv", "dropped.csv", "sifted.jsonl", "sift.json"
 _SHOWN = 300  # characters of a text in scores.csv
 
@@ -213,13 +212,13 @@ def sift_first(
     recipe = replace(recipe, out=from_first(lambda: resolve_recipe(recipe).out))
     folder = from_first(lambda: RunFolder(str(recipe.out)))
     with nullcontext() if launch_rank() else folder.removed_on_failure():
-        if recipe.resume is True and folder.is_fresh() and (folder.path / FOLDER / RECORD).exists():
+        if recipe.resume is True and folder.is_fresh() and (folder.path / SIFT / RECORD).exists():
             recipe = replace(recipe, resume=False)
         elif recipe.resume:
             from_first(lambda: find_checkpoint(recipe, folder))
         folder.refuse_results(recipe.resume is not False)
         settings = {field.name: getattr(recipe, field.name) for field in fields(Recipe) if field.name != "steps"}
-        settings["out"] = str(folder.path / FOLDER)
+        settings["out"] = str(folder.path / SIFT)
         if not by_target:
             settings["target"] = None
         sifted = sift(**settings, share=share, avoid=avoid, console=console, source_of=source_of)

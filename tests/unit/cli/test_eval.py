@@ -17,6 +17,7 @@ from siftune.evaluate import measure as evaluation
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import Recipe
 from siftune.records.again import note_recipe
+from siftune.report.evals import value_text
 from siftune.train.folder.weights import About, save_tuned
 
 
@@ -51,7 +52,7 @@ def test_a_run_on_its_own_rows(place, capsys):
     assert perplexity["tuned"] != pytest.approx(perplexity["base"], rel=1e-3)
     shown = capsys.readouterr().out
     assert "one on rows.jsonl" in shown
-    assert f"{perplexity['tuned']:.4g}" in shown
+    assert value_text("perplexity", perplexity["tuned"]) in shown
 
 
 def test_flags_override_the_recipe(place):

@@ -31,11 +31,13 @@ from siftune.base.errors import InputError, RecipeError
 from siftune.base.files import open_to_append, refuse_links, writable_folder, write_beside
 from siftune.base.text import parsed
 from siftune.records.rows import BAD_ROWS
+from siftune.records.visits import NAME as VISITS
 from siftune.train.folder.checkpoints import checkpoints_in, fault_of, step_of, whole_checkpoints
 from siftune.train.folder.selections import SELECTIONS
 
 RECIPE, ROWS, METRICS = "recipe.yaml", "rows.sha256", "metrics.jsonl"
 LOSSES, EVALS = "losses.parquet", "eval.json"
+SIFT = "sift"  # folder of a pool that was sifted before the run
 
 
 class RunFolder:
@@ -130,8 +132,9 @@ class RunFolder:
         """Name of a file that shows that the folder was not a run's; None for a run folder or an empty one."""
         if {RECIPE, "run.json"} & self._before:
             return None
-        models = ("config.json", "adapter_config.json", "emulator.safetensors", "README.md")
-        return next((name for name in models if name in self._before), None)
+        own = (ROWS, METRICS, BAD_ROWS, SELECTIONS, VISITS, SIFT, self.adapter.name, self.returned.name)
+        others = sorted(self._before - {*own, self.checkpoints.name})
+        return next((name for name in others if not name.endswith(".partial")), None)
 
     def refuse_results(self, resume: bool) -> None:
         """Refuse a folder that was not a run's, or one of another run unless it is resumed.
@@ -140,7 +143,7 @@ class RunFolder:
             RecipeError: The folder is refused.
         """
         if (other := self.holds_other()) is not None:
-            raise RecipeError(f"{self.path} is no run folder: it holds a {other}; give another folder with --out.")
+            raise RecipeError(f"{self.path} is no run folder, since {other} is in it; give another folder with --out.")
         if not resume and not self.is_fresh():
             raise RecipeError(
                 f"{self.path} holds a run already; give another folder with --out, or resume it with --resume"

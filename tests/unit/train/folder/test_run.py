@@ -66,6 +66,18 @@ def test_where_all_checkpoints_are_damaged_it_is_not_said_to_begin_in_their_plac
         newest_checkpoint(folder.checkpoints)
 
 
+def test_a_folder_of_other_files_is_refused_unless_a_run_is_in_it(tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("metrics.jsonl", "bad_rows.txt"):  # of a run that failed
+        (tmp_path / "run" / name).write_text("")
+    RunFolder(tmp_path / "run").refuse_results(resume=False)
+    (tmp_path / "run" / "photo.jpg").write_text("")
+    with pytest.raises(RecipeError, match=r"run is no run folder, since photo\.jpg is in it; give another folder"):
+        RunFolder(tmp_path / "run").refuse_results(resume=False)
+    (tmp_path / "run" / "recipe.yaml").write_text("")
+    RunFolder(tmp_path / "run").refuse_results(resume=False)
+
+
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RecipeError, match=r"file/run cannot be written to \(Not a directory\); give another"):
