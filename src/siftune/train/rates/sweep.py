@@ -27,7 +27,7 @@ from datasets import Dataset
 from torch import nn
 
 from siftune.base.environment import launch_size
-from siftune.base.errors import RecipeError, TrainingError
+from siftune.base.errors import DataError, RecipeError, TrainingError
 from siftune.base.files import Progress
 from siftune.base.work_folder import WorkFolder
 from siftune.data.rows import Row
@@ -37,7 +37,16 @@ from siftune.recipe.schema import Recipe, compares, rate_of
 from siftune.records.rows import Read, read_rows
 from siftune.train.build import NONE, build
 from siftune.train.callbacks import StepProgress
-from siftune.train.prepare import ModelSource, Source, prepare, refuse_long, refuse_read, trained_and_held_out
+from siftune.train.prepare import (
+    NAMED,
+    ModelSource,
+    Source,
+    bad_lines,
+    prepare,
+    refuse_long,
+    refuse_read,
+    trained_and_held_out,
+)
 from siftune.train.rates.grid import Grid, LRRun, facts_of, rate_text, recipes_of
 
 logger = logging.getLogger(__name__)
@@ -71,6 +80,7 @@ class LRSweep:
     folder: LRFolder  # results, those of earlier calls included
     source: Source
     rows: Mapping[str, Sequence[Row]]  # `train`, `eval` and, if a method compares with them, `support`
+    bad: Sequence[DataError] = ()  # faults of rows that are left out
 
     def missing(self) -> list[tuple[str, float, int]]:
         """Method, rate and seed of the runs that remain."""
@@ -100,7 +110,7 @@ def open_sweep(
             "%d of %d held-out rows are training rows too: their loss measures memorization", both, len(rows["eval"])
         )
     digests = {f"the {name} rows": _digest(part) for name, part in rows.items()}
-    return LRSweep(grid, recipes, LRFolder(out).begin({**facts_of(recipe, recipes), **digests}), source, rows)
+    return LRSweep(grid, recipes, LRFolder(out).begin({**facts_of(recipe, recipes), **digests}), source, rows, read.bad)
 
 
 def run_missing(sweep: LRSweep, progress: Progress) -> Iterator[LRRun]:
@@ -137,7 +147,10 @@ def _begin(sweep: LRSweep, progress: Progress) -> Mapping[str, Dataset]:
     recipe = sweep.recipes[sweep.grid.methods[0]]
     progress("loading the model", 0, 0)
     model, tokenizer = sweep.source.load(recipe.dtype, recipe.quantize)
-    data = prepare(recipe, tokenizer, Read(sweep.rows), progress).data
+    prepared = prepare(recipe, tokenizer, Read(sweep.rows, sweep.bad), progress)
+    for line in bad_lines(prepared, NAMED):
+        logger.warning("%s", line)
+    data = prepared.data
     refuse_long(model, data)
     if _BASE_LOSS in sweep.folder.state:
         return data

@@ -103,6 +103,13 @@ def test_one_model_is_in_memory_at_a_time(plain, tmp_path, monkeypatch):
     assert not (tmp_path / "unused").exists()
 
 
+def test_rows_that_are_left_out_are_named(plain, rows, tmp_path, caplog):
+    rows.write_text(rows.read_text() + '{"prompt": "no completion"}\n')
+    swept(replace(plain, bad_rows="drop", steps=1), grid("dense", rates=(1e-3,)), tmp_path / "out")
+    assert "1 row left out:" in caplog.messages
+    assert f"{rows}:25: the column 'completion' is missing" in caplog.text
+
+
 @pytest.mark.usefixtures("restored_algorithms")
 def test_deterministic_algorithms_of_the_recipe_are_used(plain, tmp_path, monkeypatch):
     on, step = [], SiftTrainer.training_step
