@@ -6,7 +6,7 @@
       rows.sha256         hash of the tokenised training rows
       bad_rows.txt        rows that were left out and the reasons, if any
       metrics.jsonl       a line for each log: step, loss, learning rate, tokens per second, peak memory
-      rows.parquet        a line for each row and visit: loss, alignment, share of layers that followed it
+      rows.parquet        a line for each row and visit: its loss; see records/visits.py
       losses.parquet      a line for each row: its loss under the final model; see suspects/losses.py
       selections.parquet  a line for each choice of layers or rows; see selections.py
       eval.json           results of siftune eval
