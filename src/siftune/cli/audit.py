@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic.dataclasses import dataclass
-from rich.console import Console
 
+from siftune.base.console import text_console
 from siftune.base.settings import CONFIG
 from siftune.cli.options import Flag
 from siftune.offsite.audits.settings import AuditOptions
@@ -40,8 +40,8 @@ def run(options: Options) -> dict[str, Any]:
 
     if options.out is not None:
         prepare_folder(options.out)  # before hours of work
-    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
-    page = Console(highlight=False, emoji=False, soft_wrap=True)
+    console = text_console(stderr=True)
+    page = text_console()
     with stages(console) as progress:
         result = audit_paths(options, progress) if options.model else own_audit_paths(options, progress)
     if options.out is not None:

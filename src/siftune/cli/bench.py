@@ -11,6 +11,7 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 
+from siftune.base.console import text_console
 from siftune.base.errors import RecipeError
 from siftune.base.settings import CONFIG, Count
 from siftune.bench.cost import PLANNED, Measurement, Workload, measure, parse_methods, schedule, summarise
@@ -66,7 +67,7 @@ def run(options: Options) -> dict[str, Any]:
     work = _workload(options)
     here = replace(work, model=str(resolve(work.model)))
 
-    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+    console = text_console(stderr=True)
     measurements: list[Measurement] = []
     versions: dict[str, str] = {}
     with console.status("") as status:
@@ -86,7 +87,7 @@ def run(options: Options) -> dict[str, Any]:
         "versions": versions,
         "methods": {method: asdict(cost) for method, cost in costs.items()},
     }
-    output = Console(highlight=False, emoji=False, soft_wrap=True)
+    output = text_console()
     print_table(cost_table(result), output)
     for line in notes(result):
         output.print(line, markup=False)
@@ -135,7 +136,7 @@ def _planned(options: Options, model: str) -> dict[str, Any]:
                 need = plan(config, work, method, checkpointing=checkpointing)
                 steps.append({"method": method, "checkpointing": checkpointing, **asdict(need)})
     result = {"workload": {**asdict(work), "model": model}, "plan": steps}
-    output = Console(highlight=False, emoji=False, soft_wrap=True)
+    output = text_console()
     print_table(plan_table(result), output)
     output.print(plan_note(result), markup=False)
     return result

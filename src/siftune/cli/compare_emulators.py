@@ -4,9 +4,9 @@ import time
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
-from rich.console import Console
 from rich.text import Text
 
+from siftune.base.console import text_console
 from siftune.base.settings import CONFIG, Count
 from siftune.offsite.exchange.calibration import CalibrationOptions
 
@@ -74,7 +74,7 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.report.sweep import base_loss, table, to_dict, write_sweep
     from siftune.report.table import print_table
 
-    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+    console = text_console(stderr=True)
     started = time.monotonic()
     rows, held_out = calibration_and_held_out(options, options.held_out, options.held_out_rows)
     with new_folder(options.out) as folder:
@@ -91,7 +91,7 @@ def run(options: Options) -> dict[str, Any]:
             "last": options.last, "allot": options.allot,
         }  # fmt: skip
         write_sweep(points, folder, facts)
-    shown = Console(highlight=False, emoji=False, soft_wrap=True)
+    shown = text_console()
     print_table(table(points), shown)
     shown.print(base_loss(points), markup=False)
     seconds = round(time.monotonic() - started, 1)

@@ -56,8 +56,7 @@ def run(options: Options) -> dict[str, Any]:
     """Tune three times, and compare each model with the one before."""
     import time
 
-    from rich.console import Console
-
+    from siftune.base.console import text_console
     from siftune.data.read import load_rows
     from siftune.evaluate.measure import compare
     from siftune.report.evals import metric_table
@@ -65,7 +64,7 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.report.table import print_table
 
     _check(options)
-    console, started = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True), time.monotonic()
+    console, started = text_console(stderr=True), time.monotonic()
     folder = _write_rows(options)
     questions = load_rows(str(folder / "test.jsonl"))
     measured, summaries = _measure(_recipes(options, folder), questions, console)

@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
+from siftune.base.console import text_console
 from siftune.base.settings import CONFIG, NotNegative, Share
 from siftune.methods.options import OWN
 from siftune.offsite.exchange.calibration import CalibrationOptions, Dtype
@@ -89,7 +90,7 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.offsite.exchange.emulate import KitOptions, check_base, emulate
     from siftune.offsite.kit.folder import facts
 
-    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+    console = text_console(stderr=True)
     started = time.monotonic()
     rows = calibration_rows(options)
     with console.status(Text(f"loading {options.model}")):

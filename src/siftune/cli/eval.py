@@ -151,8 +151,7 @@ def _rows(subject: "Subject", options: Options, columns: tuple[str, ...]) -> "tu
 
 def _recorded(job: _Job, base: "Metrics", tuned: "Metrics | None", options: Options, shown: bool) -> dict[str, Any]:
     """Keep the result in the run's folder, and show its table if asked."""
-    from rich.console import Console
-
+    from siftune.base.console import text_console
     from siftune.evaluate.measure import compare
     from siftune.report.evals import Eval, answers_of, metric_table, record_eval
     from siftune.report.table import print_table
@@ -163,7 +162,7 @@ def _recorded(job: _Job, base: "Metrics", tuned: "Metrics | None", options: Opti
         record_eval(Path(job.subject.name).expanduser(), found)
     if shown:
         table = metric_table(f"{job.subject.name} on {job.data}", compared, options.level)
-        print_table(table, Console(highlight=False, emoji=False, soft_wrap=True))
+        print_table(table, text_console())
     settings = {"run": job.subject.name, "model": job.subject.base, "data": job.data}
     return {**settings, "level": options.level, "metrics": jsonable(compared)}
 
@@ -177,13 +176,12 @@ def _compared(
     jobs: "list[_Job]", pairs: "list[tuple[Metrics, Metrics | None]]", options: Options
 ) -> list[dict[str, Any]]:
     """Show the values of all models, and each model against the first, paired by rows."""
-    from rich.console import Console
-
+    from siftune.base.console import text_console
     from siftune.evaluate.measure import compare
     from siftune.report.evals import label_of, metric_table, value_text
     from siftune.report.table import Table, print_table
 
-    console = Console(highlight=False, emoji=False, soft_wrap=True)
+    console = text_console()
     models = {job.subject.name: tuned or base for job, (base, tuned) in zip(jobs, pairs, strict=True)}
     bases = {job.of_base: base for job, (base, tuned) in zip(jobs, pairs, strict=True) if tuned is not None}
     names = [label_of(metric) for metric in pairs[0][0]]

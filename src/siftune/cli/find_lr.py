@@ -41,15 +41,14 @@ class Options(Recipe):
 
 def run(options: Options) -> dict[str, Any]:
     """Train and measure what is missing; write and show the table."""
-    from rich.console import Console
-
+    from siftune.base.console import text_console
     from siftune.offsite.exchange.tune import source_of
     from siftune.report.rates import advice, before, table, write_report
     from siftune.report.table import print_table
     from siftune.train.rates.grid import grid_of
     from siftune.train.rates.sweep import open_sweep
 
-    console, started = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True), time.monotonic()
+    console, started = text_console(stderr=True), time.monotonic()
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
     grid = grid_of(recipe, options.methods, options.rates, options.seeds)
     source = partial(source_of, public_key=options.public_key)
@@ -57,7 +56,7 @@ def run(options: Options) -> dict[str, Any]:
     _work_off(sweep, console)
     result = write_report(sweep.folder)
     runs, base, path = sweep.folder.runs(), sweep.folder.base_loss, sweep.folder.path
-    shown = Console(highlight=False, emoji=False, soft_wrap=True)
+    shown = text_console()
     print_table(table(runs), shown)
     shown.print("\n".join([before(base), "", *advice(runs, base)]), markup=False)
     seconds = round(time.monotonic() - started, 1)

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic.dataclasses import dataclass
-from rich.console import Console
 
+from siftune.base.console import text_console
 from siftune.base.settings import CONFIG
 from siftune.cli.options import Flag
 from siftune.offsite.exchange.settings import PlugSettings
@@ -39,7 +39,7 @@ def run(options: Options) -> dict[str, Any]:
 
     settings = PlugSettings(**{field.name: getattr(options, field.name) for field in fields(PlugSettings)})
     settings.check(len(options.returned))
-    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+    console = text_console(stderr=True)
     with console.status("checking what came back"):
         kit = read_kit(options.kit, options.public_key)
         result = plug(options.model, kit, options.returned, options.out, settings)

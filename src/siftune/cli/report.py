@@ -24,11 +24,10 @@ class Options(Validated):
 
 def run(options: Options) -> dict[str, Any]:
     """Write the page."""
-    from rich.console import Console
-
+    from siftune.base.console import text_console
     from siftune.report.page import make_page
 
-    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+    console = text_console(stderr=True)
     page = make_page(options.folders).write(options.out)
     console.print(f"report in {page} ({page.stat().st_size / 1000:,.0f} kB): open it in a browser", markup=False)
     return {"report": page, "bytes": page.stat().st_size}

@@ -50,14 +50,13 @@ def run(options: Options) -> dict[str, Any]:
     if not (folder / "recipe.yaml").is_file():
         raise DataError(f"{options.run} has no recipe.yaml, so it is no run folder; give one of siftune train.")
 
-    from rich.console import Console
-
+    from siftune.base.console import text_console
     from siftune.report.rows import table, to_csv
     from siftune.report.table import plain_table
     from siftune.suspects.named import ScoredRows
     from siftune.train.folder.run import LOSSES
 
-    errors = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+    errors = text_console(stderr=True)
     if not (folder / LOSSES).is_file():
         _score(options, folder, errors)
     rows = ScoredRows(folder, options.files)
@@ -67,7 +66,7 @@ def run(options: Options) -> dict[str, Any]:
     title += "" if rows.suspects else "; highest losses:"
     shown, note = listed[: options.top or _SHOWN], rows.doubt or NOTE
     if shown:
-        Console(highlight=False, emoji=False, soft_wrap=True).print(plain_table(table(shown, title)), markup=False)
+        text_console().print(plain_table(table(shown, title)), markup=False)
     more = f"{len(listed) - len(shown):,} more with --top or --csv FILE; " if len(listed) > len(shown) else ""
     advice = f"\n{more}`siftune train --drop-rows FILE` trains without the rows of a list" if rows.suspects else ""
     errors.print(f"{note}{advice}", markup=False)

@@ -73,12 +73,11 @@ _NEXT = (
 
 def run(options: Options) -> dict[str, Any]:
     """Sift, and report what is where."""
-    from rich.console import Console
-
+    from siftune.base.console import text_console
     from siftune.offsite.exchange.tune import source_of
     from siftune.sifting.run import sift
 
-    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+    console = text_console(stderr=True)
     settings = {field.name: getattr(options, field.name) for field in fields(options)}
     sifted = sift(**settings, console=console, source_of=source_of)
     if launch_rank():

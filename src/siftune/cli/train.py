@@ -48,14 +48,13 @@ def run(options: Options) -> dict[str, Any]:
     if options.dry_run:
         return _try(options, recipe)
 
-    from rich.console import Console
-
+    from siftune.base.console import text_console
     from siftune.base.text import counted
     from siftune.engine.ranks import in_launch
     from siftune.offsite.exchange.tune import source_of
     from siftune.train.run import train
 
-    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+    console = text_console(stderr=True)
     sources = partial(source_of, public_key=options.public_key)
     with in_launch():
         finished = train(_sifted(options, recipe, console, sources), source_of=sources)
@@ -93,15 +92,14 @@ def _sifts(options: Options) -> bool:
 
 def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
     """Say what training would do and take."""
-    from rich.console import Console
-
+    from siftune.base.console import text_console
     from siftune.offsite.exchange.tune import source_of
     from siftune.report.dry_run import shown
     from siftune.train.dry_run import dry_run
 
     if launch_size() > 1:
         raise RecipeError("a dry run is of one process: start it without torchrun")
-    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+    console = text_console(stderr=True)
     if _sifts(options):
         from siftune.sifting.rows import check_sifting
 
@@ -150,7 +148,7 @@ def _whereabouts(finished: "Run", recipe: Recipe) -> str:
             *lines,
             f"return in {returned}: send it to the model's owner, who runs "
             "`siftune plug --model BASE --kit KIT --return RETURN --out TUNED`",
-            f"before, to measure what it tells about the rows: `siftune audit --kit {recipe.model} --return {returned} "
+            f"before you send it, measure what it reveals: `siftune audit --kit {recipe.model} --return {returned} "
             f"--train {train_files(recipe)[0]} --eval {recipe.eval or 'OTHERS'}`",
             f"next: `siftune eval {path} --data FILE`",
         ]

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from rich.console import Console
-
+from siftune.base.console import text_console
 from siftune.offsite.exchange.updates import Part, UpdateReport
 from siftune.report.table import Table, print_table
 
@@ -20,7 +19,7 @@ def show_returns(parts: Sequence[Part]) -> None:
         loss = "" if part.report.loss is None else f"{part.report.loss.after:.4f}"
         rows.append([part.name, _number(part.report.whole.relative), cosine, f"{part.weight:.3f}", loss])
     header = ["return", _MOVED, "cosine to the merged", "weight", "loss alone"]
-    print_table(Table(header, rows), Console(highlight=False, emoji=False, soft_wrap=True))
+    print_table(Table(header, rows), text_console())
 
 
 def show_updates(report: UpdateReport) -> None:
@@ -34,7 +33,7 @@ def show_updates(report: UpdateReport) -> None:
         largest = report.tensors[name].relative
         rows.append([layer, _number(update.relative), _number(largest), name.removeprefix(f"{layer}.")])
     table = Table(["layer", _MOVED, "largest of a tensor", "tensor"], rows, words=(0, 3))
-    print_table(table, Console(highlight=False, emoji=False, soft_wrap=True))
+    print_table(table, text_console())
 
 
 def _number(value: float | None) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 
+from siftune.base.console import text_console
 from siftune.base.errors import KitError
 from siftune.base.settings import CONFIG, Validated
 from siftune.cli.options import Flag
@@ -38,7 +39,7 @@ def run(options: Options) -> dict[str, Any]:
     """Check, and print what it is."""
     from siftune.offsite.kit.folder import is_kit, read_kit
 
-    console = Console(highlight=False, emoji=False, soft_wrap=True)
+    console = text_console()
     if is_kit(options.path):
         if options.kit is not None:
             raise KitError(f"{options.path} is a kit itself: leave out --kit, which names the kit of a return")

@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from siftune.base.console import text_console
 from siftune.base.environment import launch_rank
 from siftune.base.errors import DataError
 from siftune.base.files import only_process
@@ -159,7 +160,7 @@ def sift(
     bad = None if avoid is None else str(avoid)
     check_sifting(recipe, share, bad)
     with in_launch(), ExitStack() as stack:
-        console = console or Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+        console = console or text_console(stderr=True)
         console = Console(quiet=True) if rank() else console
         recipe = from_first(lambda: _dense(recipe))
         source = source_of(recipe.model)

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from siftune.base.console import text_console
 from siftune.base.environment import quiet, unsaid
 from siftune.base.errors import TrainingError
 from siftune.base.files import disk_faults, only_process
@@ -81,7 +82,7 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
         InputError: Recipe, data or model cannot be used. If training had begun, the run folder has the adapter after
             the last complete step.
     """
-    console = console or Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+    console = console or text_console(stderr=True)
     check(recipe)
     check_trackers(recipe.report_to)
     refuse_launched()
