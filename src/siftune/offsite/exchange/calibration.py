@@ -50,8 +50,8 @@ class CalibrationOptions(Validated):
     rows: Count | None = None
     """Number of own texts, or of rows to use, from the first. If not given, 1,024 own texts or 32 rows."""
     max_length: AtLeastTwo | None = None
-    """Longest row or own text in tokens; what is over is cut off. If not given, 128; for own texts, the length that
-    three quarters of the rows with the prompts have at most, up to 128."""
+    """Longest row or own text in tokens; what is over is cut off. If not given, 128; for own texts without a chat
+    template, the length that three quarters of the rows with the prompts have at most, up to 128."""
     batch_size: Count = 4
     """Rows in a forward and backward pass."""
     completion_only: bool = False

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.base.errors import DataError
 from siftune.base.files import Progress, write_beside
-from siftune.data.encode import Encoder
+from siftune.data.encode import Encoder, writes_chat
 from siftune.data.rows import Row
 from siftune.data.tokens import tokenize_rows
 from siftune.evaluate.likelihood import row_nll
@@ -109,10 +109,14 @@ def usual_length(
     """The length in tokens that three quarters of the rows have at most, but no more than `most` *(ours)*.
 
     So texts are like rows of the tuning. A row with a shorter answer than what is sampled at least counts as longer.
+    With a chat template it is `most`: the model answers in sentences there, of which the length of short rows would cut
+    off most.
 
     Raises:
         DataError: A row has no prompt; the message names it.
     """
+    if writes_chat(template, tokenizer):
+        return most
     complete: list[int] = tokenize_rows(rows, tokenizer, _UNCUT, template, completion_only=False)["length"]
     prompts = _prompts(rows, tokenizer, template)
     lengths = sorted(max(length, len(ids) + _LEAST) for length, ids in zip(complete, prompts, strict=True))

@@ -12,9 +12,9 @@ from siftune.data.rows import rows_from
 from siftune.data.tokens import tokenize_rows
 from siftune.methods.keep.texts import sample_texts
 from siftune.offsite.exchange import own_texts as module
-from siftune.offsite.exchange.own_texts import Prompt, own_texts, prompts_of
+from siftune.offsite.exchange.own_texts import own_texts, prompt_ids, usual_length
 
-PROMPTS = [Prompt([5, 6, 7], 5, [2]), Prompt([8], 2, [3]), Prompt([9, 10], 4, [])]
+PROMPTS = [[5, 6, 7], [8], [9, 10]]
 
 
 @pytest.fixture(autouse=True)
@@ -37,36 +37,14 @@ def loss_by_loop(model, text):
 @pytest.mark.parametrize(("count", "more", "prompts"), [(9, 3, ()), (7, 3, PROMPTS), (3, 1, PROMPTS[:1])])
 def test_the_least_likely_are_left_out(count, more, prompts):
     model = tiny("llama")
-    begins = [prompts[place % len(prompts)] for place in range(count + more)] if prompts else []
-    lengths = [len(begin.ids) + begin.room for begin in begins] or 8
-    texts = sample_texts(model, count + more, lengths, 3, [begin.ids for begin in begins])
+    begins = [prompts[place % len(prompts)] for place in range(count + more)] if prompts else ()
+    texts = sample_texts(model, count + more, 8, 3, begins)
+    assert all(text["input_ids"][: len(begin)] == begin for text, begin in zip(texts, begins, strict=False))
     losses = [loss_by_loop(model, text) for text in texts]
     limit = sorted(losses)[count]
-    likely = [place for place, loss in enumerate(losses) if loss < limit]
-    found = own_texts(model, count, 8, 3, prompts)
-    assert len(found) == count
-    for place, text in zip(likely, found, strict=True):
-        end = begins[place].end if begins and texts[place]["input_ids"][-1:] != begins[place].end else []
-        assert text == {name: ids + end for name, ids in texts[place].items()}
-
-
-def test_a_text_is_as_long_as_its_row_and_ends_like_it():
-    model = tiny("llama", eos_token_id=None)  # never ends a text itself
-    texts = own_texts(model, 3, 8, 0, PROMPTS)
-    by_start = {tuple(text["input_ids"][: len(p.ids)]): text for text in texts for p in PROMPTS}
-    for prompt in PROMPTS:
-        if text := by_start.get(tuple(prompt.ids)):
-            assert len(text["input_ids"]) == len(prompt.ids) + prompt.room + len(prompt.end)
-            assert text["input_ids"][len(text["input_ids"]) - len(prompt.end) :] == prompt.end
-            assert text["labels"] == [-100] * len(prompt.ids) + text["input_ids"][len(prompt.ids) :]
-
-
-@pytest.mark.parametrize("eos", [[4], [7]])
-def test_a_text_that_the_model_has_ended_has_one_end(monkeypatch, eos):
-    text = {"input_ids": [8, 5, 4], "labels": [-100, 5, 4]}
-    monkeypatch.setattr(module, "sample_texts", lambda *given: [{**text} for _ in range(2)])
-    ended = {"input_ids": [8, 5, 4, 7], "labels": [-100, 5, 4, 7]}
-    assert own_texts(tiny("llama"), 1, 8, 0, [Prompt([8], 2, eos)]) == [text if eos == [4] else ended]
+    assert own_texts(model, count, 8, 3, prompts) == [
+        text for text, loss in zip(texts, losses, strict=True) if loss < limit
+    ]
 
 
 def test_texts_are_sampled_once(cache, monkeypatch, caplog):
@@ -94,53 +72,59 @@ def test_a_cache_that_cannot_be_written_is_no_error(cache, caplog):
     assert "are not cached" in caplog.text
 
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}#\n{% endif %}{% endfor %}"
-    + ("{% if add_generation_prompt %}<assistant>{% endif %}")
-)
-
-
 @pytest.mark.parametrize("template", ["none", "chat"])
-@pytest.mark.parametrize("length", [64, 28])
-def test_prompts_and_answers_are_those_of_the_rows(template, length):
+def test_a_prompt_ends_where_the_labels_begin(template):
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    rows = rows_from([{"prompt": f"{n} and {n}?", "completion": str(10**n)} for n in range(1, 10)])
-    tokens = tokenize_rows(rows, tokenizer, length, template)
-    assert (max(tokens["length"]) == length) == (length == 28 and template == "chat")  # some are cut
-    for row, prompt in zip(tokens, prompts_of(rows, tokenizer, length, template), strict=True):
-        answer = [label for label in row["labels"] if label != -100]
-        assert prompt.ids == row["input_ids"][: row["labels"].count(-100)]
-        assert prompt.room + len(prompt.end) == len(answer)
-        last = tokenizer.convert_tokens_to_ids("#") if template == "chat" else tokenizer.eos_token_id
-        assert prompt.end == ([last] if answer[-1] == last else [])
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}" + (
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    rows = rows_from([{"prompt": f"{n} and {n}?", "completion": str(2 * n)} for n in range(3)])
+    expected = [row["input_ids"][: row["labels"].count(-100)] for row in tokenize_rows(rows, tokenizer, 64, template)]
+    assert prompt_ids(rows, tokenizer, 64, template) == expected
 
 
-def test_prompts_that_leave_no_token_are_left_out(caplog):
+def test_prompts_that_leave_too_little_are_left_out(caplog):
     rows = rows_from([{"prompt": "x" * n, "completion": "y"} for n in (9, 3, 8, 12)])
-    every = prompts_of(rows, byte_tokenizer(), 64, "none")
-    lengths = [len(prompt.ids) for prompt in every]
+    every = prompt_ids(rows, byte_tokenizer(), 64, "none")
+    lengths = [len(ids) for ids in every]
     assert len(set(lengths)) == 4
     assert not caplog.messages
-    assert [prompt.ids for prompt in prompts_of(rows, byte_tokenizer(), lengths[0], "none")] == [
-        every[1].ids, every[2].ids
-    ]  # fmt: skip
+    assert prompt_ids(rows, byte_tokenizer(), lengths[2] + 4, "none") == every[1:3]
     assert "2 of 4 prompts are left out" in caplog.text
-    with pytest.raises(DataError, match=rf"row 2, takes {lengths[1]}: raise it to {lengths[1] + 1} or more"):
-        prompts_of(rows, byte_tokenizer(), lengths[1], "none")
+    assert prompt_ids(rows, byte_tokenizer(), lengths[1] + 4, "none") == every[1:2]
+    with pytest.raises(DataError, match=rf"row 2, takes {lengths[1]}: raise it to {lengths[1] + 4} or more"):
+        prompt_ids(rows, byte_tokenizer(), lengths[1] + 3, "none")
 
 
 def test_a_prompt_without_tokens_is_refused():
     turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": "a b"}]
     rows = rows_from([{"messages": turns}])
     with pytest.raises(DataError, match="the prompt of row 1 has no token"):
-        prompts_of(rows, byte_tokenizer(), 64, "none")
+        prompt_ids(rows, byte_tokenizer(), 64, "none")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "answers", "most", "expected"),
+    [
+        ((4, 6, 8, 9), (6, 5, 4, 9), 64, 13),  # lengths with the end token 11, 12, 13 and 19
+        ((4, 6, 8, 9), (6, 5, 4, 9), 11, 11),
+        ((5, 5, 5), (1, 1, 1), 64, 9),  # two tokens of an answer, but four are sampled
+        ((7,), (9,), 64, 17),
+    ],
+)
+def test_three_quarters_of_the_rows_are_as_long_at_most(prompts, answers, most, expected, caplog):
+    rows = rows_from([{"prompt": "x" * n, "completion": "y" * m} for n, m in zip(prompts, answers, strict=True)])
+    assert usual_length(rows, byte_tokenizer(), most, "none") == expected
+    assert usual_length(rows, byte_tokenizer(), most, "chat") == most
+    assert not caplog.messages  # such as on rows that are cut
 
 
 def test_rows_without_prompts_are_refused():
     rows = rows_from([{"text": "All of it."}])
+    with pytest.raises(DataError, match="row 1 has no prompt"):
+        usual_length(rows, byte_tokenizer(), 64, "none")
     with pytest.raises(DataError, match="row 1 has no prompt, with which a text could begin; remove the row"):
-        prompts_of(rows, byte_tokenizer(), 64)
+        prompt_ids(rows, byte_tokenizer(), 64)
 
 
 def test_the_cache_is_json(cache):
