@@ -1,4 +1,4 @@
-"""What a user sees of work that goes through stages: a bar on a terminal, a few lines elsewhere."""
+"""The consoles of commands, and the progress of stages of work: a bar on a terminal, a few lines elsewhere."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,6 +7,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from siftune.base.files import Progress as Told
+
+
+def text_console(stderr: bool = False) -> Console:
+    """A console that prints text as is: no emojis for words between colons, no colours for numbers, no line breaks."""
+    return Console(stderr=stderr, highlight=False, emoji=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -11,9 +11,9 @@ from typing import Any
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 
-from siftune.base.console import text_console
 from siftune.base.errors import RecipeError
 from siftune.base.settings import CONFIG, Count
+from siftune.base.stages import text_console
 from siftune.bench.cost import PLANNED, Measurement, Workload, measure, parse_methods, schedule, summarise
 
 logger = logging.getLogger(__name__)

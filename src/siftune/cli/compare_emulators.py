@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic.dataclasses import dataclass
 from rich.text import Text
 
-from siftune.base.console import text_console
 from siftune.base.settings import CONFIG, Count
+from siftune.base.stages import text_console
 from siftune.offsite.exchange.calibration import CalibrationOptions
 
 if TYPE_CHECKING:

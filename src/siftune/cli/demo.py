@@ -56,7 +56,7 @@ def run(options: Options) -> dict[str, Any]:
     """Tune three times, and compare each model with the one before."""
     import time
 
-    from siftune.base.console import text_console
+    from siftune.base.stages import text_console
     from siftune.data.read import load_rows
     from siftune.evaluate.measure import compare
     from siftune.report.evals import metric_table

@@ -9,8 +9,8 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
-from siftune.base.console import text_console
 from siftune.base.settings import CONFIG, NotNegative, Share
+from siftune.base.stages import text_console
 from siftune.methods.options import OWN
 from siftune.offsite.exchange.calibration import CalibrationOptions, Dtype
 

@@ -151,7 +151,7 @@ def _rows(subject: "Subject", options: Options, columns: tuple[str, ...]) -> "tu
 
 def _recorded(job: _Job, base: "Metrics", tuned: "Metrics | None", options: Options, shown: bool) -> dict[str, Any]:
     """Keep the result in the run's folder, and show its table if asked."""
-    from siftune.base.console import text_console
+    from siftune.base.stages import text_console
     from siftune.evaluate.measure import compare
     from siftune.report.evals import Eval, answers_of, metric_table, record_eval
     from siftune.report.table import print_table
@@ -176,7 +176,7 @@ def _compared(
     jobs: "list[_Job]", pairs: "list[tuple[Metrics, Metrics | None]]", options: Options
 ) -> list[dict[str, Any]]:
     """Show the values of all models, and each model against the first, paired by rows."""
-    from siftune.base.console import text_console
+    from siftune.base.stages import text_console
     from siftune.evaluate.measure import compare
     from siftune.report.evals import label_of, metric_table, value_text
     from siftune.report.table import Table, print_table

@@ -41,7 +41,7 @@ class Options(Recipe):
 
 def run(options: Options) -> dict[str, Any]:
     """Train and measure what is missing; write and show the table."""
-    from siftune.base.console import text_console
+    from siftune.base.stages import text_console
     from siftune.offsite.exchange.tune import source_of
     from siftune.report.rates import advice, before, table, write_report
     from siftune.report.table import print_table

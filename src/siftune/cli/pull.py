@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from siftune.base.console import text_console
 from siftune.base.settings import CONFIG, Validated
+from siftune.base.stages import text_console
 from siftune.cli.options import Flag
 
 

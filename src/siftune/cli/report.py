@@ -24,7 +24,7 @@ class Options(Validated):
 
 def run(options: Options) -> dict[str, Any]:
     """Write the page."""
-    from siftune.base.console import text_console
+    from siftune.base.stages import text_console
     from siftune.report.page import make_page
 
     console = text_console(stderr=True)

@@ -50,7 +50,7 @@ def run(options: Options) -> dict[str, Any]:
     if not (folder / "recipe.yaml").is_file():
         raise DataError(f"{options.run} has no recipe.yaml, so it is no run folder; give one of siftune train.")
 
-    from siftune.base.console import text_console
+    from siftune.base.stages import text_console
     from siftune.report.rows import table, to_csv
     from siftune.report.table import plain_table
     from siftune.suspects.named import ScoredRows

@@ -73,7 +73,7 @@ _NEXT = (
 
 def run(options: Options) -> dict[str, Any]:
     """Sift, and report what is where."""
-    from siftune.base.console import text_console
+    from siftune.base.stages import text_console
     from siftune.offsite.exchange.tune import source_of
     from siftune.sifting.run import sift
 

@@ -48,7 +48,7 @@ def run(options: Options) -> dict[str, Any]:
     if options.dry_run:
         return _try(options, recipe)
 
-    from siftune.base.console import text_console
+    from siftune.base.stages import text_console
     from siftune.base.text import counted
     from siftune.engine.ranks import in_launch
     from siftune.offsite.exchange.tune import source_of
@@ -92,7 +92,7 @@ def _sifts(options: Options) -> bool:
 
 def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
     """Say what training would do and take."""
-    from siftune.base.console import text_console
+    from siftune.base.stages import text_console
     from siftune.offsite.exchange.tune import source_of
     from siftune.report.dry_run import shown
     from siftune.train.dry_run import dry_run

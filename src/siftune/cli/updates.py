@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from siftune.base.console import text_console
+from siftune.base.stages import text_console
 from siftune.offsite.exchange.updates import Part, UpdateReport
 from siftune.report.table import Table, print_table
 

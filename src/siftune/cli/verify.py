@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic.dataclasses import dataclass
 from rich.console import Console
 
-from siftune.base.console import text_console
 from siftune.base.errors import KitError
 from siftune.base.settings import CONFIG, Validated
+from siftune.base.stages import text_console
 from siftune.cli.options import Flag
 from siftune.offsite.exchange.settings import MAX_UPDATE
 

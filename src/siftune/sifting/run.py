@@ -31,11 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from siftune.base.console import text_console
 from siftune.base.environment import launch_rank
 from siftune.base.errors import DataError
 from siftune.base.files import only_process
-from siftune.base.stages import stages
+from siftune.base.stages import stages, text_console
 from siftune.base.text import inert
 from siftune.base.work_folder import WorkFolder
 from siftune.data.read import placed_records

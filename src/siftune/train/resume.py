@@ -4,24 +4,28 @@ import hashlib
 from array import array
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from transformers import TrainerState
 
 from siftune.base.errors import RecipeError
-from siftune.base.text import counted
+from siftune.base.text import counted, parsed
 from siftune.data.rows import WEIGHT
+from siftune.models.adapters.registry import ADAPTER_TYPES, adapter_type_of
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe, differences
 from siftune.train.callbacks import evaluations_since_best
 from siftune.train.folder.checkpoints import fault_of, identity_in, newest_checkpoint, step_of
 from siftune.train.folder.run import RECIPE, ROWS, RunFolder
-from siftune.train.trainer import SiftTrainer, planned_steps
+from siftune.train.folder.weights import holds_tuned, read_about
+from siftune.train.trainer import LayerTrainer, SiftTrainer, planned_steps
 
-# settings that a resumed run may change: length, logs and evaluation; a hash describes the rows
+# settings that a resumed run may change: length, logs and evaluation; checkpoints themselves describe adapters and rows
 _MAY_CHANGE = {
-    "out", "resume", "save_every", "eval_every", "patience", "log_every", "report_to", "steps", "epochs", "eval",
+    "out", "resume", "save_every", "eval_every", "patience", "log_every", "report_to",
+    "steps", "epochs", "eval", "adapter", "rank", "alpha", "targets", "layers",
     "train", "limit", "columns", "target", "target_share", "method",
     "drop_rows", "eval_share", "bad_rows", "sharding", "auto_batch", "deterministic",
 }  # fmt: skip
@@ -89,6 +93,10 @@ def has_ended(checkpoint: Path, recipe: Recipe, digest: str, trainer: SiftTraine
         RecipeError: The checkpoint is of another run, or nothing is left to do.
     """
     _check_recipe(checkpoint, recipe, digest)
+    if isinstance(trainer, LayerTrainer):
+        _check_layers(checkpoint, trainer)
+    else:
+        _check_adapter(checkpoint, trainer.model.peft_config["default"])
     steps = planned_steps(trainer.args, len(trainer.train_dataset))
     since = evaluations_since_best(TrainerState.load_from_json(str(checkpoint / "trainer_state.json")))
     if step_of(checkpoint) >= steps:
@@ -106,6 +114,8 @@ def has_ended(checkpoint: Path, recipe: Recipe, digest: str, trainer: SiftTraine
 def _check_recipe(checkpoint: Path, recipe: Recipe, digest: str) -> None:
     """Refuse other settings or rows than those of the checkpoint's run."""
     run = checkpoint.absolute().parents[1]
+    if not (run / RECIPE).is_file():
+        return
     before: Recipe = load_recipe(run / RECIPE)
     same_rows = before.batch_size * before.accumulate == recipe.batch_size * recipe.accumulate
     free = _MAY_CHANGE | _HALVED if recipe.auto_batch and same_rows else _MAY_CHANGE
@@ -122,3 +132,43 @@ def _check_recipe(checkpoint: Path, recipe: Recipe, digest: str) -> None:
             f"{checkpoint} is of a run on other training rows than {recipe.train} holds now: restore them, or train "
             "in another folder with --out"
         )
+
+
+def _check_layers(checkpoint: Path, trainer: LayerTrainer) -> None:
+    """Refuse a checkpoint of other layers."""
+    if not holds_tuned(checkpoint):
+        raise _other_run(checkpoint, "it holds an adapter", "adapter full", "adapter")
+    about = read_about(checkpoint)
+    before, now = list(about.layers), list(trainer.about.layers)
+    if before != now:
+        raise _other_run(checkpoint, f"it holds the layers {before}", str(now), "layers")
+
+
+def _check_adapter(checkpoint: Path, config: Any) -> None:
+    """Refuse a checkpoint of another adapter than that of a PEFT config."""
+    if holds_tuned(checkpoint):
+        raise _other_run(checkpoint, "it holds tuned layers", "an adapter", "adapter")
+    path = checkpoint / "adapter_config.json"
+    try:
+        saved = parsed(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
+    adapter_type = ADAPTER_TYPES[str(adapter_type_of(vars(config)))]
+    options = {key: name for name, key in adapter_type.keys.items() if name not in ("dropout", "init")}
+    names = {**dict.fromkeys(adapter_type.marks, "adapter"), **options, "target_modules": "targets and layers"}
+    for key, name in names.items():
+        both = saved.get(key), getattr(config, key)
+        before, now = (sorted(value) if isinstance(value, list | tuple | set) else value for value in both)
+        if before == now:
+            continue
+        if isinstance(before, list) and isinstance(now, list):  # long lists: show the differences only
+            only_before, only_now = [x for x in before if x not in now], [x for x in now if x not in before]
+            before, now = only_before or "nothing", f"{only_now or 'nothing'} instead"
+        raise _other_run(checkpoint, f"its adapter has {key} = {before}", str(now), name)
+
+
+def _other_run(checkpoint: Path, what: str, asked: str, name: str) -> RecipeError:
+    return RecipeError(
+        f"{checkpoint} is of another run: {what}, this recipe asks for {asked}; set {name} as that run did, or train "
+        "in another folder with --out."
+    )

@@ -12,11 +12,10 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from siftune.base.console import text_console
 from siftune.base.environment import quiet, unsaid
 from siftune.base.errors import TrainingError
 from siftune.base.files import disk_faults, only_process
-from siftune.base.stages import stages
+from siftune.base.stages import stages, text_console
 from siftune.base.text import counted
 from siftune.data.target import sources
 from siftune.engine.ranks import first_rank_first, from_first, join_launch, leave_launch, let_go, rank, world_size

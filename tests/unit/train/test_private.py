@@ -24,7 +24,6 @@ from siftune.methods.dp.callback import DP
 from siftune.methods.dp.sampling import PoissonBatches
 from siftune.methods.dp.secret import Secret
 from siftune.recipe.checks import check
-from siftune.recipe.read import load_recipe, recipe_to_yaml
 from siftune.recipe.schema import Recipe
 from siftune.train import build
 from siftune.train.build import privacy_of
@@ -256,11 +255,7 @@ def test_an_interrupted_run_spent_less(told, tmp_path, interfere):
 
 
 def test_another_runs_checkpoint_is_refused(told, tmp_path):
-    """Steps of two kinds are not counted together, steps without noise not at all, whatever the recipe says by now."""
-
-    def edit(recipe, **values):
-        recipe.write_text(recipe_to_yaml(replace(load_recipe(recipe), **values)))
-
+    """Steps of two kinds are not counted together, steps without noise not at all."""
     given = told(tmp_path / "run", steps=4, save_every=2)
     train(given, QUIET)
     checkpoint = str(tmp_path / "run" / "checkpoints" / "checkpoint-2")
@@ -268,13 +263,13 @@ def test_another_runs_checkpoint_is_refused(told, tmp_path):
         ("dp_clip", 0.5, r"private run with clip = 0\.1"),
         ("steps", 9, "private run with steps = 4"),
     ):
-        edit(tmp_path / "run" / "recipe.yaml", **{name: value})
+        # only the checkpoint then says what its steps were
+        (tmp_path / "run" / "recipe.yaml").unlink(missing_ok=True)
         with pytest.raises(RecipeError, match=message):
             train(replace(given, resume=checkpoint, **{name: value}), QUIET)
-        edit(tmp_path / "run" / "recipe.yaml", **{name: getattr(given, name)})
     open_run = replace(given, dp_epsilon=None, dp_delta=None, out=str(tmp_path / "open"))
     train(open_run, QUIET)
-    edit(tmp_path / "open" / "recipe.yaml", dp_epsilon=given.dp_epsilon, dp_delta=given.dp_delta)
+    (tmp_path / "open" / "recipe.yaml").unlink()
     checkpoint = str(tmp_path / "open" / "checkpoints" / "checkpoint-2")
     with pytest.raises(RecipeError, match="dp_epsilon"):
         train(replace(given, resume=checkpoint), QUIET)

@@ -16,7 +16,7 @@ from support.trainers import At, stop
 from siftune.base.errors import InputError, RecipeError
 from siftune.cli.main import main
 from siftune.data.tasks import arithmetic_rows
-from siftune.recipe.read import load_recipe
+from siftune.recipe.read import load_recipe, recipe_to_yaml
 from siftune.train.folder.checkpoints import SEAL
 from siftune.train.resume import digest_of
 from siftune.train.run import train
@@ -149,8 +149,8 @@ def test_no_checkpoint(base, rows, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "change", "message"),
     [
-        ({}, {"rank": 3}, "rank 2, this recipe has 3"),
-        ({}, {"targets": ("q_proj",)}, "set targets"),
+        ({}, {"rank": 3}, "r = 2"),
+        ({}, {"targets": ("q_proj",)}, "target_modules = .* instead; set targets and layers"),
         ({}, {"adapter": "dora"}, "set adapter"),
         ({}, {"lr": 0.02}, "lr 0.01, this recipe has 0.02"),
         ({}, {"method": "rst"}, "method ist, this recipe has rst"),
@@ -173,11 +173,12 @@ def test_checkpoints_of_other_runs_are_refused(copied, settings, change, message
     assert contents(run) == before
 
 
-def test_a_checkpoint_without_its_recipe_is_refused(copied):
+def test_an_edited_recipe_does_not_change_the_adapter_of_a_checkpoint(copied):
     run, resumed = copied()
-    (run / "recipe.yaml").rename(run / "elsewhere.yaml")
-    with pytest.raises(RecipeError, match=r"run/recipe\.yaml does not exist"):
-        train(resumed(steps=4), QUIET)
+    path = run / "recipe.yaml"
+    path.write_text(recipe_to_yaml(replace(load_recipe(path), alpha=64)))
+    with pytest.raises(RecipeError, match="lora_alpha = 4, this recipe asks for 64; set alpha"):
+        train(resumed(steps=4, alpha=64), QUIET)
 
 
 def test_rows_are_told_apart_by_their_tokens_labels_and_weights():

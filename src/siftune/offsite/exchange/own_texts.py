@@ -109,8 +109,7 @@ def usual_length(
     """The length in tokens that three quarters of the rows have at most, but no more than `most` *(ours)*.
 
     So texts are like rows of the tuning. A row with a shorter answer than what is sampled at least counts as longer.
-    With a chat template it is `most`: the model answers in sentences there, of which the length of short rows would cut
-    off most.
+    With a chat template it is `most`: the model answers in sentences there, for which short rows leave no room.
 
     Raises:
         DataError: A row has no prompt; the message names it.
