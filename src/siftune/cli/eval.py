@@ -70,14 +70,14 @@ class _Job:
     rows: "list[Row]"
 
     @property
-    def of_rows(self) -> tuple[str, ...]:
-        """Places of the rows: runs with the same rows are compared."""
-        return tuple(row.origin for row in self.rows)
+    def of_rows(self) -> tuple[Any, ...]:
+        """Names of columns, and places of the rows: runs with the same rows are compared."""
+        return self.columns, *(row.origin for row in self.rows)
 
     @property
     def of_base(self) -> tuple[Any, ...]:
         """All that decides the base model's result, so that runs which share it measure it once."""
-        return self.subject.base, self.dtype, self.template, self.columns, self.of_rows
+        return self.subject.base, self.dtype, self.template, self.of_rows
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def run(options: Options) -> dict[str, Any]:
     runs = [_recorded(job, *pair, options, shown=not comparable) for job, pair in zip(jobs, pairs, strict=True)]
     if not comparable:
         if len(jobs) > 1:
-            logger.warning("the runs are not compared: their rows or tokenizers differ; give --data FILE")
+            logger.warning("the runs are not compared: their rows, columns or tokenizers differ; give --data FILE")
         return {"runs": runs, "compared": []}
     return {"runs": runs, "compared": _compared(jobs, pairs, options)}
 

@@ -9,7 +9,7 @@
 
 A conversation is a list of `{role, content}`, or of `{from, value}` with the roles human and gpt, as in ShareGPT. Pairs
 such as `prompt=question` give the names of columns in the data. All other columns are in `Row.extra`. Among these,
-`weight` is the row's weight in training.
+`weight` is the row's weight in training. A turn of the assistant with `weight` 0 has no labels, as in OpenAI's format.
 """
 
 from __future__ import annotations
@@ -277,6 +277,11 @@ def _conversation(turns: tuple[Message, ...], column: str, origin: str, extra: R
             f"{origin}: the column 'tools' is not supported; write the tools into a system turn, and remove the column."
         )
     *before, last = turns
+    if last.role == "assistant" and not last.learned:
+        raise DataError(
+            f"{origin}: the last turn of {column!r} has the weight 0, so the row has no completion; end the row with a "
+            "turn to learn, or remove it."
+        )
     if last.role != "assistant":
         raise DataError(
             f"{origin}: {column!r} ends with a turn of the role {last.role!r}, so the row has no completion; "
@@ -309,9 +314,11 @@ def _turn(turn: Any, where: str) -> Message:
         raise DataError(f"{where} has no role (found {kind_of(role)}); use system, user, assistant or tool.")
     if turn.get("tool_calls"):
         raise DataError(f"{where} has tool_calls, which are not supported; write them into 'content'.")
-    learned = role == "assistant"
-    content = _string(turn.get("content"), f"{where}: 'content'", may_be_empty=not learned)
-    return Message(role, content, learned)
+    assistant, weight = role == "assistant", turn.get(WEIGHT)
+    if weight not in (None, 0, 1):
+        raise DataError(f"{where} has the weight {weight!r}; give 0 or 1, or remove it.")
+    content = _string(turn.get("content"), f"{where}: 'content'", may_be_empty=not assistant)
+    return Message(role, content, learned=assistant and weight != 0)
 
 
 def _weight(value: Any, origin: str) -> float:

@@ -249,6 +249,7 @@ class EarlyStop(TrainerCallback):  # type: ignore[misc]
 
 
 def evaluations_since_best(state: TrainerState) -> int:
-    """Number of evaluations after the first one of least loss; 0 before the first."""
+    """Number of evaluations after the first one of least loss; 0 before the first. NaN counts as infinite."""
     losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    losses = [math.inf if math.isnan(loss) else loss for loss in losses]
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0

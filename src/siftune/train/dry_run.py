@@ -130,7 +130,7 @@ def dry_run(recipe: Recipe, console: Console, source_of: Callable[[str], Source]
         prepared = prepare(replace(recipe, bad_rows="drop"), tokenizer, read, progress)
         refuse_long(model, prepared.data)
         progress("trying some steps", 0, 0)
-        estimate = _estimate(recipe, model, tokenizer, prepared.data)
+        estimate = _estimate(recipe, source, model, tokenizer, prepared.data)
     data, rows = prepared.data["train"], prepared.rows["train"]
     order = np.argsort(row_lengths(data), kind="stable")
     examples = []
@@ -156,7 +156,11 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
 
 
 def _estimate(
-    recipe: Recipe, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Mapping[str, Dataset]
+    recipe: Recipe,
+    source: Source,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Mapping[str, Dataset],
 ) -> Estimate:
     """Time a few steps. A private run is not tried, as its steps draw rows at random.
 
@@ -176,6 +180,7 @@ def _estimate(
         built = build(short, model, tokenizer, {**data, "train": train}, Path(folder), [clock])
         try:
             trainer, arguments = built.trainer, built.trainer.args
+            source.check_tuned(trainer.model)
             if not private:
                 arguments.max_steps = recipe.steps or -1
             steps = planned_steps(arguments, len(data["train"]))

@@ -37,7 +37,7 @@ def place(tmp_path, monkeypatch):
         recipe = Recipe(model="base", eval="rows.jsonl", template="none")
         (tmp_path / name / "recipe.yaml").write_text(recipe_to_yaml(recipe))
         note_recipe(tmp_path / name)
-    rows = [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(8)]
+    rows = [{"prompt": f"{i}+{i}=", "completion": str(2 * i), "wrong": str(2 * i)[::-1]} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path
 
@@ -136,6 +136,11 @@ def test_runs_on_the_same_rows_are_compared_row_by_row(place, capsys):
     assert "two against one" in shown
     assert shown.count("perplexity") == 2
     recipe = place / "two" / "recipe.yaml"
+    before = recipe.read_text()
+    recipe.write_text(before.replace("columns: []", "columns: [completion=wrong]"))
+    note_recipe(place / "two")
+    assert run(Options(("one", "two"), metrics=("perplexity",)))["compared"] == []
+    recipe.write_text(before)
     (place / "others.jsonl").write_text((place / "rows.jsonl").read_text())
     recipe.write_text(recipe.read_text().replace("rows.jsonl", "others.jsonl"))
     note_recipe(place / "two")

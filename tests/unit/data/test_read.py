@@ -19,6 +19,7 @@ TURNS = [
     {"role": "user", "content": "Bye"},
     {"role": "assistant", "content": "Farewell"},
 ]
+UNLEARNED = {"role": "assistant", "content": "Er", "weight": 0}
 
 
 @pytest.fixture
@@ -57,6 +58,12 @@ def test_messages_learn_every_turn_of_the_assistant():
     assert [m.role for m in row.prompt] == ["system", "user", "assistant", "user"]
     assert [m.learned for m in row.prompt] == [False, False, True, False]
     assert (row.completion, row.extra) == ("Farewell", {"id": 7})
+
+
+def test_turns_of_weight_zero_are_not_learned():
+    turns = [TURNS[1], UNLEARNED, TURNS[1], {**TURNS[2], "weight": 1}, *TURNS[3:]]
+    (row,) = rows_from([{"messages": turns}])
+    assert [m.learned for m in row.prompt] == [False, False, False, True, False]
 
 
 def test_conversational_prompt_learns_the_completion_only():
@@ -240,6 +247,16 @@ def test_the_limit_leaves_later_rows_unread(write):
         ("t.jsonl", lines({"messages": ["Hi"]}), "t.jsonl:1: turn 1 of 'messages' is a string"),
         ("t.jsonl", lines({"messages": TURNS[:4]}), "t.jsonl:1: 'messages' ends with a turn of the role 'user'"),
         ("t.jsonl", lines({"messages": TURNS[4:]}), "t.jsonl:1: 'messages' has only the assistant's turn"),
+        (
+            "t.jsonl",
+            lines({"messages": [*TURNS[:-1], UNLEARNED]}),
+            "t.jsonl:1: the last turn of 'messages' has the weight 0",
+        ),
+        (
+            "t.jsonl",
+            lines({"messages": [{**UNLEARNED, "weight": 0.5}]}),
+            "t.jsonl:1: turn 1 of 'messages' has the weight 0.5",
+        ),
         ("t.jsonl", lines({"messages": [{"content": "a"}]}), "t.jsonl:1: turn 1 of 'messages' has no role"),
         (
             "t.jsonl",

@@ -233,7 +233,17 @@ def settings(**others):
 
 
 @pytest.mark.parametrize(
-    ("values", "since"), [([], 0), ([2.0], 0), ([2.0, 1.0], 0), ([1.0, 2.0], 1), ([3.0, 1.0, 1.0, 2.0], 2)]
+    ("values", "since"),
+    [
+        ([], 0),
+        ([2.0], 0),
+        ([2.0, 1.0], 0),
+        ([1.0, 2.0], 1),
+        ([3.0, 1.0, 1.0, 2.0], 2),
+        ([math.nan, 2.0], 0),
+        ([1.0, math.nan], 1),
+        ([math.nan, math.nan], 1),
+    ],
 )
 def test_evaluations_are_counted_from_the_first_of_least_loss(values, since):
     history = [{"loss": 0.1}, *({"eval_loss": value} for value in values)]

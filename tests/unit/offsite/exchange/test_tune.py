@@ -31,6 +31,7 @@ from siftune.offsite.kit.folder import read_kit
 from siftune.offsite.kit.manifest import canonical
 from siftune.recipe.read import load_recipe
 from siftune.train import run as training
+from siftune.train.dry_run import dry_run
 from siftune.train.trainer import SiftTrainer
 
 QUIET = Console(quiet=True)
@@ -211,8 +212,9 @@ def test_a_run_on_an_earlier_adapter_continues_by_its_own_recipe(kit, rows, tmp_
 )
 def test_an_earlier_adapter_that_no_return_can_hold_is_refused(kit, rows, tmp_path, settings, words):
     given = earlier(kit, tmp_path / "adapter", **settings)
-    with pytest.raises(RecipeError, match=words):
-        train(recipe(kit.path, rows, tmp_path / "run", **given))
+    for command in (dry_run, training.train):
+        with pytest.raises(RecipeError, match=words):
+            command(recipe(kit.path, rows, tmp_path / "run", **given), QUIET, source_of)
 
 
 # --- resuming and stopping
