@@ -31,6 +31,7 @@ from siftune.offsite.emulator.make import compress_middle
 from siftune.offsite.emulator.model import Base, LayerShape
 from siftune.offsite.emulator.plan import EmulatorSettings, Step, plan
 from siftune.offsite.emulator.record import record
+from siftune.offsite.kit.config import make_config, scrub
 from siftune.offsite.kit.folder import Kit, KitContents, write_kit
 from siftune.offsite.kit.manifest import OWN_TEXTS, ROWS, Calibration, fingerprint
 from siftune.offsite.kit.tensors import DTYPES
@@ -118,13 +119,15 @@ def check_base(
     """Refuse what no kit can be made of, before anything is computed.
 
     Raises:
-        InputError: On the settings, the model's family, its tokenizer or the dtype of the kit.
+        InputError: On the settings, the model's family, its config, its tokenizer or the dtype of the kit.
     """
     settings.check()
     base = Base(model, settings.split)
     make_tokenizer(tokenizer_files(tokenizer), model.config.get_text_config().vocab_size)
-    if (dtype := options.dtype or model.dtype) not in DTYPES.values():
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    if (dtype := options.dtype or model.dtype) not in names:
         raise ModelError(f"the model is in {dtype}, which no kit holds: give another data type with --kit-dtype")
+    make_config(scrub(model.config, names[dtype]))
     return base
 
 
