@@ -41,7 +41,7 @@ class Options(Workload):
     threads: Count | None = None
     """CPU threads of each process; as in the environment if not given."""
     out: Path | None = None
-    """JSON file for the result and the time of every step; siftune report shows it."""
+    """JSON file for the result and the time of every step."""
 
 
 def run(options: Options) -> dict[str, Any]:

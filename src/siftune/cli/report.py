@@ -1,4 +1,4 @@
-"""`siftune report`: one page on runs, kits, sweeps, audits and costs."""
+"""`siftune report`: one page on runs and sweeps of learning rates."""
 
 from typing import Annotated, Any
 
@@ -10,14 +10,13 @@ from siftune.cli.options import Flag
 
 @dataclass(config=CONFIG)
 class Options(Validated):
-    """Write one page on runs, kits, sweeps, audits and costs: a single file for any browser, without network access.
+    """Write one page on runs and sweeps of learning rates: a single file for any browser, without network access.
 
     Unfinished runs are shown as well.
     """
 
     folders: Annotated[tuple[str, ...], Flag("folder", positional=True)]
-    """Folders of siftune train, demo, find-lr, emulate, compare-emulators or audit, or files of siftune bench --out;
-    several runs are compared with each other."""
+    """Folders of siftune train, demo or find-lr; several runs are compared with each other."""
     out: Annotated[str, Flag(short="-o")] = "report.html"
     """File to write; an existing one is replaced."""
 

@@ -1,15 +1,9 @@
-"""The results of `siftune bench` as tables, and as the section of a page."""
+"""The results of `siftune bench` as tables."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from siftune.base.errors import InputError
-from siftune.base.text import counted, finite
-from siftune.report.charts import Point, Scale, listed_points
-from siftune.report.parts import Figure, Section, grid_of, slug
-from siftune.report.subjects import UNREADABLE, Other
 from siftune.report.table import Table
-from siftune.report.words import short
 
 
 def cost_table(result: Mapping[str, Any]) -> Table:
@@ -75,41 +69,3 @@ def plan_note(result: Mapping[str, Any]) -> str:
         f"computed, not measured: {work['model']} with LoRA of rank {work['rank']}, {work['batch_size']} rows of "
         f"{work['length']} tokens, {work['label_share']:.0%} of them labels; memory at the peak of a step in 10⁹ bytes"
     )
-
-
-def sentence(record: Mapping[str, Any]) -> str:
-    """The range of what a step takes."""
-    try:
-        costs = {str(method): finite(cost["seconds_per_step"]) for method, cost in record["methods"].items()}
-        low, high = min(costs, key=costs.__getitem__), max(costs, key=costs.__getitem__)
-    except UNREADABLE:
-        return "Time and memory of training steps."
-    return (
-        f"{counted(len(costs), 'method')} measured: a step takes from {short(costs[low])} s with {low} to "
-        f"{short(costs[high])} s with {high}."
-    )
-
-
-def section(other: Other) -> Section:
-    """Time and memory of every method."""
-    record = other.content
-    try:
-        figures = [
-            _figure("Time of a step", record, ("seconds_per_step", "fastest", "slowest"), "seconds"),
-            _figure("Peak memory", record, ("peak_memory_mb",), "10⁶ bytes"),
-        ]
-        table, words = grid_of(cost_table(record)), notes(record)
-    except UNREADABLE as error:
-        raise InputError(f"{other.path} is not what siftune bench --out writes ({error!r}): measure again") from error
-    return Section(f"bench-{slug(other.name)}", f"Costs in {other.name}", words, figures, [table])
-
-
-def _figure(title: str, record: Mapping[str, Any], keys: tuple[str, ...], unit: str) -> Figure:
-    """A line for each method: its median, and its fastest and slowest round where they are known."""
-    points = []
-    for number, (method, cost) in enumerate(record["methods"].items()):
-        value, *ends = (finite(cost[key]) for key in keys)
-        low, high = ends or (None, None)
-        points.append(Point(str(method), value, low, high, colour=number))
-    note = "Bars go from the fastest round to the slowest." if len(keys) > 1 else ""
-    return listed_points(title, points, Scale(unit), note)

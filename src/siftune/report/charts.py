@@ -195,8 +195,6 @@ class Scale:
 
     label: str  # what they are, with their unit
     percent: bool = False  # they are shares
-    reference: float | None = None  # a value to compare with, drawn as a line
-    reference_name: str = ""
 
     def text(self, value: float) -> str:
         """A value as text."""
@@ -208,19 +206,15 @@ def listed_points(title: str, points: Sequence[Point], scale: Scale, note: str =
     return Figure(title, lambda width: _draw_list(width, title, points, scale), note, size)
 
 
-def scatter(
-    title: str, points: Sequence[Point], axes: tuple[str, Scale], note: str, size: Size = "half",
-    front: Sequence[Point] = (),
-) -> Figure:  # fmt: skip
-    """Draw values against others, each named beside it; a line through those in `front`."""
-    return Figure(title, lambda width: _draw_scatter(width, title, points, axes, front), note, size)
+def scatter(title: str, points: Sequence[Point], axes: tuple[str, Scale], note: str, size: Size = "half") -> Figure:
+    """Draw values against others, each named beside it."""
+    return Figure(title, lambda width: _draw_scatter(width, title, points, axes), note, size)
 
 
 def _draw_list(width: int, title: str, points: Sequence[Point], scale: Scale) -> Markup:
     names = [cut(point.name, _NAME) for point in points]
     left, right = 12 + LETTER * max(map(len, names)), 58.0
     values = [value for point in points for value in point.bounds]
-    values += [] if scale.reference is None else [scale.reference]
     plot = Plot(left, 26, width - left - right, 24.0 * len(points), room(values, percent=scale.percent), (0, 1))
     parts = [tag("text", scale.label, x=0.0, y=10.0, class_="axis"), *_scale_below(plot, scale)]
     for row, (point, label) in enumerate(zip(points, names, strict=True)):
@@ -235,7 +229,7 @@ def _draw_list(width: int, title: str, points: Sequence[Point], scale: Scale) ->
 
 
 def _scale_below(plot: Plot, scale: Scale) -> list[Markup]:
-    """Values below the list with lines upwards, and what to compare with."""
+    """Values below the list with lines upwards."""
     values, bottom = ticks(*plot.x), plot.top + plot.height
     texts = percent_texts(values) if scale.percent else tick_texts(values)
     parts = []
@@ -243,24 +237,15 @@ def _scale_below(plot: Plot, scale: Scale) -> list[Markup]:
         x = plot.at_x(value)
         parts.append(tag("line", x1=x, x2=x, y1=plot.top, y2=bottom, class_="grid"))
         parts.append(tag("text", text, x=x, y=bottom + 15, class_="tick middle"))
-    if scale.reference is not None:
-        x = plot.at_x(scale.reference)
-        parts.append(tag("line", x1=x, x2=x, y1=plot.top - 2, y2=bottom, class_="reference"))
-        parts.append(tag("text", scale.reference_name, x=x, y=plot.top - 6, class_="tick middle"))
     return parts
 
 
-def _draw_scatter(
-    width: int, title: str, points: Sequence[Point], axes: tuple[str, Scale], front: Sequence[Point]
-) -> Markup:
+def _draw_scatter(width: int, title: str, points: Sequence[Point], axes: tuple[str, Scale]) -> Markup:
     x_label, scale = axes
     names = [cut(point.name, _NAME) for point in points]
     values = [value for point in points for value in point.bounds]
     plot = Plot(44, 20, width - 54.0, 200, _wide([point.x for point in points]), room(values, percent=scale.percent))
     parts = [*y_axis(plot, scale.label, percent=scale.percent), *x_axis(plot, x_label)]
-    if len(front) > 1:
-        line = path([(plot.at_x(point.x), plot.at_y(point.value)) for point in front])
-        parts.append(tag("path", d=line, class_="line front"))
     heights = spread([plot.at_y(point.value) for point in points], 12, plot.top, plot.top + plot.height)
     for point, label, height in zip(points, names, heights, strict=True):
         x, y, kind = plot.at_x(point.x), plot.at_y(point.value), f"c{point.colour % COLOURS}"

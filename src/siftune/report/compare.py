@@ -1,6 +1,6 @@
 """The result as a sentence, and several runs side by side."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from siftune.base.text import counted, short_names
 from siftune.evaluate.measure import PERPLEXITY, MetricRow
 from siftune.recipe.read import recipe_values
 from siftune.recipe.schema import Recipe
-from siftune.report import bench, offsite, rates, sweep
+from siftune.report import rates
 from siftune.report.charts import Point, Scale, scatter
 from siftune.report.evals import change_text, label_of, value_text
 from siftune.report.parts import Cell, Figure, Grid, Section
@@ -101,20 +101,13 @@ def _tokens(recipe: Recipe) -> tuple[object, ...]:
     return recipe.model, recipe.columns, recipe.template
 
 
-_SENTENCES: dict[str, Callable[[Any], str]] = {
-    "audit": offsite.audit_sentence, "kit": offsite.kit_sentence, "sweep": sweep.sentence, "rates": rates.sentence,
-    "bench": bench.sentence,
-}  # fmt: skip
-
-
 def headline(subjects: Subjects) -> str:
     """What came out, in a sentence."""
     if len(subjects.runs) == 1:
         return _result_of_run(subjects.runs[0])
     if subjects.runs:
         return _result_of_runs(subjects.runs)
-    other = subjects.others[0]
-    return _SENTENCES[other.kind](other.content)
+    return rates.sentence(subjects.sweeps[0].record)
 
 
 def _result_of_run(run: RunData) -> str:

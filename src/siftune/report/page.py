@@ -13,7 +13,7 @@ from typing import Any
 from siftune import __version__
 from siftune.base.errors import RecipeError
 from siftune.base.files import write_beside
-from siftune.report import bench, offsite, rates, sweep
+from siftune.report import rates
 from siftune.report.choices import layers, rows
 from siftune.report.compare import compare_runs, headline
 from siftune.report.parts import TEMPLATES, Section, distinct, marked_up
@@ -23,10 +23,6 @@ from siftune.report.subjects import RunData, Subjects, find_subjects
 from siftune.report.words import memory
 
 _OF_A_RUN = (sifted, avoided, layers, rows)
-_OTHERS = {
-    "kit": offsite.kit_section, "audit": offsite.audit_section, "sweep": sweep.section, "rates": rates.section,
-    "bench": bench.section,
-}  # fmt: skip
 _STYLES = ("theme.css", "figure.css", "page.css")
 
 
@@ -66,7 +62,7 @@ class Page:
 
 
 def make_page(names: Sequence[str]) -> Page:
-    """Make a report of folders of runs, demos, kits, sweeps, audits and reproductions, and files of siftune bench.
+    """Make a report of folders of runs, demos and sweeps of learning rates.
 
     Raises:
         InputError: A folder holds nothing to report on, or a file in it is damaged.
@@ -97,7 +93,7 @@ def sections(subjects: Subjects) -> list[Section]:
     runs, several = subjects.runs, len(subjects.runs) > 1
     every = [compare_runs(runs), training(runs), results(runs), suspects(runs)]
     every += [part(run, several) for run in runs for part in _OF_A_RUN]
-    every += [_OTHERS[other.kind](other) for other in subjects.others]
+    every += [rates.section(sweep) for sweep in subjects.sweeps]
     kept = [section for section in (*every, setup(runs)) if section is not None]
     anchors = distinct([section.anchor for section in kept])
     return [replace(section, anchor=anchor) for section, anchor in zip(kept, anchors, strict=True)]

@@ -14,7 +14,7 @@ from siftune.base.text import counted, finite, jsonable
 from siftune.methods import METHODS
 from siftune.report.charts import BOLD, COLOURS, Plot, room, spread, x_axis, y_axis
 from siftune.report.parts import Figure, Section, canvas, grid_of, path, slug, tag
-from siftune.report.subjects import UNREADABLE, Other
+from siftune.report.subjects import UNREADABLE, Sweep
 from siftune.report.table import Table, markdown_table
 from siftune.report.words import listed, short
 from siftune.train.rates.grid import LRRun, rate_text
@@ -186,15 +186,15 @@ def sentence(record: Mapping[str, Any]) -> str:
     )
 
 
-def section(other: Other) -> Section:
+def section(sweep: Sweep) -> Section:
     """The figure, the table and the best rates."""
     try:
-        runs, base = _read(other.content)
+        runs, base = _read(sweep.record)
     except UNREADABLE as error:
         raise InputError(
-            f"{other.path} is no sweep of learning rates ({error!r}): run siftune find-lr again"
+            f"{sweep.path} is no sweep of learning rates ({error!r}): run siftune find-lr again"
         ) from error
-    title, name = f"Learning rates in {other.name}", slug(other.name)
+    title, name = f"Learning rates in {sweep.name}", slug(sweep.name)
     if not runs:
         return Section(f"rates-{name}", title, [] if math.isnan(base) else [before(base)])
     note = "Lines connect the means over seeds. ×: a run diverged. ▲: a loss above the figure."

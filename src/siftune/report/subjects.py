@@ -1,18 +1,15 @@
-"""The subjects of a report: runs, kits, sweeps, audits and measurements of cost, from folders that may be untrusted."""
+"""The subjects of a report: runs and sweeps of learning rates, from folders that may be untrusted."""
 
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from siftune.base.errors import InputError, RecipeError
 from siftune.base.files import refuse_links
 from siftune.base.text import finite, parsed, short_names
-from siftune.offsite.kit.folder import is_kit
-from siftune.offsite.kit.manifest import LIMITS, MANIFEST, Manifest, parse_manifest
-from siftune.offsite.kit.strict import read_bytes
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.report.evals import Eval, read_evals
@@ -24,10 +21,7 @@ from siftune.train.folder.selections import LayersOfStep, RowsOfBatch, read_sele
 # what fails in a file that holds something else than it ought to
 UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError)
 
-Kind = Literal["kit", "sweep", "audit", "rates", "bench"]
-
-# file that marks a folder -> its kind; the first that exists decides
-_MARKS: dict[str, Kind] = {"audit.json": "audit", "sweep.json": "sweep", "start.json": "rates"}
+_SWEEP = "start.json"  # file that marks the folder of a sweep of learning rates
 
 
 @dataclass(frozen=True)
@@ -79,13 +73,12 @@ class RunData:
 
 
 @dataclass(frozen=True)
-class Other:
-    """What is no run: a kit, a sweep, an audit, costs, or a paper's table."""
+class Sweep:
+    """A sweep of learning rates."""
 
-    kind: Kind
-    path: Path  # its folder, or file
+    path: Path
     name: str  # what it is called on the page
-    content: Any  # a kit's `Manifest`, or what the file holds
+    record: dict[str, Any]  # of `start.json`, and `runs`, the lines of `results.jsonl`; not checked
 
 
 @dataclass(frozen=True)
@@ -93,46 +86,44 @@ class Subjects:
     """All that a page is about."""
 
     runs: tuple[RunData, ...] = ()  # runs, in the order in which they were named
-    others: tuple[Other, ...] = ()
+    sweeps: tuple[Sweep, ...] = ()
 
 
 def find_subjects(names: Sequence[str]) -> Subjects:
-    """Read what folders hold: runs, also of `siftune demo`, kits, what sweep, find-lr, audit, reproduce or bench left.
+    """Read what folders hold: runs, also of `siftune demo`, and sweeps of learning rates.
 
     Raises:
         InputError: A folder is none of these, or damaged.
     """
     if not names:
-        raise RecipeError("nothing to report on: give the folder of a run, a kit, a sweep or an audit")
+        raise RecipeError("nothing to report on: give the folder of a run or of a sweep of learning rates")
     folders = list(dict.fromkeys(path for name in names for path in _folders(name)))
     for folder in folders:
         refuse_links(folder)  # of another party, it could have any file shown
     called = dict(zip(folders, short_names(folders), strict=True))
     runs = tuple(read_run(path, name) for path, name in called.items() if (path / RECIPE).is_file())
-    others = tuple(_other(path, name) for path, name in called.items() if not (path / RECIPE).is_file())
-    return Subjects(runs, others)
+    sweeps = tuple(_sweep(path, name) for path, name in called.items() if not (path / RECIPE).is_file())
+    return Subjects(runs, sweeps)
 
 
 _DEMO = ("pool", "target", "sifted")  # runs of a demo, in their order
 
 
 def _folders(name: str) -> list[Path]:
-    """The folder of that name, or all runs, kits, sweeps and audits in it, by name."""
+    """The folder of that name, or all runs and sweeps in it, by name."""
     path = Path(name).expanduser()
-    if path.is_file() or _holds_subject(path):
+    if _holds_subject(path):
         return [path]
     inside = [each for each in path.iterdir() if _holds_subject(each)] if path.is_dir() else []
     if inside:
         order = [*_DEMO, *sorted({each.name for each in inside} - {*_DEMO})]
         return sorted(inside, key=lambda each: order.index(each.name))
-    state = "there is no folder of that name" if not path.exists() else "it holds no run, kit, sweep or audit"
-    raise RecipeError(
-        f"nothing to report on in {name}: {state}; give the folder of siftune train or demo, or a file of siftune bench"
-    )
+    state = "there is no folder of that name" if not path.is_dir() else "it holds no run and no sweep of learning rates"
+    raise RecipeError(f"nothing to report on in {name}: {state}; give a folder of siftune train, demo or find-lr")
 
 
 def _holds_subject(path: Path) -> bool:
-    return any((path / name).is_file() for name in (RECIPE, *_MARKS)) or is_kit(path)
+    return any((path / name).is_file() for name in (RECIPE, _SWEEP))
 
 
 def read_run(path: Path, name: str) -> RunData:
@@ -202,15 +193,8 @@ def _figures(record: dict[str, Any]) -> dict[str, float]:
     return figures
 
 
-def _other(path: Path, name: str) -> Other:
-    if path.is_file():
-        return Other("bench", path, name, _json(path))
-    for mark, kind in _MARKS.items():
-        if (path / mark).is_file():
-            more = {"runs": _lines(path / "results.jsonl")} if kind == "rates" else {}
-            return Other(kind, path, name, _json(path / mark) | more)
-    manifest: Manifest = parse_manifest(read_bytes(path / MANIFEST, LIMITS[MANIFEST]))
-    return Other("kit", path, name, manifest)
+def _sweep(path: Path, name: str) -> Sweep:
+    return Sweep(path, name, _json(path / _SWEEP) | {"runs": _lines(path / "results.jsonl")})
 
 
 def _json(path: Path) -> dict[str, Any]:

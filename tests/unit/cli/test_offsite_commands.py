@@ -187,36 +187,6 @@ def test_rows_are_what_a_manifest_says(parties):
     assert str(read_kit(parties / "kit").manifest.calibration) == "6 rows of at most 12 tokens"
 
 
-def test_a_sweep_of_own_texts(half, rows, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("SIFTUNE_CACHE", str(tmp_path / "cache"))
-    arguments = ("--model", half, "--calibration", "own", "--calibration-prompts", rows, "--max-length", "20")
-    arguments += ("--out", tmp_path / "sweep", *EMULATE)
-    words = (*arguments, "--held-out", rows, "--keeps", "0.5", "--methods", "layerdrop")
-    found, _ = siftune(capsys, "compare-emulators", *words)
-    assert (found["calibration_rows"], found["held_out_rows"]) == (6, 16)
-    assert "which the base wrote itself" in found["calibration"]
-    assert "own texts leave no rows to measure on: give some with --held-out FILE" in error_of(
-        capsys, "compare-emulators", *arguments[:6], "--out", tmp_path / "x"
-    )
-
-
-def test_a_sweep_writes_a_table_and_figures(half, rows, tmp_path, capsys):
-    out = tmp_path / "sweep"
-    arguments = ("--model", half, "--calibration", rows, "--out", out, *EMULATE, "--held-out-rows", "4")
-    found, said = siftune(
-        capsys, "compare-emulators", *arguments, "--keeps", "0.5", "--lambdas", "0", "2", "--bases", "svd"
-    )
-    points = found["points"]
-    assert {(p["method"], p["lambda_attn"], p["lambda_mlp"]) for p in points} == {
-        ("gradot", 0.0, 0.0), ("gradot", 2.0, 2.0), ("layerdrop", 0.0, 0.0)
-    }  # fmt: skip
-    assert (found["calibration_rows"], found["held_out_rows"]) == (6, 4)
-    assert {path.name for path in out.iterdir()} == {"sweep.json", "sweep.md"}
-    assert json.loads((out / "sweep.json").read_text())["points"] == points
-    assert "| gradot | svd | refit | 0.5 |" in (out / "sweep.md").read_text()
-    assert "measuring: 100 %" in said
-
-
 def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties, monkeypatch):
     monkeypatch.setattr("siftune.offsite.exchange.own_texts.sample_texts", None)  # minutes, for a large model
     few = save_rows(tmp_path / "few.jsonl", 6)
@@ -264,29 +234,6 @@ def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties, monkeypatch
     assert error_of(capsys, "emulate", "--model", half, "--calibration", rows).startswith("--out must be given")
     said = error_of(capsys, "emulate", "--model", half, "--out", tmp_path / "kit")
     assert said.endswith("or rows to calibrate on with --calibration FILE")
-
-
-# --- sweep ---
-
-
-def test_what_sweep_refuses(half, rows, tmp_path, capsys):
-    few = save_rows(tmp_path / "few.jsonl", 6)
-    before = sorted(path.name for path in tmp_path.iterdir())
-    usual = {"--model": half, "--calibration": rows, "--out": tmp_path / "sweep", "--rows": 6}
-    for flags, words in [
-        ({"--model": tmp_path / "none"}, f"model folder {tmp_path}/none does not exist"),
-        ({"--out": few}, "cannot be written to (Not a directory)"),
-        ({"--keep": 0.5}, "unknown option --keep of `siftune compare-emulators`; did you mean --keeps?"),
-        ({"--keeps": 2}, "keep is 2.0"),
-        ({"--calibration": few, "--rows": 6}, "has 6 rows, all of which --rows 6 uses"),
-        ({"--rows": 0}, "--rows is 0"),
-        ({"--held-out-rows": 0}, "--held-out-rows is 0"),
-        ({"--keeps": "half"}, "--keeps is half"),
-        ({"--bases": "qr"}, "--bases is qr"),
-    ]:
-        arguments = [word for pair in {**usual, **flags}.items() for word in pair]
-        assert words in error_of(capsys, "compare-emulators", *arguments), flags
-        assert sorted(path.name for path in tmp_path.iterdir()) == before, flags
 
 
 # --- verify ---
@@ -440,7 +387,7 @@ def test_a_kit_is_hashed_once(parties, half, tmp_path, capsys, monkeypatch, comm
 # --- help ---
 
 
-@pytest.mark.parametrize("command", ["emulate", "compare-emulators", "verify", "plug", "audit"])
+@pytest.mark.parametrize("command", ["emulate", "verify", "plug", "audit"])
 def test_help_shows_every_option_and_needs_no_torch(command):
     code = (
         f"import sys; from siftune.cli.main import main; code = main(['{command}', '--help']);"
@@ -451,7 +398,6 @@ def test_help_shows_every_option_and_needs_no_torch(command):
     options = re.findall(r"--[a-z-]+", done.stdout)
     shown = {
         "emulate": "--lambda-attn",
-        "compare-emulators": "--keeps",
         "verify": "--kit",
         "plug": "--return",
         "audit": "--return",

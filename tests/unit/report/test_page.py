@@ -376,7 +376,7 @@ def test_damaged_files_are_named(tmp_path, name, content, message):
 def test_folders_that_hold_nothing_are_told(tmp_path, runs):
     with pytest.raises(RecipeError, match="nope: there is no folder of that name"):
         show(tmp_path / "nope")
-    with pytest.raises(RecipeError, match="it holds no run, kit, sweep or audit"):
+    with pytest.raises(RecipeError, match="it holds no run and no sweep of learning rates"):
         show(tmp_path)
     with pytest.raises(RecipeError, match="give the folder of a run"):
         show()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from siftune.base.errors import DataError, RecipeError
+from siftune.base.errors import RecipeError
 from siftune.base.settings import CONFIG, AtLeastTwo, Columns, Count, CountOrZero, Seed, Template, Validated
 from siftune.methods.options import OWN
 
@@ -114,30 +114,6 @@ def calibration_facts(options: CalibrationOptions, batches: "Sequence[dict[str, 
     from siftune.offsite.exchange.emulate import calibrated_on
 
     return calibrated_on(batches, options.seed if options.calibration == OWN else None)
-
-
-def calibration_and_held_out(
-    options: CalibrationOptions, held_out: str | None, count: int
-) -> "tuple[list[Row], list[Row]]":
-    """Read rows to calibrate on, and `count` others to measure on.
-
-    Those are in `held_out`, as for `options.calibration`, or follow the former there.
-
-    Raises:
-        DataError: They cannot be read, or no row follows those to calibrate on.
-        RecipeError: No `held_out`, beside own texts.
-    """
-    if options.calibration == OWN and held_out is None:
-        raise RecipeError("own texts leave no rows to measure on: give some with --held-out FILE")
-    if held_out is not None:
-        return calibration_rows(options), _read(held_out, options, count)
-    rows = _read(options.calibration, options, options.count + count)
-    if len(rows) <= options.count:
-        raise DataError(
-            f"{options.calibration} has {len(rows)} rows, all of which --rows {options.count} uses for calibration: "
-            "give other rows to measure on with --held-out FILE, or a smaller --rows"
-        )
-    return rows[: options.count], rows[options.count :]
 
 
 def load_base(options: CalibrationOptions, streamed: bool = False) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
