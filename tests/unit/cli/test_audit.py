@@ -1,12 +1,14 @@
 """`siftune audit` of what only one side has: the owner's calibration rows, the data owner's rows without the base."""
 
 import json
+import shutil
 
 import pytest
 from support.commands import error_of, siftune
+from support.kits import edit
 from support.tiny_run import save_rows
 
-from siftune.base.errors import DataError
+from siftune.base.errors import DataError, RecipeError
 from siftune.offsite.audits.run import audit_paths
 from siftune.offsite.audits.settings import AuditOptions
 
@@ -27,7 +29,7 @@ def options(half, parties, others, **changes):
 
 
 def test_an_owner_s_calibration_rows(half, parties, others):
-    calibration = {"calibration": str(parties / "rows.jsonl"), "calibration_rows": 6, "calibration_others": str(others)}
+    calibration = {"calibration": str(parties / "rows.jsonl"), "calibration_others": str(others)}
     found = audit_paths(options(half, parties, others, **calibration)).calibration
     assert (found.attacks["all"].members, found.attacks["all"].others) == (6, 20)
     assert set(found.attacks) == {"attention", "mlp", "all"}
@@ -37,10 +39,19 @@ def test_an_owner_s_calibration_rows(half, parties, others):
 
 def test_rows_that_follow_are_the_others(half, parties, tmp_path):
     rows = save_rows(tmp_path / "many.jsonl", 11)
-    found = audit_paths(options(half, parties, rows, calibration=str(rows), calibration_rows=6)).calibration
+    found = audit_paths(options(half, parties, rows, calibration=str(rows))).calibration
     assert (found.attacks["all"].members, found.attacks["all"].others) == (6, 5)
+    few = save_rows(tmp_path / "few.jsonl", 6)
     with pytest.raises(DataError, match="all of which calibrated the kit"):
-        audit_paths(options(half, parties, rows, calibration=str(rows), calibration_rows=11))
+        audit_paths(options(half, parties, rows, calibration=str(few)))
+
+
+def test_a_kit_on_own_texts_has_no_rows(half, parties, others, tmp_path):
+    shutil.copytree(parties / "kit", tmp_path / "kit")
+    edit(tmp_path / "kit", "manifest.json", lambda m: m["calibration"].update(kind="own texts", seed=0))
+    given = {"kit": str(tmp_path / "kit"), "calibration": str(parties / "rows.jsonl")}
+    with pytest.raises(RecipeError, match=r"texts .* which the base wrote itself .* leave out --calibration"):
+        audit_paths(options(half, parties, others, **given))
 
 
 def test_a_data_owner_s_audit(parties, others, tmp_path, capsys):

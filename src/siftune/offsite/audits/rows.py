@@ -19,6 +19,7 @@ from siftune.evaluate.likelihood import TokenRow, perplexity
 from siftune.evaluate.measure import measure
 from siftune.evaluate.prepare import Prepared, choose_metrics, prepare_rows
 from siftune.offsite.audits.settings import AuditOptions, AuditSettings
+from siftune.offsite.kit.manifest import Calibration
 
 _ACCURACIES = ("choices", "exact_match")
 
@@ -77,15 +78,15 @@ def tokenize_audit(
     return AuditRows(sets[0], sets[1], questions)
 
 
-def with_calibration(rows: AuditRows, tokenizer: PreTrainedTokenizerBase, options: AuditOptions) -> AuditRows:
-    """Add the rows that the kit was calibrated on, and others, cut as they were then; nothing if none are named.
+def with_calibration(
+    rows: AuditRows, tokenizer: PreTrainedTokenizerBase, options: AuditOptions, calibration: Calibration
+) -> AuditRows:
+    """Add the rows that the kit was calibrated on by its manifest, and others, cut as they were then.
 
     Raises:
         DataError: They cannot be read, or no others are left.
     """
-    if not options.calibration:
-        return rows
-    count, most = options.calibration_rows, options.membership_rows
+    count, most = calibration.number, options.membership_rows
     reach = count if options.calibration_others else count + most
     own = load_rows(options.calibration, "train", reach, options.columns)
     others = own[count:]
@@ -97,8 +98,7 @@ def with_calibration(rows: AuditRows, tokenizer: PreTrainedTokenizerBase, option
             "source with --calibration-others FILE"
         )
     first, second = (
-        tokenize_rows(part, tokenizer, options.calibration_length, options.template, False)
-        for part in (own[:count], others)
+        tokenize_rows(part, tokenizer, calibration.tokens, options.template, False) for part in (own[:count], others)
     )
     return replace(rows, calibrated=first, uncalibrated=second.select(not_among(second, first)))
 

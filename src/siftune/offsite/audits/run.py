@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from siftune.base.environment import hardware, versions
-from siftune.base.errors import KitError
+from siftune.base.errors import KitError, RecipeError
 from siftune.base.files import Progress
 from siftune.base.text import jsonable
 from siftune.data.read import load_rows
@@ -67,9 +67,10 @@ from siftune.offsite.exchange.load import load_kit
 from siftune.offsite.exchange.returned import read_return
 from siftune.offsite.exchange.updates import compare
 from siftune.offsite.kit.folder import read_kit
-from siftune.offsite.kit.manifest import fingerprint
+from siftune.offsite.kit.manifest import ROWS, fingerprint
 
 Scores = dict[str, RowScores]  # by condition
+_COMPARED = 64  # held-out rows on which gradients are compared, at most
 
 
 def audit(
@@ -134,7 +135,7 @@ def _untuned(job: Job) -> tuple[Scores, GradientCosine]:
     models = job.models
     scores = {FULL_ZS: job.measure(FULL_ZS, models.base), EMULATOR_ZS: job.measure(EMULATOR_ZS, models.emulator)}
     job.tell("gradients of the outer layers")
-    some = job.rows.held_out.select(range(min(job.settings.gradient_rows, len(job.rows.held_out))))
+    some = job.rows.held_out.select(range(min(_COMPARED, len(job.rows.held_out))))
     chosen = in_batches(some, job.settings.batch_size, padding(models.tokenizer))
     cosine = gradient_cosine(models.base, models.emulator, chosen, models.split)
     job.tell("gradients of the outer layers", 1)
@@ -173,6 +174,11 @@ def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audi
     """
     options.check()
     kit = read_kit(options.kit, options.public_key)
+    if options.calibration and kit.manifest.calibration.kind != ROWS:
+        raise RecipeError(
+            f"{options.kit} was calibrated on {kit.manifest.calibration}, so no rows of yours are in it: leave out "
+            "--calibration"
+        )
     returned = None if options.returned is None else read_return(options.returned, kit)
     train = load_rows(options.train, "train", options.limit, options.columns)
     held_out = load_rows(options.eval, "test", options.eval_limit, options.columns)
@@ -185,7 +191,9 @@ def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audi
     emulator, _ = load_kit(kit, options.dtype)
     models = on_accelerator(OffsiteModels(base, emulator, kit.manifest.split, tokenizer))
     settings = options.settings()
-    rows = with_calibration(tokenize_audit(train, held_out, tokenizer, settings), tokenizer, options)
+    rows = tokenize_audit(train, held_out, tokenizer, settings)
+    if options.calibration:
+        rows = with_calibration(rows, tokenizer, options, kit.manifest.calibration)
     result = audit(models, rows, settings, returned, progress)
     names = {"model": options.model, "kit": kit.digest, "train": options.train, "eval": options.eval}
     return replace(result, facts={**names, **result.facts})

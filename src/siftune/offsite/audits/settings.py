@@ -50,8 +50,6 @@ class AuditSettings(Validated):
     """Rows of either kind for that, at most."""
     shadows: CountOrZero = 0
     """Shadow models for LiRA, the stronger attack on membership; each is one more fine-tuning. 0 leaves it out."""
-    gradient_rows: Count = 64
-    """Held-out rows on which the outer layers' gradients are compared, at most."""
     eval_batch_size: Count = 16
     """Rows in a forward pass of a measurement."""
     resamples: Count = 10_000
@@ -104,11 +102,8 @@ class AuditOptions(AuditSettings):
     returned: Path | None = None
     """Return to audit in place of layers that are tuned here; train is then the rows that it was tuned on."""
     calibration: str = ""
-    """Rows that the kit was calibrated on, as for train, to test whether the kit identifies them."""
-    calibration_rows: Count = 32
-    """Number of these rows, from the first, as for emulate's rows."""
-    calibration_length: AtLeastTwo = 128
-    """Their longest row in tokens, as for emulate's max_length."""
+    """Rows that the kit was calibrated on, as for train, to test whether the kit identifies them: as many from the
+    first, and cut at as many tokens, as the kit's manifest says."""
     calibration_others: str = ""
     """Rows of the same source that the kit was not calibrated on; if not given, those that follow in calibration."""
     public_key: Path | None = None

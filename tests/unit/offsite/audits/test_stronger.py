@@ -192,7 +192,6 @@ def test_what_a_data_owner_cannot_audit():
         ("--model", {"model": ""}),
         ("calibration", {"model": "", "returned": Path("R"), "calibration": "c.jsonl"}),
         ("--calibration", {"calibration_others": "c.jsonl"}),
-        ("calibration_length", {"calibration_length": 1}),
     ],
 )
 def test_settings_out_of_range(name, changes):
