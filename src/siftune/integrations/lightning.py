@@ -59,6 +59,10 @@ class Sift(Callback):  # type: ignore[misc]
         """Name of the state in checkpoints: one for each method."""
         return f"siftune.{type(self.method).__name__}"
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget a state that was loaded for another call, as by `test`."""
+        self._resumed = None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the method, and continue from a checkpoint's state."""
         self._remove()
@@ -71,7 +75,9 @@ class Sift(Callback):  # type: ignore[misc]
         options = {name: value for name, value in arguments.items() if name in names}
         self.selection = self.method.attach(_language_model(pl_module), **options)
         if draws:
-            self.selection.draws = _training_rows(trainer, self.selection.generator)
+            self.selection.draws = RowDraws.of_loader(
+                trainer.train_dataloader, self.selection.generator, "give Sift(..., batches=...)"
+            )
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and isinstance(self.selection, SampleSelection):
             self.selection.rule.loss_scale = scaler.get_scale
@@ -131,18 +137,6 @@ def _optimizer(trainer: Trainer) -> Any:
     if len(trainer.optimizers) != 1:
         raise RecipeError(f"Sift follows the steps of one optimizer, and there are {len(trainer.optimizers)}")
     return trainer.optimizers[0]
-
-
-def _training_rows(trainer: Trainer, generator: Any) -> RowDraws:
-    loader = trainer.train_dataloader
-    if not hasattr(loader, "dataset"):
-        raise RecipeError(
-            f"the training rows are a {type(loader).__name__}, no DataLoader to draw rows from: give "
-            "Sift(..., batches=...)"
-        )
-    draws = RowDraws(loader.dataset, loader.collate_fn, generator)
-    draws.check()
-    return draws
 
 
 def _refuse_sharding(trainer: Trainer) -> None:

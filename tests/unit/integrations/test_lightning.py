@@ -38,6 +38,9 @@ class Module(lightning.LightningModule):
     def training_step(self, batch, _):
         return self.net(**batch).loss
 
+    def test_step(self, batch, _batch_index):
+        self.net(**batch)
+
     def configure_optimizers(self):
         return optimizer_of(self.net)
 
@@ -102,6 +105,15 @@ def test_a_run_goes_on_from_lightnings_checkpoint(tmp_path):
         trainer.save_checkpoint(tmp_path / "half.ckpt")
         second, _ = fit(Sift(make()), resume=tmp_path / "half.ckpt", max_steps=-1, max_epochs=2)
         assert_same(whole.net, second.net)
+
+
+def test_a_training_after_a_test_of_a_checkpoint_begins_anew(tmp_path):
+    sift = Sift(METHODS["ist"]())
+    first, trainer = fit(sift)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    trainer.test(first, loader(), ckpt_path=tmp_path / "first.ckpt", verbose=False)
+    assert_same(first.net, fit(sift)[0].net)
+    assert sift.selection.steps == 6
 
 
 def test_several_methods_and_logits_at_labels():

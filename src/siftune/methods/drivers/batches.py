@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from siftune.base.errors import DataError
+from siftune.base.errors import DataError, RecipeError
 from siftune.models.loss import moved
 
 Batch = Mapping[str, Any]
@@ -45,6 +45,21 @@ class RowDraws:
         self._iterator: Iterator[Any] | None = None
         self.taken = taken
 
+    @classmethod
+    def of_loader(cls, loader: Any, generator: torch.Generator, instead: str, rows: Any = None) -> "RowDraws":
+        """Draw from a loader's rows, or from others with its collator.
+
+        Raises:
+            RecipeError: It is no DataLoader; `instead` says what to do.
+            DataError: The rows cannot be drawn from; see `check`.
+        """
+        if not hasattr(loader, "dataset") or not hasattr(loader, "collate_fn"):
+            name = type(loader).__name__
+            raise RecipeError(f"the training rows are a {name}, no DataLoader to draw rows from: {instead}")
+        draws = cls(loader.dataset if rows is None else rows, loader.collate_fn, generator)
+        draws.check()
+        return draws
+
     def draw(self, count: int, chunk: int) -> list[Batch]:
         """Draw `count` rows, or all if there are fewer, as batches of at most `chunk` rows."""
         rows = self._pick(count) if self._indexed else self._next_rows(count)
@@ -53,17 +68,22 @@ class RowDraws:
         return [self._batch(rows[start : start + chunk]) for start in range(0, len(rows), chunk)]
 
     def check(self) -> None:
-        """Check that the collator makes a batch of rows, for a dataset indexed by row.
+        """Check that the collator makes a batch of rows, and that an iterable can be restarted.
 
         Raises:
-            DataError: It makes something else.
+            DataError: It makes something else, or the rows would be missing from training.
         """
+        if not self._indexed and iter(self._dataset) is iter(self._dataset):
+            raise DataError(
+                f"The rows are a {type(self._dataset).__name__} that can be read only once, so that rows drawn from it "
+                "would be missing from training: give a dataset whose __iter__ starts anew."
+            )
         if self._indexed and len(self._dataset):
             self._batch([self._dataset[0]])
 
     def _batch(self, rows: list[Any]) -> Batch:
         with torch.random.fork_rng(devices=[]):
-            batch = self._collate(rows)
+            batch = collated(rows, self._collate)
         if not isinstance(batch, Mapping):
             raise DataError(
                 f"The Trainer's collator makes a {type(batch).__name__} of rows, not a batch. A trainer that generates "
@@ -104,6 +124,20 @@ class UserBatches:
             raise DataError("attach(..., batches=...) yields no more batches: pass an iterable that can be restarted")
         self.taken += 1
         return [batch]
+
+
+def collated(rows: list[Any], collate: Callable[[list[Any]], Any]) -> Any:
+    """What the Trainer's collator makes of rows.
+
+    Raises:
+        DataError: The rows lack a column that it needs, such as the tokens.
+    """
+    try:
+        return collate(rows)
+    except KeyError as error:
+        raise DataError(
+            f"The Trainer's collator finds no {error} in the rows: give them as in trainer.train_dataset, tokenized."
+        ) from error
 
 
 def _forever(rows: Iterable[Any]) -> Iterator[Any]:

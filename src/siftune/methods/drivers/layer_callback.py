@@ -16,6 +16,7 @@ from siftune.methods.host.callback import (
     SelectionCallback,
     calling_trainer,
     plain_optimizer,
+    rows_of_pass,
     trainer_loss,
     while_training,
 )
@@ -35,6 +36,7 @@ class LayerCallback(SelectionCallback[LayerSelection]):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.on_select: Callable[[LayerChoice], None] | None = None
+        self._step: int | None = None
 
     def _figures(self) -> dict[str, float]:
         figures, importance = super()._figures(), self.importance
@@ -106,7 +108,7 @@ class LayerCallback(SelectionCallback[LayerSelection]):
             seed=self.seed,
             loss=trainer_loss(self),
             layers=self.layers,
-            chunk=args.per_device_train_batch_size,
+            chunk=rows_of_pass(args, state),
             alive=while_training(trainer),
         )
         selection.optimizer = plain_optimizer(kwargs.get("optimizer"))
@@ -114,11 +116,9 @@ class LayerCallback(SelectionCallback[LayerSelection]):
             forget = selection.policy.drops_state
             selection.on_remove(deepspeed.skip(selection.optimizer, lambda: selection.idle, forget))
         loader = kwargs.get("train_dataloader")
-        if loader is not None:
-            draws = RowDraws(loader.dataset, loader.collate_fn, selection.generator)
-            if selection.policy.needs_rows:
-                draws.check()
-            selection.draws = draws
+        if loader is not None and selection.policy.needs_rows:
+            selection.draws = RowDraws.of_loader(loader, selection.generator, "use RST, which needs none")
+        self._step = None
         self._resume(state)
 
     def on_step_begin(
@@ -126,6 +126,9 @@ class LayerCallback(SelectionCallback[LayerSelection]):
     ) -> None:
         """Choose the layers of this optimizer step."""
         selection = self._begun
+        if self._step == state.global_step:  # a stream ended in mid-step, which the Trainer continues as if it began
+            return
+        self._step = state.global_step
         selection.steps = state.global_step
         choice = selection.begin()
         self._means.note({"layers": len(choice.layers)})

@@ -24,6 +24,7 @@ from siftune.methods.host.callback import (
     calling_trainer,
     plain_optimizer,
     resumed_from,
+    rows_of_pass,
     trainer_loss,
     while_training,
 )
@@ -125,7 +126,8 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         """Find the layers, set the tape, and continue from a checkpoint's state."""
         self._clear()
         refuse_wrappers(args, kwargs["model"])
-        samples = args.per_device_train_batch_size
+        self._waiting = []
+        samples = rows_of_pass(args, state)
         if selects_all(self, samples):
             logger.warning(
                 "%s(select=%s) follows every row of a forward pass of %s, so that nothing is selected: raise "
@@ -155,9 +157,9 @@ class SampleCallback(SelectionCallback[SampleSelection]):
             selection.rule.until = round(self.select_until * state.max_steps)
         selection.numbers = self._numbers = None if trainer is None else row_numbers(trainer)
         if self.support_source is not None:
-            draws = RowDraws(self._support_rows(loader), collate, selection.generator)  # type: ignore[arg-type]
-            draws.check()
-            selection.draws = draws
+            rows = None if self.support_source == "sample" else self._user_rows()
+            instead = 'use GAST with support="rest", which needs none'
+            selection.draws = RowDraws.of_loader(loader, selection.generator, instead, rows)
         if self._resume(state) and not selection.rule.follows_all(state.global_step):  # else the mean is not needed
             self._load_mean(selection)
 
@@ -235,9 +237,6 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         self._settle()
         return super()._figures()
 
-    def _support_rows(self, loader: Any) -> Any:
-        return loader.dataset if self.support_source == "sample" else self._user_rows()
-
     def _user_rows(self) -> Any:
         if self.support_set is None:
             name = type(self).__name__
@@ -274,6 +273,8 @@ def _refuse_packing(args: TrainingArguments, collate: Any) -> None:
 
 def _are_pairs(trainer: Trainer | None, collate: Any) -> bool:
     """Whether the batches hold chosen rows first and rejected rows second, as TRL's paired preference trainers do."""
+    if {"DPOTrainer", "RewardTrainer"} & {kind.__name__ for kind in type(trainer).__mro__}:
+        return True  # whatever collator the user gave it
     collators = (collate, getattr(trainer, "data_collator", None))
     names = [kind.__name__ for c in collators if c is not None for kind in type(c).__mro__]
     triple = next((name for name in names if "TriplePreference" in name), None)

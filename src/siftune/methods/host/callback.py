@@ -144,6 +144,7 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
     def _clear(self) -> None:
         """Remove the hooks that an interrupted training left, before this callback and those after it set new ones."""
         self.remove()
+        self._means = Means()
         trainer = calling_trainer(self)
         callbacks = [] if trainer is None else trainer.callback_handler.callbacks
         for other in callbacks[callbacks.index(self) + 1 :] if callbacks else []:
@@ -181,6 +182,11 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
             raise _unreadable(type(self).__name__, error) from error
         return True
+
+
+def rows_of_pass(args: TrainingArguments, state: TrainerState) -> int:
+    """Rows in a forward pass of a rank; fewer than in `args` once `auto_find_batch_size` has halved them."""
+    return state.train_batch_size or int(args.per_device_train_batch_size)
 
 
 def plain_optimizer(optimizer: Any) -> Any:
@@ -253,8 +259,10 @@ def trainer_loss(callback: TrainerCallback) -> Loss:
         with _metrics_unchanged(trainer), trainer.compute_loss_context_manager():
             inputs = trainer._prepare_inputs(moved(batch, trainer.args.device))
             items = {}
-            if trainer.compute_loss_func is not None:  # the Trainer always passes the number to such a function
-                count = int((batch["labels"] != IGNORED).sum())  # rows are drawn on the CPU: no device waits
+            counts = trainer.compute_loss_func is not None or trainer.model_accepts_loss_kwargs
+            if counts and "labels" in batch:  # in these cases the Trainer passes the number of labels
+                labels = batch["labels"][..., 1:] if getattr(trainer, "_loss_shifts_labels", False) else batch["labels"]
+                count = int((labels != IGNORED).sum())  # rows are drawn on the CPU: no device waits
                 ranks = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
                 items["num_items_in_batch"] = count * ranks  # the Trainer multiplies the loss by the ranks
             value: Tensor = trainer.compute_loss(model, inputs, **items)

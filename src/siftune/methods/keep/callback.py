@@ -35,6 +35,7 @@ from siftune.engine.ranks import from_first, rank, world_size
 from siftune.engine.sharding import is_sharded
 from siftune.engine.suppression import adapted_modules, refuse_taken_apart, suppress
 from siftune.engine.tape import unrecorded
+from siftune.methods.drivers.batches import collated
 from siftune.methods.host import deepspeed
 from siftune.methods.host.callback import LogLines, calling_trainer, loss_scale, saved_state
 from siftune.methods.host.spread import refuse_wrappers
@@ -95,6 +96,7 @@ class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._own: list[TokenRow] | None = None
         self._resumed: Mapping[str, Any] | None = None
         self._noted: list[Tensor] = []
+        self._step: int | None = None
         self._lines = LogLines("keep", self._figures)
 
     def _figures(self) -> dict[str, float]:
@@ -118,6 +120,7 @@ class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
     ) -> None:
         """Write the texts, or read them from a checkpoint's state."""
         self.remove()
+        self._noted, self._step = [], None
         model, trainer = kwargs["model"], calling_trainer(self)
         refuse_wrappers(args, model)
         if deepspeed.is_used(trainer):
@@ -146,8 +149,9 @@ class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
     ) -> None:
         """Add the penalty's gradient to that of the step, which is empty."""
         assert self._penalty is not None
-        if state.global_step % self.every:
+        if state.global_step % self.every or self._step == state.global_step:  # a stream may end in mid-step
             return
+        self._step = state.global_step
         trainer = calling_trainer(self)
         context = nullcontext() if trainer is None else trainer.compute_loss_context_manager()
         factor = self.weight * self.every * loss_scale(trainer)
@@ -297,7 +301,7 @@ def _groups(rows: Any, size: int, collate: Any) -> Sequence[Mapping[str, Tensor]
     whole = max(size, len(rows) - len(rows) % size)
     batches = []
     for start in range(0, min(whole, len(rows)), size):
-        batch = collate(rows[start : start + size])
+        batch = collated(rows[start : start + size], collate)
         if not all(isinstance(batch.get(name), Tensor) and batch[name].ndim == 2 for name in _TENSORS):
             raise DataError(
                 f"the Trainer's collator makes no {', '.join(_TENSORS)} of (rows, tokens) from the rows of Keep: give "

@@ -31,6 +31,7 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from siftune import GAST, IST
 from siftune.base.errors import DataError, RecipeError, UnsupportedError
@@ -371,6 +372,15 @@ def test_pairs_are_known_by_the_collator(tmp_path, name, samples):
     sift = GAST(1, "rest", keep=True)
     train(tmp_path, sift, max_steps=1, collator=collator_called(name))
     assert {choice.scores.shape for choice in sift.history} == {(4, samples)}
+
+
+def test_pairs_of_dpo_are_known_by_the_trainer(tmp_path):
+    inner, method = DataCollatorForPreference(pad_token_id=0), GAST(2, "rest", keep=True)
+    DPOTrainer(
+        adapted(vocab_size=300), args=trl_arguments(tmp_path, DPOConfig, max_steps=1), train_dataset=preferences(4),
+        data_collator=lambda rows: inner(rows), processing_class=byte_tokenizer(), callbacks=[method],
+    ).train()  # fmt: skip
+    assert method.history[0].scores.shape == (4, 4)
 
 
 def test_triples_are_refused(tmp_path):
