@@ -38,8 +38,7 @@ class Module(lightning.LightningModule):
     def training_step(self, batch, _):
         return self.net(**batch).loss
 
-    def test_step(self, batch, _batch_index):
-        self.net(**batch)
+    test_step = training_step
 
     def configure_optimizers(self):
         return optimizer_of(self.net)
