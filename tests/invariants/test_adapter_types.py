@@ -67,7 +67,6 @@ def step(stack, model, method, inputs):
 EXPERTS: dict[str, Any] = {"family": "mixtral", "targets": ["q_proj", "experts"]}
 STEPS = [
     ("lora", "ist+gast", {}),
-    ("lora", "rst", {"init": "pissa"}),
     ("lora", "ist", EXPERTS),
     ("lora", "gast", {"family": "4 bits"}),
     ("lora", "ist+gast", {"family": "8 bits"}),
@@ -117,7 +116,6 @@ def test_a_steps_gradients_are_those_of_the_chosen_rows_and_layers(kind, method,
     ("kind", "method", "settings", "error", "word"),
     [
         ("lora", "gast", EXPERTS, UnsupportedError, "experts"),
-        ("lora", "ist", {"init": "pissa"}, AdapterError, "pissa"),
         ("full", "gast", {"family": "mixtral"}, UnsupportedError, "experts"),
         ("full", "gast", {"family": "4 bits"}, AdapterError, "cannot train"),
         ("dora", "gast", {"family": "8 bits"}, AdapterError, "dora"),

@@ -24,7 +24,7 @@ class Options(Validated):
     base: str | None = None
     """Base model: a folder, hub id or smollm2; the one that the adapter was trained on if not given."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of the merged weights; auto keeps that of the base."""
+    """Data type of the merged weights; auto: the checkpoint's, or float32 on a processor that lacks it."""
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -47,6 +47,9 @@ def run(options: Options) -> dict[str, Any]:
     out = Path(options.out or Path(options.run) / "merged").expanduser()
     with new_folder(out) as partial:
         model, tokenizer = load_subject(subject, options.dtype, exact=True)
+        _refuse_unmergeable(model, subject)
+        if (template := subject.adapter / "chat_template.jinja").is_file():  # of training, not of the base
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
         try:
             # layers that were tuned themselves are in place already
             merged = model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
@@ -58,6 +61,25 @@ def run(options: Options) -> dict[str, Any]:
         _write_papers(subject, tokenizer, partial, out)
     logging.getLogger("siftune").info("merged model in %s", out)
     return {"model": out, "adapter": subject.adapter}
+
+
+def _refuse_unmergeable(model: Any, subject: "Subject") -> None:
+    """Refuse a quantized base, and adapters on a matrix that the embeddings and the head share."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(inner, "is_quantized", False):
+        raise ModelError(
+            f"{subject.base} is quantized, so that nothing can be merged into it: name the model that it was made from "
+            "with --base"
+        )
+    ends = [part for part in (inner.get_input_embeddings(), inner.get_output_embeddings()) if part is not None]
+    plain = [part.get_base_layer() if isinstance(part, BaseTunerLayer) else part for part in ends]
+    if plain != ends and len({id(getattr(part, "weight", part)) for part in plain}) < len(plain):
+        raise AdapterError(
+            f"the adapter in {subject.adapter} is on the embeddings or the head, which share a matrix in this model, "
+            "so that no merged model does the same: use it beside its base"
+        )
 
 
 def _write_papers(subject: "Subject", tokenizer: Any, folder: Path, out: Path) -> None:

@@ -124,8 +124,8 @@ def _row_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
 
 def _start_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
     """What does not go with how the base and the adapter begin."""
-    full, takes_apart = recipe.adapter == "full", recipe.init in ("pissa", "olora")
-    for name in ("quantize", "init", "from_adapter", "rank", "alpha", "dropout", "targets"):
+    full = recipe.adapter == "full"
+    for name in ("quantize", "from_adapter", "rank", "alpha", "dropout", "targets"):
         yield (
             full and getattr(recipe, name) != getattr(Recipe, name),
             f"{name} is for adapters, and adapter full has none: leave {name} out, or take --adapter lora",
@@ -133,25 +133,12 @@ def _start_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
     if not full:
         yield from ((True, sentence) for sentence in not_taken(recipe.adapter, recipe))
     yield (
-        takes_apart and recipe.quantize is not None,
-        f"init {recipe.init} takes the base's weights apart, which quantize has rounded: leave one of them out",
-    )
-    yield (
-        takes_apart and recipe.adapter != "lora",
-        f"init {recipe.init} goes with adapter lora, not {recipe.adapter}: leave init out, or take --adapter lora",
-    )
-    yield (
-        takes_apart and any(part.suppresses for part in method_of(recipe).parts),
-        f"method {recipe.method} damps or measures what adapters add to the base, but with init {recipe.init} they "
-        "begin as a part of it: leave init out, or take another method",
-    )
-    yield (
         recipe.sharding == "fsdp" and recipe.quantize is not None,
         "sharding fsdp cannot divide weights that quantize has rounded: leave one of them out",
     )
-    for name, default in (("init", "default"), ("layers", None), ("targets", None)):
+    for name in ("layers", "targets"):
         yield (
-            recipe.from_adapter is not None and getattr(recipe, name) != default,
+            recipe.from_adapter is not None and getattr(recipe, name) is not None,
             f"{name} is the adapter's that from_adapter names: leave {name} out",
         )
 
@@ -202,7 +189,6 @@ def _keep_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
         return
     reasons = {
         "dp_epsilon": (recipe.dp_epsilon is not None, "no noise covers the penalty's gradient"),
-        "init": (recipe.init in ("pissa", "olora"), f"with {recipe.init} the adapter begins as a part of the base"),
         "sharding": (recipe.keep == OWN and recipe.sharding != "none", "a sharded base cannot write texts"),
         "from_adapter": (recipe.from_adapter is not None, "the penalty would undo what that adapter has learned"),
     }

@@ -119,10 +119,8 @@ class Recipe(Validated):
     parallel."""
     dropout: BelowOne = 0.0
     """Dropout on the input of the adapter."""
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
-    """Initial values of the adapter, as in PEFT; pissa and olora start with a part of the base weights."""
     from_adapter: str | None = None
-    """Run, or folder of an adapter, to continue training from, with its rank, alpha and modules."""
+    """Run, or folder of an adapter, to continue training from, with its rank, alpha, dropout and modules."""
     targets: tuple[str, ...] | None = None
     """Names of the modules to adapt, such as q_proj v_proj; with series and parallel attention, mlp or both. Default:
     found in the model; both for series, mlp for parallel."""

@@ -45,6 +45,7 @@ from siftune.models.adapters.attach import attach_adapter, load_adapter, refuse_
 from siftune.models.adapters.full import OpenLayers
 from siftune.models.layers import find_layers
 from siftune.models.load import use_attention
+from siftune.models.quantised import refuse_on_quantised
 from siftune.recipe.read import anchored
 from siftune.recipe.schema import (
     Recipe,
@@ -55,7 +56,7 @@ from siftune.recipe.schema import (
     shape_of,
     target_comes_last,
 )
-from siftune.train.folder.weights import adapter_folder, keep_initial
+from siftune.train.folder.weights import adapter_folder
 from siftune.train.guards.non_finite import BAD_STEPS
 from siftune.train.trainer import LayerTrainer, SiftTrainer
 
@@ -192,13 +193,11 @@ def _with_adapter(recipe: Recipe, model: nn.Module, output_dir: Path) -> PeftMod
     """Attach a new adapter, or that of `from_adapter`."""
     if recipe.from_adapter is not None:
         refuse_adapters(model)
+        refuse_on_quantised(model, recipe.adapter)
         return load_adapter(model, adapter_folder(recipe.from_adapter), recipe.model, exact=True, trainable=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # between PEFT and transformers
-        tuned = attach_adapter(model, recipe.adapter, **vars(shape_of(recipe)))
-    if recipe.init in ("pissa", "olora"):
-        keep_initial(tuned, output_dir)
-    return tuned
+        return attach_adapter(model, recipe.adapter, **vars(shape_of(recipe)))
 
 
 def training_arguments(recipe: Recipe, output_dir: Path, fp16: bool) -> TrainingArguments:

@@ -123,7 +123,9 @@ def dry_run(recipe: Recipe, console: Console, source_of: Callable[[str], Source]
     if recipe.resume:
         raise RecipeError("a dry run is of a complete run: leave resume out")
     source = source_of(recipe.model)
-    recipe = source.settle(resolve_recipe(adopted(recipe)))
+    recipe = adopted(recipe)
+    check(recipe)  # also for the type of an adapter that was trained before
+    recipe = source.settle(resolve_recipe(recipe))
     read = read_rows(recipe)
     model, tokenizer = source.load(recipe.dtype, recipe.quantize)
     with stages(console) as progress:

@@ -20,7 +20,7 @@ from siftune.recipe.schema import Recipe
 from siftune.train.folder.card import card_with_usage, model_card
 from siftune.train.folder.checkpoints import step_of, whole_checkpoints
 from siftune.train.folder.run import RunFolder
-from siftune.train.folder.weights import save_adapter
+from siftune.train.folder.weights import write_adapter
 from siftune.train.guards.non_finite import SKIPPED, skipped_steps
 from siftune.train.prepare import Source
 from siftune.train.trainer import LayerTrainer, SiftTrainer
@@ -136,6 +136,6 @@ class Results:
         if isinstance(self.trainer, LayerTrainer):
             self.trainer.save_layers(path)
         else:
-            save_adapter(self.trainer.model, path, self.folder.checkpoints)
+            write_adapter(self.trainer.model, path)
         save_tokenizer(self.trainer.processing_class, path)
         (path / "README.md").write_text(card, encoding="utf-8")

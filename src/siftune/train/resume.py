@@ -154,8 +154,9 @@ def _check_adapter(checkpoint: Path, config: Any) -> None:
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
     adapter_type = ADAPTER_TYPES[str(adapter_type_of(vars(config)))]
-    options = {key: name for name, key in adapter_type.keys.items() if name not in ("dropout", "init")}
-    names = {**dict.fromkeys(adapter_type.marks, "adapter"), **options, "target_modules": "targets and layers"}
+    options = {key: name for name, key in adapter_type.keys.items() if name != "dropout"}
+    modules = dict.fromkeys(("target_modules", "target_parameters") & vars(config).keys(), "targets and layers")
+    names = {**dict.fromkeys(adapter_type.marks, "adapter"), **options, **modules}
     for key, name in names.items():
         both = saved.get(key), getattr(config, key)
         before, now = (sorted(value) if isinstance(value, list | tuple | set) else value for value in both)

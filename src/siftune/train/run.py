@@ -87,7 +87,9 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
     refuse_launched()
     refuse_ranks(recipe)
     joined = join_launch()
-    recipe = from_first(lambda: resolve_recipe(adopted(recipe)))
+    recipe = from_first(lambda: adopted(recipe))
+    check(recipe)  # also for the type of an adapter that was trained before
+    recipe = from_first(lambda: resolve_recipe(recipe))
     folder = from_first(lambda: RunFolder(str(recipe.out)))
     first = rank() == 0
     console = console if first else Console(quiet=True)

@@ -5,25 +5,28 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
 from safetensors.torch import load_file, save_file
-from support.tiny_run import recipe
+from support.rounded import SIZES
+from support.tiny import tiny
+from support.tiny_run import recipe, save_rows
+from support.tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.cli.main import main
+from siftune.models.load import load_model
 from siftune.train.run import train
 
+QUIET = Console(quiet=True)
 IDS = torch.tensor([[5, 80, 91, 17, 200, 44]])
 
 
 @pytest.fixture(scope="module", params=["lora", "rslora", "dora"])
 def finished(request, base, tmp_path_factory):
     """A run's folder, and the logits of its model."""
-    from rich.console import Console
-    from support.tiny_run import save_rows
-
     place = tmp_path_factory.mktemp("finished")
     settings = {"adapter": request.param, "method": "dense", "lr": 0.05}
-    done = train(recipe(base, save_rows(place / "rows.jsonl"), place / "run", **settings), Console(quiet=True))
+    done = train(recipe(base, save_rows(place / "rows.jsonl"), place / "run", **settings), QUIET)
     with torch.no_grad():
         return done.folder.path, done.model.eval()(IDS).logits
 
@@ -66,10 +69,8 @@ def test_the_merged_model_gives_the_logits_of_the_tuned_one(finished, base, tmp_
 
 @pytest.mark.parametrize("place", ["run", "run/adapter"])
 def test_layers_that_were_tuned_themselves(base, rows, tmp_path, capsys, place):
-    from rich.console import Console
-
     settings = {"adapter": "full", "layers": (0, -1), "method": "dense", "steps": 2, "lr": 0.05}
-    done = train(recipe(base, rows, tmp_path / "run", **settings), Console(quiet=True))
+    done = train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
     assert main(["export", str(tmp_path / place), "--out", str(tmp_path / "merged"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "model": f"{tmp_path}/merged", "adapter": f"{tmp_path}/run/adapter",
@@ -85,11 +86,51 @@ def test_layers_that_were_tuned_themselves(base, rows, tmp_path, capsys, place):
     assert torch.equal(weights[name], done.model.state_dict()[name].bfloat16())
 
 
+def test_the_chat_template_of_the_training_is_exported(base, rows, tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}[/]{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    train(recipe(base, rows, tmp_path / "run", template=template, max_length=128), QUIET)
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+    asked = [{"role": "user", "content": "Hi"}]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert text == "[user]Hi[/][assistant]"
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_on_a_matrix_that_two_modules_share_is_refused(rows, tmp_path, capsys, target, tied):
+    tokenizer = byte_tokenizer()
+    tiny("llama", 2, vocab_size=len(tokenizer), tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    settings = {"method": "dense", "targets": (target, "q_proj"), "lr": 0.05}
+    done = train(recipe(tmp_path / "base", rows, tmp_path / "run", **settings), QUIET)
+    if tied:
+        assert "share a matrix in this model" in error_of(capsys, tmp_path / "run")
+        assert not (tmp_path / "run" / "merged").exists()
+        return
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+    with torch.no_grad():
+        torch.testing.assert_close(logits(tmp_path / "merged"), done.model.eval()(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_quantized_base_is_refused(rows, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    tokenizer = byte_tokenizer()
+    tiny("llama", 2, vocab_size=len(tokenizer), **SIZES).save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    load_model(str(tmp_path / "plain"), quantize="8bit")[0].save_pretrained(tmp_path / "rounded")
+    tokenizer.save_pretrained(tmp_path / "rounded")
+    train(recipe(tmp_path / "rounded", rows, tmp_path / "run", method="dense", steps=1), QUIET)
+    assert "is quantized, so that nothing can be merged" in error_of(capsys, tmp_path / "run")
+
+
 @pytest.fixture
 def run(base, rows, tmp_path):
-    from rich.console import Console
-
-    return train(recipe(base, rows, tmp_path / "run", steps=2), Console(quiet=True)).folder
+    return train(recipe(base, rows, tmp_path / "run", steps=2), QUIET).folder
 
 
 def test_places(run, tmp_path, capsys):

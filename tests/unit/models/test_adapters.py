@@ -151,6 +151,11 @@ def test_scale_of_the_response(kind, settings, scale):
     assert {m.scaling["default"] for m in tuners} == {scale}
 
 
+def test_norms_do_not_train_in_half_precision():
+    with pytest.raises(AdapterError, match=r"norms would train in torch\.bfloat16.*--dtype float32"):
+        attach_adapter(tiny("llama").to(torch.bfloat16), "ln")
+
+
 def test_settings_reach_peft_and_the_saved_adapter(tmp_path):
     model = attach_adapter(tiny("gpt2").to(torch.bfloat16), "dora", rank=3, dropout=0.25, targets=["attn.c_attn"])
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}

@@ -159,11 +159,6 @@ def test_sublayers_are_where_they_are_by_hand(family):
     ("family", "settings", "words"),
     [
         ("llama", {"targets": ["q_proj"]}, "targets names q_proj, but bottlenecks belong on attention and mlp"),
-        (
-            "llama",
-            {"init": "pissa"},
-            r"init is pissa, which an adapter series does not have: .* \(lora, rslora, dora\)",
-        ),
         ("llama", {"rank": 0}, "rank must be ≥ 1"),
         ("mamba", {"targets": ["mlp"]}, "MambaForCausalLM have no mlp that is known by its name"),
     ],

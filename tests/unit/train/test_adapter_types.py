@@ -114,7 +114,6 @@ def test_the_code_on_the_card_runs(finished, base, kind, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"adapter": "series", "init": "pissa", "method": "dense"}, "goes with adapter lora, not series|does not have"),
         ({"adapter": "ln"}, "rank is 2, which an adapter ln does not have"),
     ],
 )

@@ -1,8 +1,6 @@
 """How an adapter begins: what is saved fits the base as it is, and a run continues with a trained adapter."""
 
 import importlib.util
-import json
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -33,46 +31,6 @@ def logits(model):
 
 def base_logits(base):
     return logits(AutoModelForCausalLM.from_pretrained(base))
-
-
-def test_pissa_is_saved_as_an_ordinary_lora(base, rows, tmp_path):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".* changes the base weights")  # advice that has been followed
-        done = train(recipe(base, rows, tmp_path / "run", method="dense", init="pissa"), QUIET)
-    config = json.loads((done.folder.adapter / "adapter_config.json").read_text())
-    assert (config["init_lora_weights"], config["r"]) == (True, 4)
-    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), done.folder.adapter)
-    torch.testing.assert_close(logits(again), logits(done.model), rtol=1e-4, atol=1e-4)
-    assert float((logits(again) - base_logits(base)).abs().max()) > 1e-2
-
-
-@pytest.mark.parametrize("init", ["olora", "orthogonal"])
-def test_a_run_begins_where_its_base_is(base, rows, tmp_path, init):
-    """The first loss is the base's: whatever is taken off the base is in the adapter."""
-    found = [
-        train(recipe(base, rows, tmp_path / one, method="dense", init=one, steps=1), QUIET) for one in ("default", init)
-    ]
-    plain, other = (run.summary["loss_first"] for run in found)
-    assert other == pytest.approx(plain, rel=1e-5)
-    a, b = (next(v for n, v in weights(run.model).items() if "lora_A" in n) for run in found)
-    assert not torch.allclose(a, b, atol=1e-2)
-
-
-def test_a_run_that_took_the_base_apart_goes_on_bit_for_bit(base, rows, tmp_path):
-    given = {"method": "gast", "init": "pissa", "save_every": 3}
-    whole = train(recipe(base, rows, tmp_path / "whole", **given), QUIET)
-    train(recipe(base, rows, tmp_path / "cut", **given | {"steps": 3}), QUIET)
-    end = train(
-        recipe(base, rows, tmp_path / "again", **given, resume=str(tmp_path / "whole/checkpoints/checkpoint-3")), QUIET
-    )
-    ours, theirs = weights(end.model), weights(whole.model)
-    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
-
-
-def test_other_first_values_are_refused_on_resuming(base, rows, tmp_path):
-    train(recipe(base, rows, tmp_path / "run", method="dense", init="pissa", steps=2, save_every=2), QUIET)
-    with pytest.raises(RecipeError, match="a run with init pissa, this recipe has default"):
-        train(recipe(base, rows, tmp_path / "run", method="dense", steps=4, resume=True), QUIET)
 
 
 # an adapter that was trained before
@@ -115,6 +73,43 @@ def test_an_adapter_of_another_form_is_refused_by_name(base, rows, tmp_path, set
     first = train(recipe(base, rows, tmp_path / "first", method="dense", steps=1), QUIET)
     with pytest.raises(RecipeError, match=words):
         train(recipe(base, rows, tmp_path / "run", from_adapter=str(first.folder.path), **settings), QUIET)
+
+
+def test_an_earlier_adapter_has_its_own_dropout_and_limits(base, rows, tmp_path):
+    given = {"method": "dense", "adapter": "dora", "dropout": 0.25, "alpha": 6, "steps": 1}
+    first = train(recipe(base, rows, tmp_path / "first", **given), QUIET)
+    path = first.folder.adapter / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 6,', '"lora_alpha": 6.0,'))  # as other tools write it
+    again = {"method": "dense", "rank": None, "from_adapter": str(first.folder.path), "steps": 1}
+    second = train(recipe(base, rows, tmp_path / "second", **again), QUIET)
+    kept = load_recipe(second.folder.path / "recipe.yaml")
+    assert (kept.dropout, kept.alpha) == (0.25, 6)
+    for refused, words in (
+        ({"dropout": 0.5}, "dropout is 0.5, but .* has 0.25"),
+        ({"compile": True}, "compile goes with"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            train(recipe(base, rows, tmp_path / "third", **again, **refused), QUIET)
+
+
+def test_an_earlier_adapter_that_a_quantised_base_cannot_have_is_refused(base, rows, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    first = train(recipe(base, rows, tmp_path / "first", method="dense", adapter="dora", steps=1), QUIET)
+    given = {"method": "dense", "rank": None, "from_adapter": str(first.folder.path), "quantize": "8bit"}
+    with pytest.raises(AdapterError, match="dora"):
+        train(recipe(base, rows, tmp_path / "second", **given), QUIET)
+
+
+def test_a_run_on_experts_is_not_resumed_without_them(rows, tmp_path):
+    place, tokenizer = tmp_path / "mixtral", byte_tokenizer()
+    tiny("mixtral", 2, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    given = {"method": "dense", "steps": 2, "save_every": 2}
+    first = train(recipe(place, rows, tmp_path / "run", targets=("q_proj", "experts"), **given), QUIET)
+    trained = (first.folder.adapter / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(RecipeError, match=r"target_parameters = .*set targets and layers as that run did"):
+        train(recipe(place, rows, tmp_path / "run", targets=("q_proj",), resume=True, **given | {"steps": 4}), QUIET)
+    assert (first.folder.adapter / "adapter_model.safetensors").read_bytes() == trained
 
 
 def test_what_is_no_adapter_is_refused(base, rows, tmp_path):
@@ -185,20 +180,13 @@ def test_without_bitsandbytes_there_is_a_sentence(base, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"adapter": "full", "init": "pissa", "method": "dense", "layers": (0,)}, "init is for adapters"),
         ({"adapter": "full", "quantize": "4bit", "layers": (0,)}, "quantize is for adapters"),
         ({"adapter": "full", "rank": 8, "layers": (0,)}, "rank is for adapters, and adapter full has none"),
         ({"adapter": "full", "alpha": 8, "layers": (0,)}, "alpha is for adapters"),
         ({"adapter": "full", "dropout": 0.1, "layers": (0,)}, "dropout is for adapters"),
         ({"adapter": "full", "targets": ("q_proj",), "layers": (0,)}, "targets is for adapters"),
         ({"adapter": "full", "from_adapter": "a", "layers": (0,)}, "from_adapter is for adapters"),
-        ({"init": "pissa", "quantize": "8bit", "method": "dense"}, "which quantize has rounded"),
-        ({"init": "olora", "adapter": "dora", "method": "dense"}, "goes with adapter lora, not dora"),
-        ({"init": "pissa", "method": "ist"}, "method ist damps or measures what adapters add"),
-        ({"init": "olora", "method": "ist"}, "method ist damps or measures what adapters add"),
-        ({"from_adapter": "a", "init": "gaussian"}, "init is the adapter's"),
         ({"from_adapter": "a", "layers": (0,)}, "layers is the adapter's"),
-        ({"init": "eva"}, "init is 'eva'"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(tmp_path, rows, settings, words):

@@ -66,7 +66,6 @@ def test_resumed_run_is_the_complete_one(base, rows, tmp_path):
     "settings",
     [
         {"keep": "own", "dp_epsilon": 8.0, "dp_delta": 1e-5},
-        {"keep": "own", "init": "pissa"},
         {"keep": "own", "from_adapter": "run"},
         {"keep_weight": 2.0},
     ],

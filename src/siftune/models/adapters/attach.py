@@ -26,7 +26,6 @@ def attach_adapter(
     dropout: float = 0.0,
     targets: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
-    init: str = "default",
 ) -> PeftModel:
     """Attach an adapter to a causal language model, in place.
 
@@ -43,7 +42,6 @@ def attach_adapter(
         targets: Names, or ends of dotted names, of the modules to adapt; of bottlenecks "attention" and "mlp". None:
             `targets.layer_linears`, the linear modules of the decoder layers without experts and routers of a mixture.
         layers: Numbers of the decoder layers that get adapters, from 0, negative ones from the end. None: all.
-        init: Initial values: "default", PEFT's own, or another value of its `init_lora_weights`, such as "pissa".
 
     Raises:
         AdapterError: A setting is out of range or not for this type, the model has adapters already, or a target names
@@ -56,7 +54,7 @@ def attach_adapter(
         >>> sum(p.numel() for p in tuned.parameters() if p.requires_grad)
         3584
     """
-    shape = filled_in(kind, Shape(rank, alpha, dropout, init, targets, layers))
+    shape = filled_in(kind, Shape(rank, alpha, dropout, targets, layers))
     if (shape.rank is not None and shape.rank < 1) or not 0 <= dropout < 1:
         raise AdapterError(f"rank must be ≥ 1 and dropout in [0, 1); found rank={shape.rank}, dropout={dropout}")
     refuse_adapters(model)

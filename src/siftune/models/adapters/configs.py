@@ -9,7 +9,6 @@ a family has one module for queries, keys and values, its complete output is sca
 LN-tuning (Zhao et al., 2312.11420): copies of the norms' weights and biases train.
 """
 
-import logging
 from dataclasses import replace
 
 import torch
@@ -20,8 +19,6 @@ from siftune.base.errors import AdapterError
 from siftune.models.adapters.registry import Shape
 from siftune.models.adapters.targets import EXPERTS, chosen_linears, expert_weights, short_names, transposed
 from siftune.models.layers import find_layers, find_sublayers, inside
-
-logger = logging.getLogger(__name__)
 
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
 
@@ -43,7 +40,6 @@ def lora(model: nn.Module, shape: Shape, **flags: bool) -> LoraConfig:
         lora_dropout=shape.dropout,
         target_modules=short_names(model, chosen),
         target_parameters=experts or None,
-        init_lora_weights=True if shape.init == "default" else shape.init,
         fan_in_fan_out=transposed(chosen),
         **flags,
     )
@@ -87,7 +83,7 @@ def ln(model: nn.Module, shape: Shape) -> LNTuningConfig:
     """Config of LN-tuning on all norms of the decoder layers that have weights, or on the targets.
 
     Raises:
-        AdapterError: There is no norm, or none of that name.
+        AdapterError: There is no norm, or none of that name, or they are in half precision.
     """
     path = find_layers(model).path
     norms = {
@@ -108,5 +104,8 @@ def ln(model: nn.Module, shape: Shape) -> LNTuningConfig:
     chosen = inside(model, chosen, shape.layers)
     half = {p.dtype for module in chosen.values() for p in module.parameters()} - {torch.float32, torch.float64}
     if half:
-        logger.warning("norms train in %s, in which small updates are lost: load the model in float32", *half)
+        raise AdapterError(
+            f"norms would train in {half.pop()}, in which small updates are lost: load the model in float32 (siftune "
+            "train --dtype float32)"
+        )
     return LNTuningConfig(task_type="CAUSAL_LM", target_modules=short_names(model, chosen))

@@ -20,7 +20,6 @@ class Shape:
     # numerator of the response's scale, alpha/rank for most types; None: the type's default
     alpha: int | None = None
     dropout: float = 0.0  # probability of zeroing an input, in [0, 1)
-    init: str = "default"  # initial values: "default", or another value of PEFT's `init_lora_weights`
     # names of the modules to adapt; of bottlenecks "attention" and "mlp". None: the type's default
     targets: Sequence[str] | None = None
     layers: Sequence[int] | None = None  # numbers of the decoder layers that get adapters; None: all
@@ -44,7 +43,7 @@ class AdapterType:
         return resolve_name(self.config)(model, shape)
 
 
-_LORA = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "init": "init_lora_weights"}
+_LORA = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
 _BOTTLENECK = {"rank": "r", "alpha": "alpha", "dropout": "dropout"}
 _NON_LINEAR = "a non-linearity is between its two matrices, so that no weight does the same; use it beside its base"
 

@@ -93,13 +93,11 @@ class KitSource:
                 f"adapter {recipe.adapter} cannot go back in a return, which changes weights of the kit "
                 f"{self.kit.path}: take --adapter lora, or full"
             )
-        changes = {"quantize": recipe.quantize, "init": recipe.init if recipe.init in ("pissa", "olora") else None}
-        for name, value in changes.items():
-            if value is not None:
-                raise RecipeError(
-                    f"{name} {value} changes weights of the kit {self.kit.path}, but a return is put on these as they "
-                    f"are: leave {name} out"
-                )
+        if recipe.quantize is not None:
+            raise RecipeError(
+                f"quantize {recipe.quantize} changes weights of the kit {self.kit.path}, but a return is put on these "
+                "as they are: leave quantize out"
+            )
 
     def load(self, dtype: str = "auto", quantize: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load emulator and tokenizer; the model knows where it is from, for the adapter's config."""

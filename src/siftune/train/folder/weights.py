@@ -3,13 +3,9 @@
 FOLDER/                      of an adapter: adapter_config.json, adapter_model.safetensors
   tuned_layers.safetensors   weights of decoder layers, by name in the model's state dict
   tuned_layers.json          {"base": source of the base model, "layers": numbers of the layers}
-
-PiSSA and OLoRA move a part of the base's weights into the adapter. The saved adapter must fit the unchanged base, so
-PEFT converts it to an ordinary LoRA of twice the rank, for which it needs the initial values.
 """
 
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +22,6 @@ from siftune.base.text import parsed
 from siftune.models.adapters.registry import ADAPTER_TYPES, adapter_type_of
 from siftune.recipe.schema import Recipe
 
-_INITIAL = "initial"  # folder beside the checkpoints
 _WEIGHTS = "tuned_layers.safetensors"
 _ABOUT = "tuned_layers.json"
 
@@ -47,7 +42,7 @@ def adapter_folder(name: str) -> Path:
 
 
 def adopted(recipe: Recipe) -> Recipe:
-    """Fill in type, rank and alpha of the adapter that a recipe's `from_adapter` names.
+    """Fill in type, rank, alpha and dropout of the adapter that a recipe's `from_adapter` names.
 
     Raises:
         AdapterError: The adapter is of an unknown type, or cannot be read.
@@ -60,7 +55,7 @@ def adopted(recipe: Recipe) -> Recipe:
         config = parsed(path.read_text(encoding="utf-8"))
         adapter_type = adapter_type_of(config)
         keys = {"adapter": "peft_type"} if adapter_type is None else ADAPTER_TYPES[adapter_type].keys
-        own = {name: config[key] for name, key in keys.items() if name in ("adapter", "rank", "alpha")}
+        own = {name: _whole(config[key]) for name, key in keys.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path} can't be read ({error}); save the adapter again.") from error
     if adapter_type is None:
@@ -73,31 +68,22 @@ def adopted(recipe: Recipe) -> Recipe:
     return replace(recipe, **own)
 
 
+def _whole(value: Any) -> Any:
+    """A number without its fraction if it has none: other tools write an alpha of 16.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def write_adapter(model: PeftModel, folder: Path, **options: Any) -> None:
-    """Write an adapter in PEFT's format, without PEFT's model card.
+    """Write an adapter in PEFT's format, without PEFT's model card; one that is there is removed.
 
     Args:
         model: The tuned model.
-        folder: Folder to write to; a model card there is removed.
+        folder: Folder to write to.
         options: Further arguments of PEFT's `save_pretrained`.
     """
     # embeddings are the base's: PEFT need not read the base's config again, or ask the hub, to decide that
     model.save_pretrained(folder, save_embedding_layers=False, **options)
     (folder / "README.md").unlink(missing_ok=True)
-
-
-def keep_initial(model: PeftModel, checkpoints: Path) -> None:
-    """Write an adapter's initial values beside the checkpoints, for `save_adapter`."""
-    write_adapter(model, checkpoints / _INITIAL)
-
-
-def save_adapter(model: PeftModel, path: Path, checkpoints: Path) -> None:
-    """Write an adapter that fits the unchanged base; `checkpoints` may hold the initial values of `keep_initial`."""
-    initial = checkpoints / _INITIAL
-    first = str(initial) if initial.is_dir() else None
-    with warnings.catch_warnings():  # PEFT recommends the conversion that is made here
-        warnings.filterwarnings("ignore", message="(PiSSA|OLoRA) changes the base weights")
-        write_adapter(model, path, path_initial_model_for_weight_conversion=first)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from siftune import GAST, Keep
+from siftune import GAST, IST, Keep
 from siftune.base.errors import DataError, RecipeError, SiftuneError, UnsupportedError
 from siftune.data.batches import Collator
 from siftune.engine.groups import group_by_layer
@@ -308,8 +308,11 @@ def test_refuses_weights_whose_base_is_not_the_suppressed_model(tmp_path):
     model.get_output_embeddings().weight.requires_grad_()
     with pytest.raises(UnsupportedError, match=r"lm_head.* trains"):
         train(tmp_path, keeping(), model=model)
+    part_of_base = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
     with pytest.raises(SiftuneError, match="pissa"):
-        train(tmp_path, keeping(), model=adapted(init="pissa"))
+        train(tmp_path, keeping(), model=part_of_base)
+    with pytest.raises(SiftuneError, match="pissa"):
+        IST().attach(part_of_base, batches=[])
 
 
 @pytest.mark.parametrize(
