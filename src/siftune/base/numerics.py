@@ -136,11 +136,6 @@ def split_like(values_D: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
     return [piece.view(part.shape[1:]).to(part.device) for piece, part in zip(pieces, parts, strict=True)]
 
 
-def total(grads_BD: Tensor) -> Tensor:
-    """Sum over the rows; (D,)."""
-    return grads_BD.flatten(1).sum(0, dtype=wide_dtype(grads_BD))
-
-
 def squares(grads_BD: Tensor) -> Tensor:
     """Squared length of every row's gradient; (B,)."""
     lengths_B: Tensor = torch.linalg.vector_norm(grads_BD.flatten(1), dim=1, dtype=wide_dtype(grads_BD))

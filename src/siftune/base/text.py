@@ -1,13 +1,13 @@
 """Text of messages, and values as strict JSON can hold them."""
 
 import json
-import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 _BEYOND = 1e100
 
@@ -115,17 +115,12 @@ def jsonable(value: Any) -> Any:
         >>> jsonable({"loss": float("nan"), "scores": (0.5, 1), "out": Path("run")})
         {'loss': None, 'scores': [0.5, 1], 'out': 'run'}
     """
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: jsonable(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(part) for key, part in value.items()}
-    if hasattr(value, "tolist"):
-        return jsonable(value.tolist())
-    if isinstance(value, list | tuple | set):
-        return [jsonable(part) for part in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | None) else str(value)
+    return to_jsonable_python(value, inf_nan_mode="null", fallback=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """Tensors, arrays and their scalars as lists and numbers; the rest as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def finite(value: Any) -> float:

@@ -203,9 +203,6 @@ def _explain(error: Exception) -> str | None:
 
 def _explain_missing(module: str) -> str | None:
     """Return the sentence for a module that cannot be imported, or None where it ought to be there."""
-    for word, (name, _) in COMMANDS.items():
-        if module == name:
-            return f"`siftune {word}` is not part of this installation"
     package = module.partition(".")[0]
     if package in ("", "siftune"):
         return None

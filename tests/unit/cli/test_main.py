@@ -239,14 +239,11 @@ def test_another_oserror_is_a_bug(command, capsys):
     assert "this is a bug" in capsys.readouterr().err
 
 
-def test_a_missing_package_is_named_and_a_missing_module_of_ours_is_a_bug(command, capsys, monkeypatch):
+def test_a_missing_package_is_named_and_a_missing_module_of_ours_is_a_bug(command, capsys):
     fail(command, ModuleNotFoundError("No module named 'trl.x'", name="trl.x"))
     assert "pip install trl" in error_of(capsys, 2, "train")
     fail(command, ModuleNotFoundError("No module named 'siftune.x'", name="siftune.x"))
     assert main(["train"]) == 1
-    capsys.readouterr()
-    monkeypatch.setitem(cli.COMMANDS, "later", ("siftune.cli.later", "not there"))
-    assert error_of(capsys, 2, "later") == "`siftune later` is not part of this installation"
 
 
 def test_a_reader_that_went_away_is_no_fault_of_ours():

@@ -56,14 +56,13 @@ class PrivateGradients:
         model: Causal LM with adapters in its layers, or with layers that train themselves; nothing else may train.
         mechanism: The numbers, noise among them.
         secret: Source of the noise.
-        layers: Path of the decoder layers in `model`, if their structure does not identify them.
 
     Raises:
         UnsupportedError: A parameter's gradients cannot be separated by row, or it is in half precision.
     """
 
-    def __init__(self, model: nn.Module, mechanism: Mechanism, secret: Secret, layers: str | None = None) -> None:
-        self.groups = group_by_layer(model, layers)
+    def __init__(self, model: nn.Module, mechanism: Mechanism, secret: Secret) -> None:
+        self.groups = group_by_layer(model)
         _refuse_outside(model, self.groups)
         _refuse_half(self.groups)
         self._mechanism = mechanism
