@@ -31,6 +31,7 @@ def run(options: Options) -> dict[str, Any]:
     """Merge and save."""
     import logging
 
+    from siftune.base.environment import ran_out
     from siftune.base.files import new_folder
     from siftune.cli.subjects import find_subject, is_of_kit, load_subject
     from siftune.models.load import quiet_bars
@@ -53,7 +54,9 @@ def run(options: Options) -> dict[str, Any]:
         try:
             # layers that were tuned themselves are in place already
             merged = model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
-        except (ValueError, NotImplementedError) as error:  # PEFT looks for NaN and infinity, and has kinds that stay
+        except (ValueError, NotImplementedError, RuntimeError) as error:  # of PEFT: NaN, infinity, kinds that stay
+            if ran_out(error):
+                raise
             raise AdapterError(f"the adapter in {subject.adapter} cannot be merged: {error}") from error
         with quiet_bars():
             save_model(merged, partial)

@@ -180,10 +180,17 @@ def test_a_full_disk_leaves_nothing_behind(run, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / ".x.partial").exists()
 
 
-def test_an_adapter_that_peft_cannot_merge_is_refused(base, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"alora_invocation_tokens": [5]}, "aLoRA does not support"),
+        ({"lora_bias": True}, "Impossible to merge LoRA with"),
+    ],
+)
+def test_an_adapter_that_peft_cannot_merge_is_refused(base, tmp_path, capsys, settings, reason):
     model = AutoModelForCausalLM.from_pretrained(base)
-    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5])
-    get_peft_model(model, config).save_pretrained(tmp_path / "alora")
-    found = error_of(capsys, tmp_path / "alora", "--base", base, "--out", tmp_path / "merged")
-    assert found.startswith(f"the adapter in {tmp_path / 'alora'} cannot be merged: aLoRA does not support")
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
+    get_peft_model(model, config).save_pretrained(tmp_path / "lora")
+    found = error_of(capsys, tmp_path / "lora", "--base", base, "--out", tmp_path / "merged")
+    assert found.startswith(f"the adapter in {tmp_path / 'lora'} cannot be merged: {reason}")
     assert not (tmp_path / "merged").exists()
