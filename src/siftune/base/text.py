@@ -3,7 +3,7 @@
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,9 @@ def jsonable(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Tensors, arrays and their scalars as lists and numbers; the rest as text."""
+    """Tensors, arrays and their scalars as lists and numbers, mappings as dictionaries; the rest as text."""
+    if isinstance(value, Mapping):
+        return dict(value)
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 

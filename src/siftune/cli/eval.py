@@ -72,7 +72,7 @@ class _Job:
     @property
     def of_rows(self) -> tuple[Any, ...]:
         """Names of columns, and places of the rows: runs with the same rows are compared."""
-        return self.columns, *(row.origin for row in self.rows)
+        return tuple(sorted(self.columns)), *(row.origin for row in self.rows)
 
     @property
     def of_base(self) -> tuple[Any, ...]:
@@ -100,7 +100,9 @@ def run(options: Options) -> dict[str, Any]:
     runs = [_recorded(job, *pair, options, shown=not comparable) for job, pair in zip(jobs, pairs, strict=True)]
     if not comparable:
         if len(jobs) > 1:
-            logger.warning("the runs are not compared: their rows, columns or tokenizers differ; give --data FILE")
+            logger.warning(
+                "the runs are not compared: their rows, columns or tokenizers differ; give --data FILE and --columns"
+            )
         return {"runs": runs, "compared": []}
     return {"runs": runs, "compared": _compared(jobs, pairs, options)}
 

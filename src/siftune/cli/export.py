@@ -49,8 +49,7 @@ def run(options: Options) -> dict[str, Any]:
     with new_folder(out) as partial:
         model, tokenizer = load_subject(subject, options.dtype, exact=True)
         _refuse_unmergeable(model, subject)
-        if (template := subject.adapter / "chat_template.jinja").is_file():  # of training, not of the base
-            tokenizer.chat_template = template.read_text(encoding="utf-8")
+        _take_template(subject.adapter / "chat_template.jinja", tokenizer)
         try:
             # layers that were tuned themselves are in place already
             merged = model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
@@ -64,6 +63,16 @@ def run(options: Options) -> dict[str, Any]:
         _write_papers(subject, tokenizer, partial, out)
     logging.getLogger("siftune").info("merged model in %s", out)
     return {"model": out, "adapter": subject.adapter}
+
+
+def _take_template(path: Path, tokenizer: Any) -> None:
+    """Give the tokenizer the chat template of the training, if there is a file of it beside the adapter."""
+    from siftune.data.encode import use_template
+
+    if path.is_symlink():  # of another party, it could have any file copied
+        raise AdapterError(f"{path} is a link: copy the file there, or remove it.")
+    if path.is_file():
+        use_template(path, tokenizer)
 
 
 def _refuse_unmergeable(model: Any, subject: "Subject") -> None:

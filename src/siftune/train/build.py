@@ -41,7 +41,7 @@ from siftune.methods.dp.callback import DP
 from siftune.methods.drivers.layer_callback import LayerCallback
 from siftune.methods.keep.callback import Keep
 from siftune.methods.options import OWN
-from siftune.models.adapters.attach import attach_adapter, load_adapter, refuse_adapters
+from siftune.models.adapters.attach import attach_adapter, load_adapter, refuse_adapters, refuse_half
 from siftune.models.adapters.full import OpenLayers
 from siftune.models.layers import find_layers
 from siftune.models.load import use_attention
@@ -194,7 +194,9 @@ def _with_adapter(recipe: Recipe, model: nn.Module, output_dir: Path) -> PeftMod
     if recipe.from_adapter is not None:
         refuse_adapters(model)
         refuse_on_quantised(model, recipe.adapter)
-        return load_adapter(model, adapter_folder(recipe.from_adapter), recipe.model, exact=True, trainable=True)
+        tuned = load_adapter(model, adapter_folder(recipe.from_adapter), recipe.model, exact=True, trainable=True)
+        refuse_half(tuned)
+        return tuned
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # between PEFT and transformers
         return attach_adapter(model, recipe.adapter, **vars(shape_of(recipe)))

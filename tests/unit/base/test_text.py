@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ def test_what_json_can_hold_stays(value):
     [
         ({1: float("inf")}, {"1": None}),
         (torch.tensor(2), 2),
+        (MappingProxyType({"a": float("nan")}), {"a": None}),
         (torch.tensor([[1.5, float("nan")]]), [[1.5, None]]),
         (np.float64("nan"), None),
         (np.array([1, 2]), [1, 2]),

@@ -41,6 +41,9 @@ def test_rows_that_follow_are_the_others(half, parties, tmp_path):
     rows = save_rows(tmp_path / "many.jsonl", 11)
     found = audit_paths(options(half, parties, rows, calibration=str(rows))).calibration
     assert (found.attacks["all"].members, found.attacks["all"].others) == (6, 5)
+    fewer = save_rows(tmp_path / "fewer.jsonl", 5)
+    with pytest.raises(DataError, match="has 5 rows, but the kit was calibrated on 6"):
+        audit_paths(options(half, parties, rows, calibration=str(fewer), calibration_others=str(rows)))
     few = save_rows(tmp_path / "few.jsonl", 6)
     with pytest.raises(DataError, match="all of which calibrated the kit"):
         audit_paths(options(half, parties, rows, calibration=str(few)))

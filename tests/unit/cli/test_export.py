@@ -86,7 +86,7 @@ def test_layers_that_were_tuned_themselves(base, rows, tmp_path, capsys, place):
     assert torch.equal(weights[name], done.model.state_dict()[name].bfloat16())
 
 
-def test_the_chat_template_of_the_training_is_exported(base, rows, tmp_path):
+def test_the_chat_template_of_the_training_is_exported(base, rows, tmp_path, capsys):
     template = tmp_path / "chat.jinja"
     template.write_text(
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}[/]{% endfor %}"
@@ -98,6 +98,13 @@ def test_the_chat_template_of_the_training_is_exported(base, rows, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     assert text == "[user]Hi[/][assistant]"
+    inside = tmp_path / "run" / "adapter" / "chat_template.jinja"
+    inside.write_bytes(b"\xff\xfe")
+    capsys.readouterr()
+    assert "cannot be read" in error_of(capsys, tmp_path / "run", "--out", tmp_path / "other")
+    inside.unlink()
+    inside.symlink_to(template)
+    assert "is a link" in error_of(capsys, tmp_path / "run", "--out", tmp_path / "other")
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])

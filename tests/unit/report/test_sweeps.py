@@ -66,6 +66,14 @@ def test_a_sweep_of_learning_rates_that_has_just_begun(tmp_path):
     assert section.words == ["Before training the loss is 2.0000."]
 
 
+def test_what_strangers_wrote_is_escaped(tmp_path):
+    attack = "<script>alert(1)</script>"
+    runs = [lr_run(heldout_loss=None, diverged=attack), lr_run(lr=2e-3)]
+    html = show(save_rates(tmp_path / attack.replace("/", "_"), runs)).html
+    assert attack not in html
+    assert "<script>alert(1)<_script>" not in html
+
+
 @pytest.mark.parametrize("change", [{"method": "x"}, {"lr": 0}, {"lr": 1e999}, {"heldout_loss": "x"}, {"seed": None}])
 def test_a_damaged_sweep_of_learning_rates_is_told(tmp_path, change):
     with pytest.raises(InputError, match=r"lr is no sweep of learning rates .*: run siftune find-lr again"):

@@ -1,6 +1,7 @@
-"""How an adapter begins: what is saved fits the base as it is, and a run continues with a trained adapter."""
+"""A run continues with a trained adapter, and a quantised base trains."""
 
 import importlib.util
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,9 @@ from siftune.base.errors import AdapterError, ModelError, RecipeError
 from siftune.models.load import load_model
 from siftune.recipe.checks import check
 from siftune.recipe.read import load_recipe
+from siftune.recipe.schema import Recipe
 from siftune.train.build import trainable
+from siftune.train.folder.weights import adopted
 from siftune.train.run import train
 
 QUIET = Console(quiet=True)
@@ -27,10 +30,6 @@ IDS = torch.tensor([[5, 80, 91, 17, 200, 44]])
 def logits(model):
     with torch.no_grad():
         return model.eval()(IDS).logits
-
-
-def base_logits(base):
-    return logits(AutoModelForCausalLM.from_pretrained(base))
 
 
 # an adapter that was trained before
@@ -80,6 +79,10 @@ def test_an_earlier_adapter_has_its_own_dropout_and_limits(base, rows, tmp_path)
     first = train(recipe(base, rows, tmp_path / "first", **given), QUIET)
     path = first.folder.adapter / "adapter_config.json"
     path.write_text(path.read_text().replace('"lora_alpha": 6,', '"lora_alpha": 6.0,'))  # as other tools write it
+    bare = tmp_path / "bare"
+    shutil.copytree(first.folder.adapter, bare)
+    (bare / path.name).write_text(path.read_text().replace('"lora_dropout": 0.25,', ""))
+    assert adopted(Recipe(from_adapter=str(bare))).dropout == 0.0
     again = {"method": "dense", "rank": None, "from_adapter": str(first.folder.path), "steps": 1}
     second = train(recipe(base, rows, tmp_path / "second", **again), QUIET)
     kept = load_recipe(second.folder.path / "recipe.yaml")
@@ -90,6 +93,15 @@ def test_an_earlier_adapter_has_its_own_dropout_and_limits(base, rows, tmp_path)
     ):
         with pytest.raises(RecipeError, match=words):
             train(recipe(base, rows, tmp_path / "third", **again, **refused), QUIET)
+
+
+def test_norms_of_an_earlier_run_do_not_train_in_half_precision(base, rows, tmp_path):
+    given = {"method": "dense", "rank": None, "steps": 1}
+    first = train(recipe(base, rows, tmp_path / "first", adapter="ln", **given), QUIET)
+    with pytest.raises(AdapterError, match=r"layernorm.*weight would train in torch\.bfloat16"):
+        train(
+            recipe(base, rows, tmp_path / "run", from_adapter=str(first.folder.path), dtype="bfloat16", **given), QUIET
+        )
 
 
 def test_an_earlier_adapter_that_a_quantised_base_cannot_have_is_refused(base, rows, tmp_path):

@@ -51,13 +51,13 @@ class RowDraws:
 
         Raises:
             RecipeError: It is no DataLoader; `instead` says what to do.
-            DataError: The rows cannot be drawn from; see `check`.
+            DataError: The collator makes no batch of the rows, or drawing rows would take them from training.
         """
         if not hasattr(loader, "dataset") or not hasattr(loader, "collate_fn"):
             name = type(loader).__name__
             raise RecipeError(f"the training rows are a {name}, no DataLoader to draw rows from: {instead}")
         draws = cls(loader.dataset if rows is None else rows, loader.collate_fn, generator)
-        draws.check()
+        draws._check(shared=rows is None and not getattr(loader, "num_workers", 0))
         return draws
 
     def draw(self, count: int, chunk: int) -> list[Batch]:
@@ -67,16 +67,12 @@ class RowDraws:
             raise DataError("The training set yields no rows to score layers on.")
         return [self._batch(rows[start : start + chunk]) for start in range(0, len(rows), chunk)]
 
-    def check(self) -> None:
-        """Check that the collator makes a batch of rows, and that an iterable can be restarted.
-
-        Raises:
-            DataError: It makes something else, or the rows would be missing from training.
-        """
-        if not self._indexed and iter(self._dataset) is iter(self._dataset):
+    def _check(self, shared: bool) -> None:
+        """Check that the collator makes a batch of rows, and that an iterable is not one that training reads itself."""
+        if shared and not self._indexed and iter(self._dataset) is iter(self._dataset):
             raise DataError(
-                f"The rows are a {type(self._dataset).__name__} that can be read only once, so that rows drawn from it "
-                "would be missing from training: give a dataset whose __iter__ starts anew."
+                f"One iterator of the {type(self._dataset).__name__} serves all readers, so that rows drawn from it "
+                "would be missing from training: give a dataset whose __iter__ returns a new iterator."
             )
         if self._indexed and len(self._dataset):
             self._batch([self._dataset[0]])

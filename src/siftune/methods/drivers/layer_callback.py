@@ -108,7 +108,7 @@ class LayerCallback(SelectionCallback[LayerSelection]):
             seed=self.seed,
             loss=trainer_loss(self),
             layers=self.layers,
-            chunk=rows_of_pass(args, state),
+            chunk=rows_of_pass(args, trainer),
             alive=while_training(trainer),
         )
         selection.optimizer = plain_optimizer(kwargs.get("optimizer"))

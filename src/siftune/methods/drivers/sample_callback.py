@@ -127,7 +127,8 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         self._clear()
         refuse_wrappers(args, kwargs["model"])
         self._waiting = []
-        samples = rows_of_pass(args, state)
+        trainer = calling_trainer(self)
+        samples = rows_of_pass(args, trainer)
         if selects_all(self, samples):
             logger.warning(
                 "%s(select=%s) follows every row of a forward pass of %s, so that nothing is selected: raise "
@@ -136,7 +137,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
                 self.select,
                 counted(samples, "row"),
             )
-        loader, trainer = kwargs.get("train_dataloader"), calling_trainer(self)
+        loader = kwargs.get("train_dataloader")
         self._lines.begin(trainer)
         deepspeed.keep_unsharded(trainer, kwargs["model"], self.layers)
         collate = getattr(loader, "collate_fn", None)

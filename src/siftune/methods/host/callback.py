@@ -184,9 +184,9 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
         return True
 
 
-def rows_of_pass(args: TrainingArguments, state: TrainerState) -> int:
-    """Rows in a forward pass of a rank; fewer than in `args` once `auto_find_batch_size` has halved them."""
-    return state.train_batch_size or int(args.per_device_train_batch_size)
+def rows_of_pass(args: TrainingArguments, trainer: Trainer | None) -> int:
+    """Rows in a forward pass of a rank; fewer than in `args` once `auto_find_batch_size` has reduced them."""
+    return int(args.per_device_train_batch_size if trainer is None else trainer._train_batch_size)
 
 
 def plain_optimizer(optimizer: Any) -> Any:
@@ -261,7 +261,8 @@ def trainer_loss(callback: TrainerCallback) -> Loss:
             items = {}
             counts = trainer.compute_loss_func is not None or trainer.model_accepts_loss_kwargs
             if counts and "labels" in batch:  # in these cases the Trainer passes the number of labels
-                labels = batch["labels"][..., 1:] if getattr(trainer, "_loss_shifts_labels", False) else batch["labels"]
+                shifts = "shift_labels" not in batch and getattr(trainer, "_loss_shifts_labels", False)
+                labels = batch.get("shift_labels", batch["labels"])[..., int(shifts) :]
                 count = int((labels != IGNORED).sum())  # rows are drawn on the CPU: no device waits
                 ranks = trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1
                 items["num_items_in_batch"] = count * ranks  # the Trainer multiplies the loss by the ranks

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
@@ -61,13 +62,29 @@ def attach_adapter(
     refuse_on_quantised(model, kind)
     config = ADAPTER_TYPES[kind].make(model, shape)
     try:
-        return get_peft_model(model, config)
+        tuned = get_peft_model(model, config)
     except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise AdapterError(
             f"PEFT cannot put an adapter {kind} on {type(model).__name__}: {reason.rstrip('.')}; give other targets or "
             "another rank, or take another adapter type, such as lora"
         ) from error
+    refuse_half(tuned)
+    return tuned
+
+
+def refuse_half(model: nn.Module) -> None:
+    """Refuse parameters that would train in half precision, as norms of such a model.
+
+    Raises:
+        AdapterError: The message names one.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            raise AdapterError(
+                f"{name} would train in {parameter.dtype}, in which small updates are lost: load the model in float32 "
+                "(siftune train --dtype float32)"
+            )
 
 
 _UNREADABLE = (

@@ -11,7 +11,6 @@ LN-tuning (Zhao et al., 2312.11420): copies of the norms' weights and biases tra
 
 from dataclasses import replace
 
-import torch
 from peft import IA3Config, LNTuningConfig, LoraConfig
 from torch import nn
 
@@ -83,7 +82,7 @@ def ln(model: nn.Module, shape: Shape) -> LNTuningConfig:
     """Config of LN-tuning on all norms of the decoder layers that have weights, or on the targets.
 
     Raises:
-        AdapterError: There is no norm, or none of that name, or they are in half precision.
+        AdapterError: There is no norm, or none of that name.
     """
     path = find_layers(model).path
     norms = {
@@ -102,10 +101,4 @@ def ln(model: nn.Module, shape: Shape) -> LNTuningConfig:
             f"{', '.join(leaves) or 'none'}"
         )
     chosen = inside(model, chosen, shape.layers)
-    half = {p.dtype for module in chosen.values() for p in module.parameters()} - {torch.float32, torch.float64}
-    if half:
-        raise AdapterError(
-            f"norms would train in {half.pop()}, in which small updates are lost: load the model in float32 (siftune "
-            "train --dtype float32)"
-        )
     return LNTuningConfig(task_type="CAUSAL_LM", target_modules=short_names(model, chosen))

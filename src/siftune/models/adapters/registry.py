@@ -92,7 +92,7 @@ ADAPTER_TYPES = {
         {},
     ),
     "ln": AdapterType(
-        "the norms' own weights (arXiv 2312.11420)",
+        "the norms' own weights, in float32 (arXiv 2312.11420)",
         "siftune.models.adapters.configs:ln",
         {"peft_type": "LN_TUNING"},
         {},

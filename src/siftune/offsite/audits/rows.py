@@ -89,6 +89,10 @@ def with_calibration(
     count, most = calibration.number, options.membership_rows
     reach = count if options.calibration_others else count + most
     own = load_rows(options.calibration, "train", reach, options.columns)
+    if len(own) < count:
+        raise DataError(
+            f"{options.calibration} has {len(own)} rows, but the kit was calibrated on {count}: give the file of these"
+        )
     others = own[count:]
     if options.calibration_others:
         others = load_rows(options.calibration_others, "train", most, options.columns)

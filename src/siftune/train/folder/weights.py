@@ -55,7 +55,7 @@ def adopted(recipe: Recipe) -> Recipe:
         config = parsed(path.read_text(encoding="utf-8"))
         adapter_type = adapter_type_of(config)
         keys = {"adapter": "peft_type"} if adapter_type is None else ADAPTER_TYPES[adapter_type].keys
-        own = {name: _whole(config[key]) for name, key in keys.items()}
+        own = {name: _whole(config[key]) for name, key in keys.items() if name != "dropout" or key in config}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path} can't be read ({error}); save the adapter again.") from error
     if adapter_type is None:

@@ -66,6 +66,16 @@ def test_scoring_takes_as_few_rows_as_training_does_after_out_of_memory(tmp_path
     assert [count for count in passes if count > 2] == [4, 3]
 
 
+@pytest.mark.parametrize("make", [lambda: GAST(0.5), GREATS, lambda: IST(active=0.5, interval=1, score_batch_size=4)])
+def test_a_run_that_is_resumed_with_smaller_batches_scores_with_these(tmp_path, make):
+    train(tmp_path, make(), max_steps=2, save_strategy="steps", save_steps=1)
+    model, passes = adapted(), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: passes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    settings = {"max_steps": 3, "per_device_train_batch_size": 2}
+    train(tmp_path, make(), model=model, resume=str(tmp_path / "checkpoint-1"), **settings)
+    assert set(passes) == {2}
+
+
 class Begins(TrainerCallback):
     """The steps that begin."""
 
@@ -123,9 +133,11 @@ def test_rows_without_tokens_are_refused(tmp_path, make):
 
 @pytest.mark.parametrize("method", [IST(), GAST(2)])
 def test_a_stream_that_can_be_read_only_once_is_refused(tmp_path, method):
-    with pytest.raises(DataError, match="Once that can be read only once"):
+    with pytest.raises(DataError, match="One iterator of the Once serves all readers"):
         train(tmp_path, method, dataset=Once())
-    assert train(tmp_path, RST(), dataset=Once())[1].state.global_step == 6
+    for other in (RST(), GAST(**GAST.with_target, support_set=Once())):  # which take nothing from training
+        dataset = Once() if isinstance(other, RST) else None
+        assert train(tmp_path, other, dataset=dataset, max_steps=3)[1].state.global_step == 3
 
 
 def test_nothing_of_a_training_is_logged_in_the_next(tmp_path):
