@@ -198,8 +198,8 @@ def test_base_dtype_equals_peft_with_adapters_of_that_dtype(family, kind):
     assert 0 < (logits - in_float32).norm() < 0.05 * in_float32.norm()
 
 
-@pytest.mark.parametrize("kind", ["dora", "ia3", "series", "ln"])
-def test_every_kind_trains_on_a_half_precision_base(kind):
+@pytest.mark.parametrize("kind", ["dora", "ia3", "series"])
+def test_new_parameters_train_on_a_half_precision_base(kind):
     model = bf16(kind=kind, rank=4 if "rank" in ADAPTER_TYPES[kind].keys else None)
     expected = step(model)[0]
     with use_base_dtype(model, group_by_layer(model)):

@@ -48,6 +48,7 @@ def candidates(
 
     Raises:
         KitError: A return does not fit, or moved too far; or they are of two kinds. Named is which.
+        RecipeError: The limit is no number above 0.
     """
     names = [str(r.path) if isinstance(r, OpenReturn) else str(place) for place, r in enumerate(returns, 1)]
     _check_together(names, returns)

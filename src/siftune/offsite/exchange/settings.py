@@ -93,3 +93,23 @@ class PlugSettings(Merging):
     def loss_limit(self) -> float:
         """Largest increase of the loss, in nats per token."""
         return MAX_LOSS_INCREASE if self.max_loss_increase is None else self.max_loss_increase
+
+
+def check_max_update(value: float) -> None:
+    """Refuse what is no limit on updates.
+
+    Raises:
+        RecipeError: It is no finite number above 0.
+    """
+    if not 0 < value < float("inf"):
+        raise RecipeError(f"the largest update is {value}, but must be a finite number above 0")
+
+
+def check_max_loss_increase(value: float) -> None:
+    """Refuse what is no limit on a loss's increase.
+
+    Raises:
+        RecipeError: It is no finite number from 0.
+    """
+    if not 0 <= value < float("inf"):
+        raise RecipeError(f"the largest increase of the loss is {value}, but must be a finite number, 0 or more")

@@ -29,7 +29,7 @@ from siftune.evaluate.measure import PERPLEXITY, measure
 from siftune.evaluate.prepare import Prepared
 from siftune.models.families import FAMILIES
 from siftune.offsite.exchange.returned import Tuned
-from siftune.offsite.exchange.settings import MAX_LOSS_INCREASE, MAX_UPDATE
+from siftune.offsite.exchange.settings import MAX_LOSS_INCREASE, MAX_UPDATE, check_max_loss_increase, check_max_update
 from siftune.offsite.kit.folder import Kit, load_weights
 from siftune.offsite.kit.manifest import OUTER
 
@@ -41,10 +41,16 @@ class OwnRows:
     Attributes:
         prepared: From `evaluate.prepare_rows`, for the metric `perplexity`.
         max_loss_increase: By how many nats per token the loss may rise.
+
+    Raises:
+        RecipeError: The increase is no finite number from 0.
     """
 
     prepared: Prepared
     max_loss_increase: float = MAX_LOSS_INCREASE
+
+    def __post_init__(self) -> None:
+        check_max_loss_increase(self.max_loss_increase)
 
     def loss(self, model: nn.Module) -> float:
         """A model's mean loss over all tokens that training would learn, in nats per token."""
@@ -205,7 +211,9 @@ def compare(
 
     Raises:
         KitError: Names or shapes differ, or a tuned number is not finite.
+        RecipeError: The limit is no number above 0.
     """
+    check_max_update(limit)
     for name in sorted(before.keys() ^ after.keys()):
         fault = "is missing from" if name in before else "is none of the outer layers', but in"
         raise KitError(f"tensor {name} {fault} the return: give a return of this kit")
@@ -237,6 +245,7 @@ def check_return(kit: Kit, returned: Mapping[str, Tensor], limit: float = MAX_UP
 
     Raises:
         KitError: A tensor moved too far, or the kit is not the one that was read any more.
+        RecipeError: The limit is no number above 0.
     """
     dtype: torch.dtype = getattr(torch, kit.config["dtype"])
     before = load_weights(kit, OUTER)
