@@ -67,7 +67,7 @@ def _reproduced(path: Path) -> str:
 
 _OFFSITE = (
     "offsite.jsonl", "offsite_chat.jsonl", "offsite_default.jsonl", "offsite_forms.jsonl",
-    "offsite_gemma_default.jsonl", "offsite_gemma_outer.jsonl", "offsite_gemma_rates.jsonl",
+    "offsite_gemma_default.jsonl", "offsite_gemma_low.jsonl", "offsite_gemma_outer.jsonl", "offsite_gemma_rates.jsonl",
     "offsite_middle.jsonl", "offsite_outer.jsonl", "offsite_own.jsonl", "offsite_rates.jsonl",
 )  # fmt: skip
 TABLES: dict[str, Callable[[Path], str]] = {
