@@ -7,11 +7,7 @@ from siftune.report.table import Table
 
 
 def cost_table(result: Mapping[str, Any]) -> Table:
-    """Methods down: seconds, rounds and memory, and ratios to those that all are compared with; of what bench returns.
-
-    Raises:
-        KeyError, TypeError, ValueError: It is something else.
-    """
+    """Methods down: seconds, rounds and memory, and ratios to those that all are compared with."""
     costs = result["methods"]
     compared = list(dict.fromkeys(name for cost in costs.values() for name in cost["seconds_ratio"]))
     ratios = [f"× {name}" for name in compared]
@@ -30,17 +26,16 @@ def cost_table(result: Mapping[str, Any]) -> Table:
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:
-    """Workload, hardware and versions; errors as `cost_table`."""
+    """Workload, hardware and versions."""
     work = result["workload"]
     packages = ("torch", "transformers", "peft", "trl")
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in packages if name in result["versions"])
     rounds = "one round" if result["rounds"] == 1 else f"medians of {result['rounds']} rounds"
-    lines = [
+    return [
         f"{rounds} of {work['steps']} steps; {work['model']} in {work['dtype']}, "
         f"{work['batch_size']} rows of {work['length']} tokens, LoRA of rank {work['rank']}",
         f"{result['hardware']}; {versions}",
     ]
-    return lines
 
 
 def plan_table(result: Mapping[str, Any]) -> Table:

@@ -201,14 +201,14 @@ class Scale:
         return percent(value) if self.percent else short(value)
 
 
-def listed_points(title: str, points: Sequence[Point], scale: Scale, note: str = "", size: Size = "half") -> Figure:
+def listed_points(title: str, points: Sequence[Point], scale: Scale) -> Figure:
     """Draw a line for each point: its name, its interval and its value in figures."""
-    return Figure(title, lambda width: _draw_list(width, title, points, scale), note, size)
+    return Figure(title, lambda width: _draw_list(width, title, points, scale), size="third")
 
 
-def scatter(title: str, points: Sequence[Point], axes: tuple[str, Scale], note: str, size: Size = "half") -> Figure:
+def scatter(title: str, points: Sequence[Point], axes: tuple[str, Scale], note: str) -> Figure:
     """Draw values against others, each named beside it."""
-    return Figure(title, lambda width: _draw_scatter(width, title, points, axes), note, size)
+    return Figure(title, lambda width: _draw_scatter(width, title, points, axes), note, "half")
 
 
 def _draw_list(width: int, title: str, points: Sequence[Point], scale: Scale) -> Markup:

@@ -158,7 +158,7 @@ def _rates(group: Group) -> list[Figure]:
             points.append(Point(name, row.tuned, low, high, colour=number))
         if points:
             scale = Scale("share of correct answers", percent=True)
-            drawn.append(listed_points(label_of(metric).capitalize(), points, scale, size="third"))
+            drawn.append(listed_points(label_of(metric).capitalize(), points, scale))
     return drawn
 
 

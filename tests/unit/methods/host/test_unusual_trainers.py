@@ -121,6 +121,26 @@ def test_losses_that_need_the_number_of_items_or_no_labels(tmp_path, method):
     assert trainer.train().global_step == 6
 
 
+@pytest.mark.parametrize("method", [IST(active=0.5, interval=1, score_batch_size=4), GAST(2), GREATS()])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_scoring_counts_labels_as_training_does(tmp_path, monkeypatch, method, shifted):
+    data = rows()
+    data = data.remove_columns("labels").add_column("labels", data["input_ids"])  # the first token has a label, too
+    if shifted:
+        data = data.add_column("shift_labels", [row[1:5] + [-100] * 4 for row in data["input_ids"]])
+    counts, real = [], Trainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, num_items_in_batch=None, **kwargs):
+        inputs = {name: value for name, value in inputs.items() if name != "shift_labels"}
+        counts.append(int(num_items_in_batch))
+        return real(self, model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
+
+    monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
+    train(tmp_path, method, dataset=data, max_steps=2, remove_unused_columns=False)
+    assert len(counts) > 2
+    assert set(counts) == {16 if shifted else 28}
+
+
 @pytest.mark.parametrize("make", [lambda few: GAST(**GAST.with_target, support_set=few), lambda few: Keep(rows=few)])
 def test_rows_without_tokens_are_refused(tmp_path, make):
     def collate(batch):
