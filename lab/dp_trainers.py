@@ -3,8 +3,10 @@
 Rows, forward passes, loss and optimizer are siftune's. Only clipping and noise differ, and so do the times.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 from opacus.grad_sample.grad_sample_module import GradSampleHooks
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 from siftune.methods.dp.callback import DP
 from siftune.methods.host.callback import plain_optimizer
 from siftune.models.loss import label_positions, logits_at, next_labels
+from siftune.train import run
+from siftune.train.build import Built
 from siftune.train.trainer import SiftTrainer
 
 
@@ -123,3 +127,17 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 TRAINERS = {"dense-drawn": DrawnTrainer, "opacus": OpacusTrainer, "opacus-ghost": GhostTrainer}
+
+
+@contextmanager
+def in_place(name: str) -> Iterator[None]:
+    """Have the private runs of siftune's training path take the steps of one of TRAINERS."""
+    build = run.build
+
+    def built(*values: Any, **named: Any) -> Built:
+        result = build(*values, **named)
+        TRAINERS[name].take_over(result.trainer)
+        return result
+
+    with patch.object(run, "build", built):
+        yield

@@ -3,11 +3,14 @@
 import fcntl
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+_ROOT = Path(__file__).resolve().parents[1]
 
 Line = dict[str, Any]
 Job = dict[str, Any]
@@ -57,16 +60,25 @@ def work_off(argv: list[str], run: Callable[[Job, Path, Path], tuple[Line, str]]
     from siftune.base.environment import hardware, versions
     from siftune.base.errors import SiftuneError
 
-    job = json.loads(sys.stdin.read())
+    job, code = json.loads(sys.stdin.read()), commit()
     try:
         with tempfile.TemporaryDirectory() as folder:
             result, sentence = run(job, Path(argv[1]), Path(folder))
     except SiftuneError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    append(Path(argv[0]), {"job": job, **result, "hardware": hardware(), "versions": versions()})
+    append(Path(argv[0]), {"job": job, **result, "commit": code, "hardware": hardware(), "versions": versions()})
     print(sentence)
     return 0
+
+
+def commit() -> str:
+    """Short commit of the code, with "+changes" if a tracked file of src/ differs; "unknown" without git."""
+    words = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", "src"])
+    found = [subprocess.run(["git", *each], cwd=_ROOT, capture_output=True, text=True) for each in words]
+    if any(each.returncode for each in found):
+        return "unknown"
+    return found[0].stdout.strip() + ("+changes" if found[1].stdout.strip() else "")
 
 
 def _last_byte(path: Path, end: int) -> bytes:

@@ -1,56 +1,50 @@
-"""Weights of files: a pool of four files, of which one may be wrong, of another task, or a copy.
+"""Files of a pool: four, of which one may be wrong, of another task, or a copy.
 
     python -m lab.sources --data FOLDER --pools good,wrong,foreign,copy --seeds 0,1 --out FILE
     python -m lab.sources --report FILE
 
 All files have correct rows of arithmetic, but for the last one in `wrong` (wrong numbers), `foreign` (options of ARC
-and OpenBookQA) and `copy` (the rows of the first file). 100 further rows are known to be correct. They are not trained
-on. Methods, all with the same number of steps:
+and OpenBookQA) and `copy` (the rows of the first file). 100 further correct rows are the target of sifting, and are not
+trained on. Methods, all with the same number of steps:
 
     all      every row
-    by hand  without the last file, where it is not good
-    sifted   the rows that `siftune sift` selects by the known rows
-    by file  of each file a random share: that which sifting selects of it, divided by the largest of these shares
+    by hand  without the last file, if it is not good
+    sifted   the rows that `siftune sift` selects by the target
 
-A finished job adds a line of JSON to FILE, and one that is there already is not made again. Shapes: R rows.
+A job writes file0.jsonl to file3.jsonl, few.jsonl and test.jsonl, and runs siftune's commands in their folder. A
+finished job adds a line of JSON to FILE, and one that is there already is not made again.
 """
 
 import argparse
-import json
 import random
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lab.lines import append, key, read
-from lab.pays.measure import measure_rows, nats_per_token
+from lab.commands import Commands, load_tuned, settings_of, write_rows
+from lab.lines import append, commit, key, read
+from lab.pays.measure import measure_file, nats_per_token
 from lab.pays.pool import asked, read_options, spoiled
 from lab.seeds import seed_means
-from siftune import sift
 from siftune.base.environment import hardware, versions
-from siftune.data.batches import Collator
-from siftune.data.rows import rows_from
 from siftune.data.tasks import arithmetic_rows
-from siftune.data.tokens import tokenize_rows
-from siftune.models.load import load_model
-from siftune.recipe.schema import Recipe, resolve_recipe
 from siftune.report.table import Table, markdown_table
-from siftune.train.build import build
 
 Row = dict[str, Any]
 Job = dict[str, Any]
 Line = dict[str, Any]
 
 POOLS = ("good", "wrong", "foreign", "copy")
-METHODS = ("all", "by hand", "sifted", "by file")
+METHODS = ("all", "by hand", "sifted")
 FILES = 4
 QUESTIONS = 300  # held-out
-KNOWN = 100
+TARGET = 100
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,22 +54,20 @@ def main(argv: list[str] | None = None) -> int:
         print(report(read(args.report)))
         return 0
     torch.set_num_threads(1)
-    done = {key(line["job"]) for line in read(args.out)}
-    with tempfile.TemporaryDirectory(prefix="siftune-sources-") as scratch:
-        for number, job in enumerate(job for job in _jobs(args) if key(job) not in done):
-            folder = Path(scratch) / str(number)
-            folder.mkdir()
-            line = {"job": job, **measure(job, args.data, folder, Path(scratch)), "hardware": hardware()}
-            append(args.out, {**line, "versions": versions()})
+    done, code = {key(line["job"]) for line in read(args.out)}, commit()
+    for job in (job for job in _jobs(args) if key(job) not in done):
+        with tempfile.TemporaryDirectory(prefix="siftune-sources-") as folder:
+            line = {"job": job, **measure(job, args.data.resolve(), Path(folder)), "commit": code}
+            append(args.out, {**line, "hardware": hardware(), "versions": versions()})
             print(f"{job['pool']}, {job['method']}, seed {job['seed']}: {np.mean(line['right']):.1%}", flush=True)
     return 0
 
 
 def files_of(job: Job, data: Path) -> tuple[list[list[Row]], list[Row], list[Row]]:
-    """Draw the four files, the known rows, and held-out rows."""
+    """Draw the four files, rows of the target, and held-out rows."""
     count, seed = job["rows"], job["seed"]
     rng = random.Random(f"sources {seed}")
-    rows = arithmetic_rows(FILES * count + KNOWN + QUESTIONS, seed)
+    rows = arithmetic_rows(FILES * count + TARGET + QUESTIONS, seed)
     files = [rows[place * count :][:count] for place in range(FILES)]
     rest = rows[FILES * count :]
     if job["pool"] == "wrong":
@@ -85,65 +77,38 @@ def files_of(job: Job, data: Path) -> tuple[list[list[Row]], list[Row], list[Row
         files[-1] = rng.sample([row for row in texts if len(row["prompt"]) <= 100], count)
     elif job["pool"] == "copy":
         files[-1] = files[0]
-    return files, rest[:KNOWN], rest[KNOWN:]
+    return files, rest[:TARGET], rest[TARGET:]
 
 
-def measure(job: Job, data: Path, folder: Path, shared: Path) -> Line:
+def measure(job: Job, data: Path, folder: Path) -> Line:
     """Choose rows, train on them, and measure held-out rows.
 
     Args:
         job: The job.
         data: Folder of the commonsense suite.
-        folder: For the training.
-        shared: For what jobs of one pool and seed share: the sifted pool.
+        folder: An empty folder for files and runs.
     """
-    files, known, test = files_of(job, data)
-    line: Line = {}
-    rows = [asked(row) for file in files for row in file]
-    method = job["method"]
-    if method == "by hand":
-        rows = rows[: (FILES - 1) * job["rows"]]
-    elif method != "all":
-        selected = _sifted(job, files, known, shared)
-        shares = [
-            float(np.isin(np.arange(job["rows"]) + place * job["rows"], selected).mean()) for place in range(FILES)
-        ]
-        line["shares"] = shares
-        if method == "by file":
-            selected = _drawn([share / max(shares) for share in shares], job["rows"], job["seed"])
-        rows = [rows[number] for number in selected]
-    usual = {"template": "none", "attention": "eager", "log_every": 1000, "train": "pool", "out": str(folder / "run")}
-    own = {"model": job["model"], "lr": job["lr"], "seed": job["seed"], "steps": job["steps"], "batch_size": 16}
-    recipe = resolve_recipe(Recipe(**usual, **own))
-    model, tokenizer = load_model(job["model"])
-    built = build(recipe, model, tokenizer, {"train": _tokens(rows, tokenizer)}, folder / "checkpoints")
-    built.trainer.train()
-    found = measure_rows(built.trainer.model, _tokens([asked(row) for row in test], tokenizer), Collator(0))
-    built.release()
-    return {**line, "rows": len(rows), **found}
-
-
-def _tokens(rows: Sequence[Row], tokenizer: Any) -> Any:
-    return tokenize_rows(rows_from(rows), tokenizer, 512, "none")
-
-
-def _sifted(job: Job, files: Sequence[Sequence[Row]], known: Sequence[Row], shared: Path) -> Sequence[int]:
-    """Numbers of the rows of all files that sifting selects."""
-    folder = shared / f"{job['pool']}-{job['seed']}"
-    folder.mkdir(exist_ok=True)
-    for name, rows in (("known", known), *((f"file{place}", file) for place, file in enumerate(files))):
-        text = "".join(json.dumps(asked(row)) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    pool = [folder / f"file{place}.jsonl" for place in range(len(files))]
-    settings = {"model": job["model"], "template": "none", "seed": job["seed"], "out": str(folder / "sifted")}
-    return sift(pool, folder / "known.jsonl", **settings).selected
-
-
-def _drawn(shares: Sequence[float], rows: int, seed: int) -> list[int]:
-    """Numbers of a share of each file, drawn at random."""
-    rng = np.random.default_rng(seed)
-    parts = [rng.permutation(rows)[: round(share * rows)] + place * rows for place, share in enumerate(shares)]
-    return sorted(np.concatenate(parts).tolist())
+    files, few, test = files_of(job, data)
+    parts = {**{f"file{number}": rows for number, rows in enumerate(files)}, "few": few, "test": test}
+    commands, line = Commands(), {"rows": FILES * job["rows"]}
+    names = [f"file{number}.jsonl" for number in range(FILES)]
+    settings = settings_of({**job, "batch": 16}, "none")
+    with chdir(folder):
+        for name, rows in parts.items():
+            write_rows(f"{name}.jsonl", [asked(row) for row in rows])
+        if job["method"] == "by hand":
+            names, line["rows"] = names[:-1], (FILES - 1) * job["rows"]
+        words = ["--train", *names]
+        if job["method"] == "sifted":
+            commands.run("sift", *words, "--target", "few.jsonl", *settings, "--out", "sifted")
+            assert commands.sifted is not None
+            selected = np.array(commands.sifted.selected)
+            shares = np.bincount(selected // job["rows"], minlength=FILES) / job["rows"]
+            line |= {"rows": len(selected), "shares": shares.tolist(), "reason": commands.sifted.reason}
+            words += ["--drop-rows", "sifted/dropped.csv"] if commands.sifted.dropped else []
+        commands.run("train", *words, *settings, "--steps", str(job["steps"]), "--out", "run")
+        line |= measure_file(*load_tuned("run"), "test.jsonl", "none")
+    return {**line, "commands": commands.typed}
 
 
 def report(lines: Sequence[Line]) -> str:
@@ -173,7 +138,7 @@ def _difference(own: Mapping[tuple[str, int], Line], method: str, best: str, see
     values = {
         name: [[100.0 * right for right in own[name, seed]["right"]] for seed in paired] for name in (method, best)
     }
-    found = seed_means(values, [[1.0] * QUESTIONS for _ in paired]).difference(method, best)
+    found = seed_means(values, [[1.0] * len(own[best, seed]["right"]) for seed in paired]).difference(method, best)
     return f"{found.value:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
 
 

@@ -92,6 +92,23 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "sources.jsonl": lambda path: sources.report(read(path)),
 }
 
+# results of earlier code, and the figures that they support
+NOTES = {
+    "avoid.jsonl": "Lines without `commit` are of earlier code, which had a second implementation of `--avoid`; their "
+    "methods other than `dense`, `oracle` and `right late` are scores. They support docs/avoid.md, which is quoted in "
+    "README.md and docs/which_method.md.",
+    "pays.jsonl": "Lines without `commit` are of earlier code, which had second implementations of `--target` and "
+    "`--sift`, and methods that are gone. `late-known` is now `target`, `late-gast-half` `target-gast`, `known-alone` "
+    "`few`, and `oracle` replaces `ceiling`. They support docs/sifting.md; target rows and selection of layers in "
+    "docs/measured.md; docs/which_method.md; rates in docs/guide.md; and the table and the chart of README.md.",
+    "private.jsonl": "Lines without `commit` are of an earlier script on the same training path. They support "
+    "docs/privacy.md.",
+    "quality.jsonl": "Recorded with an earlier script. It supports the quality of GAST in docs/measured.md, which "
+    "docs/which_method.md quotes, and the chart of README.md.",
+    "sources.jsonl": "Lines without `commit` are of an earlier script, which also had the method `by file`. They "
+    "support the table of files in docs/sifting.md.",
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Write tables, or check them; return the exit code."""
@@ -107,7 +124,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.names or files:
         path = (RESULTS / files[name]).with_suffix(".md")
         table = TABLES[files[name]](RESULTS / files[name])
-        text = f"Generated from {files[name]} by `python -m lab.tables {name}`.\n\n{table}\n"
+        note = f" {NOTES[files[name]]}" if files[name] in NOTES else ""
+        text = f"Generated from {files[name]} by `python -m lab.tables {name}`.{note}\n\n{table}\n"
         if not args.check:
             path.write_text(text, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != text:

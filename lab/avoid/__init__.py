@@ -1,1 +1,1 @@
-"""Bad answers in a pool: scores that detect their fault, and training without the rows that they name."""
+"""Bad answers in a pool, and training without the rows that are like them."""

@@ -1,8 +1,9 @@
 """Tables of finished jobs: `python -m lab.avoid.report avoid.jsonl`.
 
-First every score against the faulty rows: average precision on the complete pool and on the rows that gradients score,
-and the rows within the limit. Then held-out rows after training without the rows that a score leaves out: the fault is
-given, or preferred to the right answer.
+Held-out rows after training without the rows that a method leaves out: the fault is given, or preferred to the right
+answer. Earlier lines also have every score against the faulty rows: average precision on the complete pool and on the
+rows that gradients score, and the rows within the limit; there, the name of a score is a training without the rows
+within its limit.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def _sections(lines: Sequence[Line]) -> Iterator[str]:
         yield f"## {name}, {bad} bad rows, {own[0]['job']['rows']} rows"
         if scored := [line for line in own if "scores" in line]:
             yield _scores(scored)
-        if trained := [line for line in own if "triggers_right" in line]:
+        if trained := [line for line in own if "dropped" in line]:
             yield _effects(trained)
 
 
@@ -68,19 +69,22 @@ def _effects(lines: Sequence[Line]) -> str:
     rows = []
     for method, steps in dict.fromkeys((line["job"]["method"]["name"], line["job"]["steps"]) for line in lines):
         own = [line for line in lines if (line["job"]["method"]["name"], line["job"]["steps"]) == (method, steps)]
-        columns = [_effect(line) for line in own]
-        rows.append(
-            [method, str(steps), str(len(own)), *(_mean(column, ".1%") for column in zip(*columns, strict=True))]
-        )
-    titles = ["trained without", "steps", "seeds", "of the faulty rows", "of the others", "fault", "fault preferred"]
+        columns = zip(*map(_effect, own), strict=True)
+        rows.append([method, str(steps), str(len(own)), *(_mean(column, ".1%") for column in columns)])
+    titles = ["method", "steps", "seeds", "of the faulty rows", "of the others", "fault", "fault preferred"]
     return "Held-out rows\n\n" + markdown_table(Table([*titles, "right", "right, no trigger"], rows))
 
 
-def _effect(line: Line) -> list[float]:
-    right, fault = line["triggers_right"], line["triggers_fault"]
-    return [
+def _effect(line: Line) -> list[float | None]:
+    shares = [
         line["dropped_bad"] / line["bad"],
         (line["dropped"] - line["dropped_bad"]) / (line["job"]["rows"] - line["bad"]),
+    ]
+    if "triggers_right" not in line:  # only sifted
+        return [*shares, *[None] * 4]
+    right, fault = line["triggers_right"], line["triggers_fault"]
+    return [
+        *shares,
         float(np.mean(fault["right"])),
         float(np.mean(np.less(fault["nll"], right["nll"]))),
         float(np.mean(right["right"])),

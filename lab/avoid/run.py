@@ -1,10 +1,10 @@
 """Rows that teach a fault: run the jobs, one process each, resumed by the same command.
 
-    python -m lab.avoid.run --data FOLDER --cells carry-30 --methods scores dense oracle "K_bad − B" --out avoid.jsonl
+    python -m lab.avoid.run --data FOLDER --cells carry-30 --methods dense oracle avoid "right late" --out avoid.jsonl
     python -m lab.avoid.report avoid.jsonl
 
-`avoid/cells.py` defines the cells, and `avoid/job.py` the methods. Jobs of one cell share their scores, in siftune's
-cache folder. A finished job adds a line of JSON to the file and is never made again.
+`avoid/cells.py` defines the cells, and `avoid/job.py` the methods. A finished job adds a line of JSON to the file and
+is never made again.
 """
 
 import argparse
@@ -31,9 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--cells", default="carry-30", help="FAULT-PERCENT, with commas between")
-    add("--methods", nargs="+", default=["scores"], help="scores, dense, oracle, right late, or the name of a score")
+    add("--methods", nargs="+", default=["dense", "avoid"], help="dense, oracle, avoid, right late, sift")
     add("--bad", default="32", help="numbers of bad rows, with commas between")
-    add("--models", default="smollm2", help="smollm2")
+    add("--models", default="smollm2", help="smollm2, gemma3, qwen0.5b, qwen1.5b: see lab.models")
     add("--lr", type=float, default=5e-4)
     add("--seeds", default="0")
     add("--rows", type=int, default=960)

@@ -11,10 +11,9 @@ from typing import Any
 from lab.keep.arms import Elastic, OwnRows, fisher_ratios, orthogonal_adapters, train_best_half
 from lab.lines import work_off
 from lab.pays import pool as pools
-from lab.pays.job import Work, _load
 from lab.pays.measure import measure_rows
 from lab.pays.pool import asked, make_pool
-from lab.pays.subset import SubsetTrainer
+from lab.training import Work, load
 from siftune.engine.groups import group_by_layer
 from siftune.engine.suppression import suppress
 from siftune.methods.keep import callback
@@ -56,8 +55,8 @@ class KeepWork(Work):
         with orthogonal_adapters() if self.method.get("oft") else nullcontext():
             return super().run()
 
-    def _take_over(self, built: Any, rows: Sequence[Record]) -> SubsetTrainer:
-        keep = self.method.get("penalty")
+    def _add_to(self, built: Any) -> None:
+        keep, rows = self.method.get("penalty"), self.pool.train
         if self.method.get("gate"):
             texts = self._texts("own", built.trainer.model, rows)
             started = time.process_time()
@@ -69,7 +68,6 @@ class KeepWork(Work):
             texts = self._texts(keep["rows"], built.trainer.model, rows)
             callback.Penalty = _LOSSES[keep.get("loss", "kl")]  # type: ignore[misc]
             built.trainer.add_callback(Keep(texts, seed=self.job["seed"], **settings))
-        return super()._take_over(built, rows)
 
     def _texts(self, kind: str, model: Any, rows: Sequence[Record]) -> Any:
         """The texts of the penalty: written freely, half with prompts of training rows, public, or training rows."""
@@ -132,7 +130,7 @@ def _sums(measured: Mapping[str, Sequence[float]]) -> Record:
 def run_job(job: Record, data: Path, folder: Path) -> Record:
     """Load, draw, train and measure."""
     pools.OTHER_QUESTIONS = _OTHERS
-    model, tokenizer = _load(job)
+    model, tokenizer = load(job)
     pool = make_pool(job, data, lambda row: len(tokenizer("".join(asked(row).values()))["input_ids"]) + 1)
     started = time.process_time()
     result = KeepWork(job, model, tokenizer, pool, folder).run()

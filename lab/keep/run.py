@@ -78,7 +78,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--cells", default="clean", help=", ".join(_SCENARIOS))
     add("--methods", nargs="+", default=["untrained", "dense", "kl"])
-    add("--models", default="smollm2", help="smollm2, gemma3")
+    add("--models", default="smollm2", help="smollm2, gemma3, qwen0.5b, qwen1.5b")
     add("--lrs", default="1e-3")
     add("--seeds", default="0")
     add("--steps", type=int, default=120)

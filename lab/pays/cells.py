@@ -17,6 +17,8 @@ A cell is a plain dictionary, so that a job can be written down and read again:
 from collections.abc import Sequence
 from typing import Any
 
+from lab.pays.natural import natural_cells
+
 Cell = dict[str, Any]
 
 _TASKS = ("arithmetic", "arc", "openbookqa", "boolq")
@@ -70,14 +72,16 @@ def _rates(known: int) -> list[Cell]:
     return [*(cell for cell in _pools(known) if cell["name"] in ("mix", "reverse")), *_clean(known)]
 
 
-SCENARIOS = {"S1": (_pools, 100), "S2": (_noises, 0), "S3": (_rates, 100), "S5": (_clean, 0)}
+SCENARIOS = {
+    "S1": (_pools, 100), "S2": (_noises, 0), "S3": (_rates, 100), "S5": (_clean, 0), "N": (natural_cells, 100),
+}  # fmt: skip
 
 
 def cells_of(scenario: str, names: Sequence[str], known: int | None = None) -> list[Cell]:
     """Look up cells of a scenario by name.
 
     Args:
-        scenario: "S1", "S2", "S3" or "S5"; S4 is measured by every job.
+        scenario: "S1", "S2", "S3", "S5", or "N" for rows with natural errors.
         names: Names of its cells.
         known: Known rows of the target; the scenario's own number where it is None.
 

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from siftune.models.modules import evaluating
+from siftune.models.modules import evaluating, model_device
 from siftune.sifting.scores import Floats
 
 _SIZE = 2048
@@ -69,8 +69,10 @@ def sketches(model: nn.Module, data: Dataset, state: Mapping[Any, dict[str, Any]
     with evaluating(model), torch.enable_grad():
         for row in data:
             model.zero_grad()
-            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].float()
-            nn.functional.cross_entropy(logits, torch.tensor(row["labels"])[1:]).backward()
+            logits = (
+                model(input_ids=torch.tensor([row["input_ids"]], device=model_device(model))).logits[0, :-1].float()
+            )
+            nn.functional.cross_entropy(logits, torch.tensor(row["labels"], device=logits.device)[1:]).backward()
             own, updates = Layers(), Layers()
             for name, parameter in model.named_parameters():
                 if parameter.grad is None:

@@ -1,231 +1,160 @@
-"""One job in a process of its own: `python -m pays.job OUT DATA` reads it from stdin and adds a line to OUT."""
+"""One job in a process of its own: `python -m lab.pays.job OUT DATA` reads it from stdin and adds a line to OUT.
+
+A job writes its rows to pool.jsonl, few.jsonl (rows of the target), test.jsonl and dev.jsonl, runs the commands of its
+method in their folder, and measures the tuned model on the held-out rows.
+"""
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from contextlib import chdir, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import yaml
-from datasets import Dataset
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from lab.lines import work_off
-from lab.pays.gemma import folder as gemma_folder
-from lab.pays.gradients import gradient_scores
-from lab.pays.measure import measure_rows, nats_per_token
+from lab.commands import Commands, flags, load_tuned, settings_of, summary_of, write_rows
+from lab.lines import commit, read, work_off
+from lab.models import source
+from lab.pays.measure import measure_file, nats_per_token
+from lab.pays.natural import natural_pool
 from lab.pays.pool import Pool, asked, make_pool
-from lab.pays.sifting import STEPS, Loaded, losses_of, most_alike, sifted, soft_weights
-from lab.pays.subset import Book, Followed, SubsetTrainer
-from lab.pays.training_rows import training_rows
-from siftune.bench.worker import Clock
-from siftune.data.batches import AIMED, Collator
-from siftune.data.rows import WEIGHT, rows_from
-from siftune.data.tokens import tokenize_rows
-from siftune.engine.groups import group_by_layer
-from siftune.engine.substitution import use_base_dtype
+from lab.pays.rivals import RULES, Candidates, choose
 from siftune.methods.dp import callback as dp
 from siftune.methods.dp.secret import Secret
-from siftune.methods.drivers.sample_callback import SampleCallback
-from siftune.methods.drivers.sample_choice import ALL_LAYERS, SampleChoice
-from siftune.models.load import load_model
-from siftune.recipe.checks import check
-from siftune.recipe.read import load_recipe
-from siftune.recipe.schema import Recipe, compares, resolve_recipe
-from siftune.sifting.similarity import embed
-from siftune.train.build import Built, build
-from siftune.train.trainer import SiftTrainer
+from siftune.models.load import load_tokenizer
 
 Record = dict[str, Any]
 Job = dict[str, Any]
 
-_LONGEST = 512  # tokens of a row
-_SHARE = 0.25  # of the pool that retrieval keeps
-_TUNING_LR = 5e-4  # of the tuning on the known rows, before sifting
-USUAL = {"method": "dense", "rank": 32, "attention": "eager", "template": "none", "log_every": 1000}
+_FIXED = ("scenario", "cell", "model", "lr", "seed", "steps", "batch")  # the same in jobs with the same sifted pool
 
 
-def recipe_of(job: Job, folder: Path) -> Recipe:
-    """Make a job's recipe, checked; nothing is read from the files that it names.
+def run_job(job: Job, data: Path, folder: Path, recorded: Sequence[Record] = ()) -> Record:
+    """Draw rows, run the method's commands, and measure.
 
     Args:
         job: The job.
-        folder: For the run, and for a file that is read back.
+        data: Folder of the commonsense suite and of natural data.
+        folder: An empty folder for files and runs.
+        recorded: Lines of finished jobs.
     """
+    pool = draw(job, data)
+    with chdir(folder):
+        for name, rows in (("pool", pool.train), ("few", pool.known), ("test", pool.test), ("dev", pool.dev)):
+            write_rows(f"{name}.jsonl", [_written(job, row) for row in rows])
+        return _Work(job, pool, recorded).run()
+
+
+def draw(job: Job, data: Path) -> Pool:
+    """The rows of a job."""
+    if job["cell"].get("natural"):
+        return natural_pool(job, data)
+    tokenizer = load_tokenizer(source(job["model"]))
+    return make_pool(job, data, lambda row: len(tokenizer("".join(asked(row).values()))["input_ids"]) + 1)
+
+
+def _written(job: Job, row: Record) -> Record:
+    """A row as its file has it: a question, since jobs use no chat template; natural rows with their source."""
+    return {**asked(row), "source": row["source"]} if job["cell"].get("natural") else asked(row)
+
+
+def words_of(job: Job) -> list[str]:
+    """The command that trains by a job's method."""
     method = job["method"]
-    own = {"batch_size": job["batch"], **{name: job[name] for name in ("lr", "seed", "steps", "model")}}
-    values = {**USUAL, **own, **method.get("recipe", {}), "train": "pool", "out": str(folder)}
-    groups = [value for value in values.values() if isinstance(value, dict)]
-    kinds = {group.get("support") for group in groups}
-    if "late" in method:
-        values |= {"target": "known", "target_last": method["late"]}
-    elif "dataset" in kinds:
-        values |= {"target": "known", "target_share": 0.0}
-    file = folder / "pays.yaml"
-    file.write_text(yaml.safe_dump(values), encoding="utf-8")
-    recipe: Recipe = resolve_recipe(load_recipe(file))
-    check(recipe)
-    return recipe
+    rows = method.get("rows", "pool")
+    words = ["train", "--train", "chosen.jsonl" if rows in RULES else f"{rows}.jsonl"]
+    words += ["--target", "few.jsonl"] if method.get("target") else []
+    words += flags({"sift": method["sift"]}) if "sift" in method else []
+    words += [*settings_of(job, _template(job)), *flags({"steps": job["steps"], **method.get("flags", {})})]
+    return [*words, "--out", "run"]
 
 
-@dataclass
-class Work:
-    """One job with what it is done on.
+def _template(job: Job) -> str:
+    return "none"
 
-    Attributes:
-        job: The job.
-        model: The base model; it gets the adapter in place.
-        tokenizer: Its tokenizer.
-        pool: The rows.
-        folder: For what the Trainer leaves.
-    """
 
-    job: Job
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    pool: Pool
-    folder: Path
-    seconds_sifting: float | None = None  # of the processor
+class _Work:
+    """A job in the folder of its files."""
 
-    @property
-    def method(self) -> Record:
-        """The job's method."""
-        return self.job["method"]
-
-    @property
-    def collate(self) -> Collator:
-        """Makes batches."""
-        return Collator(self.tokenizer.pad_token_id)
-
-    def tokenized(self, rows: Sequence[Record], completion_only: bool = True) -> Dataset:
-        """Tokenise rows, without a chat template; questions as `asked`, text as it is."""
-        rows = [asked(row) if "prompt" in row else row for row in rows]
-        return tokenize_rows(rows_from(rows), self.tokenizer, _LONGEST, "none", completion_only)
+    def __init__(self, job: Job, pool: Pool, recorded: Sequence[Record]) -> None:
+        self.job, self.pool, self.recorded, self.method = job, pool, recorded, job["method"]
+        self.commands = Commands()
 
     def run(self) -> Record:
-        """Train and measure."""
-        known, count = self.pool.known, self.job["steps"] * self.job["batch"]
-        rows = training_rows(self.method.get("rows", "pool"), self.pool.train, known, count, self._chosen)
-        recipe = recipe_of(self.job, self.folder)
-        data = {"train": self.tokenized(rows)}
-        if "late" in self.method:
-            own = {id(row) for row in known}
-            data["train"] = data["train"].add_column(AIMED, [id(row) in own for row in rows])
-        if "soft" in self.method:
-            data["train"] = data["train"].add_column(WEIGHT, [row.get(WEIGHT, 1.0) for row in rows])
-        if compares(recipe):
-            data["support"] = self.tokenized(known)
-        built = build(recipe, self.model, self.tokenizer, data, self.folder / "checkpoints")
-        trainer = self._take_over(built, rows)
-        found = {"steps": 0} if self.method.get("untrained") else self._train(trainer)
-        built.release()
-        with use_base_dtype(trainer.model, group_by_layer(trainer.model)):  # as in training; release() took that off
-            sifting = {} if self.seconds_sifting is None else {"seconds_sifting": round(self.seconds_sifting, 1)}
-            return {**self._measure(trainer.model), **found, **sifting, "rows": len(rows)}
+        """Run the commands and measure; the result of the job."""
+        line: Record = {"rows": len(self.pool.train), "steps": 0}
+        seconds = 0.0  # of a choice of rows that no command makes
+        if self.method.get("rows") in RULES:
+            numbers, seconds = self._choose()
+            write_rows("chosen.jsonl", [_written(self.job, self.pool.train[number]) for number in numbers])
+            line |= {**self._groups(numbers), "sift_seconds": round(seconds, 1)}
+        if not self.method.get("untrained"):
+            line |= self._train(seconds)
+        name = source(self.job["model"]) if self.method.get("untrained") else "run"
+        return {**line, **self._measure(name), "commands": self.commands.typed}
 
-    def _chosen(self, plan: str) -> list[Record]:
-        """Rows of the pool that a plan keeps."""
+    def _train(self, seconds: float) -> Record:
+        commands = self.commands
+        before, commands.sifted = commands.seconds, None
+        with self._engine():
+            commands.run(*words_of(self.job))
+        summary = summary_of("run")
+        line = {
+            "steps": summary["steps"],
+            "processor_seconds": round(seconds + commands.seconds - before, 1),
+            "followed": summary["followed"],
+        }
+        if commands.sifted is not None:
+            line |= {**self._groups(commands.sifted.selected), "sift_seconds": round(commands.sift_seconds, 1)}
+            line["reason"] = commands.sifted.reason
+        return line
+
+    def _engine(self) -> Any:
+        """The steps of another engine in a private run."""
+        if "engine" not in self.method:
+            return nullcontext()
+        from lab.dp_trainers import in_place  # imports Opacus
+
+        return in_place(self.method["engine"])
+
+    def _choose(self) -> tuple[list[int], float]:
+        """Numbers of the rows that a rule chooses, and processor seconds of the choice."""
+        rule, share = self.method["rows"], self.method.get("share")
+        count = 0 if rule == "oracle" else self._sifted() if share is None else round(share * len(self.pool.train))
+        settings = {"model": source(self.job["model"]), "template": _template(self.job), "seed": self.job["seed"]}
+        candidates = Candidates(
+            [row["group"] for row in self.pool.train], count, {**settings, "batch_size": self.job["batch"]}
+        )
         started = time.process_time()
-        pool, known = self.tokenized(self.pool.train), self.tokenized(self.pool.known)
-        settings = {**USUAL, **{name: self.job[name] for name in ("seed", "model")}, "steps": STEPS}
-        recipe = resolve_recipe(Recipe(**settings, lr=_TUNING_LR, train="known", out=str(self.folder)))
-        if plan == "sifted":
-            numbers: list[int] = []
-            for _ in range(self.method.get("rounds", 1)):
-                losses = losses_of(self.job, lambda: _load(self.job), recipe, pool, known, self.folder, numbers)
-                numbers = sifted(losses, self.method.get("share"))
-            self.seconds_sifting = time.process_time() - started
-            if "soft" in self.method:
-                pairs = zip(self.pool.train, soft_weights(losses), strict=True)
-                return [{**row, WEIGHT: weight} for row, weight in pairs if weight]
-        elif plan == "less":
-            model, tokenizer = _load(self.job)
-            trainer = build(recipe, model, tokenizer, {"train": known}, self.folder / "sifting").trainer
-            trainer.train()
-            scores = gradient_scores(trainer.model, trainer.optimizer, pool, known)
-            alike_R = -torch.from_numpy(scores["gradients in Adam's metric, cosine"])
-            numbers = list(most_alike(alike_R, self.method.get("share", _SHARE)))
-            self.seconds_sifting = time.process_time() - started
-        else:
-            pool_RH, known_KH = (embed(self.model, part["input_ids"]) for part in (pool, known))
-            numbers = list(most_alike((pool_RH @ known_KH.T).amax(1), self.method.get("share", _SHARE)))
-        return [self.pool.train[number] for number in numbers]
+        return choose(rule, candidates), time.process_time() - started
 
-    def _take_over(self, built: Built, rows: Sequence[Record]) -> SiftTrainer:
-        """Have the Trainer keep rows by the method's rule, and count what is followed; or another engine's privacy."""
-        if built.trainer.privacy is not None:
-            from lab.dp_trainers import TRAINERS  # imports Opacus
+    def _sifted(self) -> int:
+        """Number of rows that sifting selects here: recorded with this code, or by `siftune sift`."""
+        code = commit()
+        for line in self.recorded:
+            same = all(line["job"][name] == self.job[name] for name in _FIXED)
+            method = line["job"]["method"]
+            if same and line.get("commit") == code and method.get("sift") is True and "flags" not in method:
+                return int(line["selected"])
+        rows = ("--train", "pool.jsonl", "--target", "few.jsonl")
+        self.commands.run("sift", *rows, *settings_of(self.job, _template(self.job)), "--out", "sifted")
+        assert self.commands.sifted is not None
+        return len(self.commands.sifted.selected)
 
-            return (
-                TRAINERS[self.method["engine"]].take_over(built.trainer) if "engine" in self.method else built.trainer
-            )
-        followed, ceiling = Followed([row["group"] for row in rows]), self.method.get("keep") == "target"
-        book = Book(built.trainer.train_dataset, rows)
-        trainer = SubsetTrainer.take_over(built.trainer, book, followed, ceiling)
-        for part in built.methods:
-            if isinstance(part, SampleCallback):
-                part.on_select = partial(_note, trainer, built.depth)
-        return trainer
+    def _groups(self, numbers: Sequence[int]) -> Record:
+        """Number of selected rows, and for each group of the pool its rows and the selected ones."""
+        every = Counter(row["group"] for row in self.pool.train)
+        own = Counter(self.pool.train[number]["group"] for number in numbers)
+        return {"selected": len(numbers), "groups": {group: [every[group], own[group]] for group in every}}
 
-    def _train(self, trainer: SiftTrainer) -> Record:
-        clock = Clock()
-        trainer.add_callback(clock)
-        processor = time.process_time()
-        trainer.train()
-        steps = trainer.state.global_step
-        return {
-            "steps": steps,
-            **({"seconds_per_step": round(float(np.mean(clock.seconds(1))), 4)} if steps > 1 else {}),
-            "processor_seconds_per_step": round((time.process_time() - processor) / steps, 4),
-            **(trainer.followed.summary(steps) if isinstance(trainer, SubsetTrainer) else {}),
-        }
-
-    def _measure(self, model: nn.Module) -> Record:
-        """Held-out rows: the target's one by one, sums of the others."""
-        started = time.perf_counter()
-        found: Record = measure_rows(model, self.tokenized(self.pool.test), self.collate)
-        dev = measure_rows(model, self.tokenized(self.pool.dev), self.collate)
-        others = {name: self.tokenized(rows) for name, rows in self.pool.other.items()}
-        others["text"] = self.tokenized(self.pool.text, completion_only=False)
-        nats = {name: nats_per_token(measure_rows(model, data, self.collate)) for name, data in others.items()}
-        return {
-            **found,
-            "dev_nats": round(nats_per_token(dev), 5),
-            "other_nats": {name: round(value, 5) for name, value in nats.items()},
-            "seconds_measuring": round(time.perf_counter() - started, 2),
-        }
-
-
-def _note(trainer: SubsetTrainer, depth: int, samples: SampleChoice) -> None:
-    """Count the rows that a method followed in a batch."""
-    for layer, numbers in zip(samples.layers, samples.selected.tolist(), strict=True):
-        place = None if layer == ALL_LAYERS else max(0, layer) / depth
-        trainer.followed.follow(samples.step, place, [trainer.seen[number] for number in numbers])
-
-
-def _load(job: Job) -> Loaded:
-    source = str(gemma_folder()) if job["model"] == "gemma3" else job["model"]
-    return load_model(source, job["method"].get("recipe", {}).get("dtype", "auto"))
-
-
-def run_job(job: Job, data: Path, folder: Path) -> Record:
-    """Load, draw, train and measure.
-
-    Args:
-        job: The job.
-        data: Folder of the commonsense suite.
-        folder: For what the Trainer leaves.
-    """
-    model, tokenizer = _load(job)
-    pool = make_pool(job, data, lambda row: len(tokenizer("".join(asked(row).values()))["input_ids"]) + 1)
-    dtype = str(model.dtype).removeprefix("torch.")
-    result = Work(job, model, tokenizer, pool, folder).run()
-    return {**result, "dtype": dtype}
+    def _measure(self, name: str) -> Record:
+        """Quality of a run, or of a base model, on the held-out rows."""
+        model, tokenizer = load_tuned(name)
+        test, dev = (measure_file(model, tokenizer, f"{part}.jsonl", _template(self.job)) for part in ("test", "dev"))
+        dtype = str(model.dtype).removeprefix("torch.")
+        return {**test, "dev_nats": round(nats_per_token(dev), 5), "dtype": dtype}
 
 
 def main(argv: list[str]) -> int:
@@ -233,7 +162,7 @@ def main(argv: list[str]) -> int:
 
     def run(job: Job, data: Path, folder: Path) -> tuple[Record, str]:
         dp.Secret = lambda: Secret(job["seed"])  # private runs of a seed draw the same rows
-        result = run_job(job, data, folder)
+        result = run_job(job, data, folder, read(Path(argv[0])))
         return result, f"{np.mean(result['right']):.3f} right, {nats_per_token(result):.3f} nats"
 
     return work_off(argv, run)

@@ -11,9 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from siftune.data.batches import by_length
+from siftune.data.batches import Collator, by_length
+from siftune.data.read import load_rows
+from siftune.data.tokens import tokenize_rows
+from siftune.models.attention import short_rows
 from siftune.models.loss import label_positions, logits_at, next_labels
 from siftune.models.modules import evaluating, model_device
+from siftune.recipe.schema import Recipe
 
 _BATCH = 64
 Floats = NDArray[np.float64]
@@ -67,6 +71,17 @@ def measure_rows(model: nn.Module, data: Any, collate: Any, batch_size: int = _B
         "nll": np.round(found["nll"], 5).tolist(),
         "tokens": found["tokens"].astype(int).tolist(),
     }
+
+
+def tokens_of_file(file: str, tokenizer: Any, template: str) -> Any:
+    """Tokenised rows of a file, cut at the default of `--max-length`."""
+    return tokenize_rows(load_rows(file), tokenizer, Recipe.max_length, template)
+
+
+def measure_file(model: nn.Module, tokenizer: Any, file: str, template: str) -> dict[str, list[float]]:
+    """Measure the rows of a file, as `measure_rows`."""
+    with short_rows():
+        return measure_rows(model, tokens_of_file(file, tokenizer, template), Collator(tokenizer.pad_token_id))
 
 
 def nats_per_token(measured: Mapping[str, Sequence[float]]) -> float:

@@ -1,13 +1,11 @@
 """Methods to compare, as plain dictionaries, and their variants on the command line.
 
-recipe     fields of the recipe, among them `method` and the groups of its settings, passed on as they are
-keep       "target": train on the correct target rows of each batch alone; see `subset.py`
-rows       what is trained on: see `training_rows.py`; the pool where it is not given
-share      share of the pool that is kept; if not given, that of siftune sift, and a quarter for the other plans
-soft       for sifting: train on all rows of the task, each with the weight 1 / (1 + exp(score))
-rounds     for sifting: how often; the second time the tuning also takes the rows that were selected
-late       share of the steps, the last ones, in which the known rows come; they are a quarter of all rows all the same
-untrained  measure the model as it is
+rows       rows that train: "pool", the default, "few" for those of the target alone, or a rule of `rivals.py`
+share      with a rule: share of the pool that it chooses; if not given, as many rows as sifting selects
+target     give the target's rows with --target
+sift       give --sift; a number is its value
+flags      further flags of `siftune train`, by name
+untrained  measure the base model
 engine     for a private run: what clips and noises in place of siftune, "opacus" or "opacus-ghost"
 """
 
@@ -17,56 +15,38 @@ from typing import Any
 
 Method = dict[str, Any]
 
-
-def _gast(**settings: Any) -> dict[str, Any]:
-    """Recipe of GAST with a support set of known rows: eight in a step, a quarter of the batch followed."""
-    usual = {"support": "dataset", "support_size": 8, "choice": "topk", "score": "cosine", "select": 0.25}
-    if settings.get("support") == "rest":
-        del usual["support_size"]  # which does not apply: there are no support rows
-    return {"recipe": {"method": "gast", "gast": {**usual, **settings}}}
-
-
 # Opacus' hooks do not see adapters that are cast while they run
-_PRIVATE = {"dp_epsilon": 8.0, "dp_delta": 1e-5, "dtype": "float32"}
+_PRIVATE = {"dp-epsilon": 8.0, "dp-delta": 1e-5, "dtype": "float32"}
+_GAST = {"method": "gast"}
 
 METHODS: dict[str, Method] = {
     "untrained": {"untrained": True},
+    "few": {"rows": "few"},
     "dense": {},
-    "dense+known": {"rows": "pool+known"},
-    "dense+known-weighted": {"rows": "pool+weighted"},
-    "known-alone": {"rows": "known"},
-    "retrieval": {"rows": "retrieved"},
-    "retrieval+known-weighted": {"rows": "retrieved+weighted"},
-    "sifted": {"rows": "sifted+weighted", "late": 1 / 3},
-    "sifted-twice": {"rows": "sifted+weighted", "late": 1 / 3, "rounds": 2},
-    "sifted-soft": {"rows": "sifted+weighted", "late": 1 / 3, "soft": True},
-    "sifted-gast": {**_gast(select=0.5), "rows": "sifted+weighted", "late": 1 / 3},
-    "less": {"rows": "less+weighted", "late": 1 / 3},
-    "late-retrieved": {"rows": "retrieved+weighted", "late": 1 / 3},
-    "ceiling": {"keep": "target"},
-    "random": _gast(support="rest", choice="random"),
-    "gast-paper": _gast(support_size=4, choice="stochastic", score="inner", select=0.5),
-    "gast": _gast(),
-    "late-known": {"rows": "pool+weighted", "late": 1 / 3},
-    "late-gast": {**_gast(), "rows": "pool+weighted", "late": 1 / 3},
-    "late-gast-half": {**_gast(select=0.5), "rows": "pool+weighted", "late": 1 / 3},
-    "greats": {"recipe": {"method": "greats", "greats": {"select": 0.25}}},
-    "ist": {"recipe": {"method": "ist"}},
-    "rst": {"recipe": {"method": "rst"}},
-    "lisa": {"recipe": {"method": "lisa"}},
-    "cut": {"recipe": {"method": "cut"}},
-    "dp": {"recipe": _PRIVATE},
-    "opacus": {"recipe": _PRIVATE, "engine": "opacus"},
+    "target": {"target": True},
+    "sifted": {"target": True, "sift": True},
+    "random": {"target": True, "rows": "random"},
+    "oracle": {"target": True, "rows": "oracle"},
+    "retrieved": {"target": True, "rows": "retrieved"},
+    "rds": {"target": True, "rows": "rds"},
+    "less": {"target": True, "rows": "less"},
+    "ifd": {"target": True, "rows": "ifd"},
+    "gast": {"flags": _GAST},
+    "target-gast": {"target": True, "flags": _GAST},
+    "sifted-gast": {"target": True, "sift": True, "flags": _GAST},
+    "target-greats": {"target": True, "flags": {"method": "greats"}},
+    **{name: {"flags": {"method": name}} for name in ("greats", "ist", "rst", "lisa", "cut")},
+    "dp": {"flags": _PRIVATE},
+    "opacus": {"flags": _PRIVATE, "engine": "opacus"},
 }
 
-_OWN = ("keep", "rows", "share", "soft", "rounds", "late", "untrained", "engine")  # the rest are fields of a recipe
+_OWN = ("rows", "share", "target", "sift", "untrained", "engine")  # other options are flags of `siftune train`
 
 
-def method_of(words: str) -> dict[str, Any]:
-    """Read `gast`, or a variant `wide=gast,gast.select:0.5,rows:pool+weighted,rank:8`.
+def method_of(words: str) -> Method:
+    """Read `gast`, or a variant `wide=target-gast,gast.select:0.5,rank:8`.
 
-    What follows the name are the method that it varies, if any, and options: the keys above, fields of the recipe, or
-    settings of a method's group with a point between.
+    After the equals sign come the method that it varies, if any, and options: the keys above, or flags.
 
     Returns:
         The method with its `name`.
@@ -85,10 +65,7 @@ def method_of(words: str) -> dict[str, Any]:
         elif key in _OWN:
             method[key] = _value(text)
         else:
-            group, point, setting = key.partition(".")
-            recipe = method.setdefault("recipe", {})
-            target = recipe.setdefault(group, {}) if point else recipe
-            target[setting or key] = _value(text)
+            method.setdefault("flags", {})[key] = _value(text)
     return method
 
 
@@ -101,5 +78,5 @@ def _named(name: str) -> Method:
 def _value(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:  # a word
+    except ValueError:  # text
         return text

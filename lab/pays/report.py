@@ -1,9 +1,11 @@
 """The tables of `run.py`'s results, in Markdown: `python -m lab.pays.report FILE`.
 
 For each cell: every method at its best learning rate, which is that of the least loss on further held-out rows (`dev`),
-over the seeds that all of its rates have. Differences to `dense` are paired, the same questions and the same seed on
-both sides; their intervals are bootstrapped over seeds, and within each seed over its questions. With few seeds
-these intervals are too narrow by about √((S − 1)/S); with one seed they cover other questions only.
+over the seeds that all of its rates have. The base of a cell is what its target's rows do without a choice of other
+rows: `few` or `target`, whichever has more correct answers, or `dense` if there is neither. Differences to the base are
+paired, the same questions and the same seed on both sides; their intervals are bootstrapped over seeds, and within each
+seed over its questions. With few seeds these intervals are too narrow by about √((S − 1)/S); with one seed they cover
+other questions only.
 """
 
 import argparse
@@ -25,8 +27,10 @@ Line = dict[str, Any]
 Runs = dict[int, Line]  # one method at one rate, by seed
 Cell = dict[str, dict[float, Runs]]  # method -> rate -> runs
 
-BASE, CEILING = "dense", "ceiling"
 _NONE = "–"
+_BASES = ("few", "target")
+_DENSE = "dense"
+_CEILINGS = ("oracle", "ceiling")  # the correct rows of the task; in earlier lines without the target's rows
 
 
 def report(lines: Sequence[Line]) -> str:
@@ -44,7 +48,7 @@ def differences(lines: Sequence[Line], base: str) -> str:
         for name in best if base in best else ():
             if name != base:
                 (right, seeds), (nats, _) = (compare(name, best, of, [base]) for of in ("right", "nats"))
-                minus = [_minus(right, name, ".1f", base=base), _minus(nats, name, ".3f", -1, base)]
+                minus = [_minus(right, name, ".1f", base), _minus(nats, name, ".3f", base, -1)]
                 rows.append([cell_name, where, name, str(len(seeds)), *minus])
     titles = ["cell", "scenario", "method", "seeds", f"correct − {base}", f"nats − {base}"]
     return markdown_table(Table(titles, rows))
@@ -91,16 +95,32 @@ def best_rate(rates: Mapping[float, Runs]) -> float:
     return min(rates, key=loss)
 
 
-def compare(
-    name: str, best: Mapping[str, Runs], of: str, others: Sequence[str] = (BASE, CEILING)
-) -> tuple[Means, list[int]]:
+def base_of(best: Mapping[str, Runs]) -> str:
+    """The method that others are compared with.
+
+    Args:
+        best: Methods' runs at their best rates.
+    """
+    own = [name for name in _BASES if name in best]
+    return max(own, key=lambda name: _right(best[name])) if own else _DENSE if _DENSE in best else next(iter(best))
+
+
+def _right(runs: Runs) -> float:
+    return float(np.mean([np.mean(line["right"]) for line in runs.values()]))
+
+
+def _ceiling_of(best: Mapping[str, Runs]) -> str | None:
+    return next((name for name in _CEILINGS if name in best), None)
+
+
+def compare(name: str, best: Mapping[str, Runs], of: str, others: Sequence[str | None]) -> tuple[Means, list[int]]:
     """Means of a method and of others where there are such, on the seeds that they share.
 
     Args:
         name: The method.
         best: Methods' runs at their best rates.
         of: "right", in per cent, or "nats", per token; negative, so that more is better.
-        others: Dense and the ceiling, if not given.
+        others: The other methods.
     """
     shown = [other for other in dict.fromkeys((name, *others)) if other in best]
     seeds = sorted(set.intersection(*(set(best[other]) for other in shown)))
@@ -118,53 +138,39 @@ def compare(
 
 def _section(heading: tuple[str, str], cell: Cell) -> str:
     best = {name: rates[best_rate(rates)] for name, rates in cell.items()}
+    base = base_of(best)
     seeds = max(len(runs) for runs in best.values())
-    note = "One seed: intervals over its questions only." if seeds == 1 else "Intervals over seeds and questions."
-    parts = [
-        f"## {heading[1]} ({heading[0]})",
-        f"{note} Correct answers in per cent, nats per token of the correct answer.",
-    ]
-    parts.append(_quality(cell, best))
+    intervals = "One seed: intervals over its questions only." if seeds == 1 else "Intervals over seeds and questions."
+    note = f"Base: {base}. {intervals} Correct answers in per cent, nats per token of the correct answer."
+    parts = [f"## {heading[1]} ({heading[0]})", note, _quality(cell, best, base)]
     if any(len(rates) > 1 for rates in cell.values()):
         parts += ["Every rate, correct / nats, mean over its seeds:", _rates(cell)]
-    parts += (
-        ["Rows followed, in per cent:", _followed(best)] if any("followed" in _any(r) for r in best.values()) else []
-    )
-    parts += ["Loss of other tasks and of text, nats per token:", _others(best)]
+    if any("other_nats" in line for runs in best.values() for line in runs.values()):
+        parts += ["Loss of other tasks and of text, nats per token:", _others(best)]
     return "\n\n".join(parts) + "\n"
 
 
-def _any(runs: Runs) -> Line:
-    return next(iter(runs.values()))
-
-
-def _quality(cell: Cell, best: Mapping[str, Runs]) -> str:
-    rows = []
+def _quality(cell: Cell, best: Mapping[str, Runs], base: str) -> str:
+    rows, ceiling = [], _ceiling_of(best)
+    selects = any("groups" in line for runs in best.values() for line in runs.values())
     for name, rates in cell.items():
-        (right, seeds), (nats, _) = (compare(name, best, of) for of in ("right", "nats"))
-        whole = CEILING in nats.point and BASE in nats.point and name not in (BASE, CEILING)
+        (right, seeds), (nats, _) = (compare(name, best, of, [base, ceiling]) for of in ("right", "nats"))
+        between = ceiling in nats.point and base in nats.point and name not in (base, ceiling)
         rows.append([
             name, f"{best_rate(rates):g} of {len(rates)}", str(len(seeds)),
             f"{right.point[name]:.1f}", f"{-nats.point[name]:.3f}",
-            _minus(right, name, ".1f"), _minus(nats, name, ".3f", -1),
-            _percent(nats.share(name, BASE, CEILING)) if whole else _NONE,
-            _mean_share(best[name], "followed", "batches"), _time(best, name),
+            _minus(right, name, ".1f", base), _minus(nats, name, ".3f", base, -1),
+            *([_percent(nats.share(name, base, ceiling)) if between else _NONE] if ceiling else []),
+            *(_selected(best[name]) if selects else []), _time(best, name, base),
         ])  # fmt: skip
-    titles = [
-        "method",
-        "best lr, of N",
-        "seeds",
-        "correct",
-        "nats",
-        "correct − dense",
-        "nats − dense",
-        "dense → ceiling",
-    ]
-    return markdown_table(Table([*titles, "target followed", "time"], rows))
+    titles = ["method", "best lr, of N", "seeds", "correct", "nats", f"correct − {base}", f"nats − {base}"]
+    titles += [f"{base} → {ceiling}"] if ceiling else []
+    titles += ["rows selected", "of these wrong", "of the correct rows"] if selects else []
+    return markdown_table(Table([*titles, "time"], rows))
 
 
-def _minus(means: Means, name: str, form: str, sign: int = 1, base: str = BASE) -> str:
-    """The difference to dense, or another, with its interval; `sign` −1 turns it around."""
+def _minus(means: Means, name: str, form: str, base: str, sign: int = 1) -> str:
+    """The difference to the base with its interval; `sign` −1 turns it around."""
     if name == base or base not in means.point:
         return _NONE
     found = means.difference(name, base)
@@ -180,20 +186,30 @@ def _percent(share: Estimate) -> str:
     return f"{100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
 
 
-def _mean_share(runs: Runs, *keys: str) -> str:
-    """Share of the target's rows, known ones among them, by the first of the keys that a run has."""
-    found = [next((line[key] for key in keys if key in line), None) for line in runs.values()]
-    shares = [share.get("target", 0) + share.get("known", 0) for share in found if share]
-    return f"{100 * np.mean(shares):.0f} %" if shares else _NONE
+def _selected(runs: Runs) -> list[str]:
+    """Rows that a method selected, the share of wrong ones among them, and that of the correct rows; means over seeds.
+
+    Example:
+        >>> _selected({0: {"selected": 8, "groups": {"target": [10, 6], "wrong": [10, 2], "slots": [20, 0]}}})
+        ['8', '25 %', '60 %']
+    """
+    lines = [line for line in runs.values() if "groups" in line]
+    if not lines:
+        return [_NONE] * 3
+    wrong = [line["groups"].get("wrong", [0, 0])[1] / max(1, line["selected"]) for line in lines]
+    correct = [line["groups"]["target"][1] / line["groups"]["target"][0] for line in lines]
+    shares = [f"{100 * np.mean(part):.0f} %" for part in (wrong, correct)]
+    return [f"{np.mean([line['selected'] for line in lines]):.0f}", *shares]
 
 
-def _time(best: Mapping[str, Runs], name: str) -> str:
-    """Processor time of a step, relative to dense on the seeds that both have."""
-    key = "processor_seconds_per_step"
-    shared = [seed for seed, line in best[name].items() if key in line and key in best.get(BASE, {}).get(seed, {})]
-    if not shared:
-        return _NONE
-    return f"{np.mean([best[name][seed][key] / best[BASE][seed][key] for seed in shared]):.2f}"
+def _time(best: Mapping[str, Runs], name: str, base: str) -> str:
+    """Processor time relative to the base on the seeds that both have: of the commands, in earlier lines of a step."""
+    for key in ("processor_seconds", "processor_seconds_per_step"):
+        pairs = [(line, best[base][seed]) for seed, line in best[name].items() if seed in best[base]]
+        ratios = [own[key] / other[key] for own, other in pairs if key in own and key in other]
+        if ratios:
+            return f"{np.mean(ratios):.2f}"
+    return _NONE
 
 
 def _rates(cell: Cell) -> str:
@@ -210,33 +226,17 @@ def _figures(runs: Runs) -> str:
     return f"{100 * right:.1f} / {nll / tokens:.3f} ({len(runs)})"
 
 
-def _followed(best: Mapping[str, Runs]) -> str:
-    """Shares by group, then those of the target by quarters of training and thirds of depth, mean over seeds."""
-    rows = []
-    for name, runs in best.items():
-        lines = [line for line in runs.values() if "followed" in line]
-        if lines:
-            groups = dict.fromkeys(group for line in lines for group in line["followed"])
-            shares = (f"{group} {100 * np.mean([line['followed'][group] for line in lines]):.0f}" for group in groups)
-            rows.append([name, ", ".join(shares), _parts(lines, "quarters"), _parts(lines, "thirds")])
-    titles = ["method", "all", "target by quarters of training", "target in lower, middle, upper layers"]
-    return markdown_table(Table(titles, rows))
-
-
-def _parts(lines: Sequence[Line], key: str) -> str:
-    parts = [line[key] for line in lines if key in line]
-    if not parts:
-        return _NONE
-    means = ([part[i]["target"] for part in parts if "target" in part[i]] for i in range(len(parts[0])))
-    return " ".join(f"{100 * np.mean(shares):.0f}" if shares else _NONE for shares in means)
-
-
 def _others(best: Mapping[str, Runs]) -> str:
-    names = dict.fromkeys(other for runs in best.values() for line in runs.values() for other in line["other_nats"])
+    names = dict.fromkeys(
+        other for runs in best.values() for line in runs.values() for other in line.get("other_nats", ())
+    )
     rows = [
         [
             name,
-            *(f"{np.mean([line['other_nats'].get(other, np.nan) for line in runs.values()]):.3f}" for other in names),
+            *(
+                f"{np.mean([line.get('other_nats', {}).get(other, np.nan) for line in runs.values()]):.3f}"
+                for other in names
+            ),
         ]
         for name, runs in best.items()
     ]
@@ -244,31 +244,35 @@ def _others(best: Mapping[str, Runs]) -> str:
 
 
 def _overviews(sections: Mapping[tuple[str, str], Cell]) -> list[str]:
-    """Per scenario and model, what each method gains over dense in nats, cell by cell."""
+    """Per scenario and model, the difference of each method to the base, cell by cell."""
     parts = []
     for where in dict.fromkeys(heading[0] for heading in sections):
         cells = {heading[1]: cell for heading, cell in sections.items() if heading[0] == where}
         if len(cells) > 1:
-            parts.append(f"## All cells ({where})\n\nNats − dense; lower is better.\n\n{_overview(cells)}\n")
+            parts.append(f"## All cells ({where})")
+            parts += [f"Correct answers − base, points:\n\n{_overview(cells, 'right')}"]
+            parts += [f"Nats − base; lower is better:\n\n{_overview(cells, 'nats')}\n"]
     return parts
 
 
-def _overview(cells: Mapping[str, Cell]) -> str:
-    rows = []
+def _overview(cells: Mapping[str, Cell], of: str) -> str:
+    rows, form, worst = [], *({"right": ("+.1f", min), "nats": ("+.3f", max)}[of])
     for name in dict.fromkeys(name for cell in cells.values() for name in cell):
-        found = [_gain(cell, name) for cell in cells.values()]
-        known = [gain for gain in found if gain is not None]
-        texts = [_NONE if gain is None else f"{gain:+.3f}" for gain in found]
-        mean, worst = (f"{f(known):+.3f}" if known else _NONE for f in (np.mean, max))
-        rows.append([name, *texts, mean, worst])
+        values = [_gain(cell, name, of) for cell in cells.values()]
+        own = [value for value in values if value is not None]
+        texts = [_NONE if value is None else f"{value:{form}}" for value in values]
+        rows.append([name, *texts, *(f"{f(own):{form}}" if own else _NONE for f in (np.mean, worst))])
     return markdown_table(Table(["method", *cells, "mean of its cells", "worst"], rows))
 
 
-def _gain(cell: Cell, name: str) -> float | None:
-    if name not in cell or BASE not in cell or name == BASE:
+def _gain(cell: Cell, name: str, of: str) -> float | None:
+    best = {other: rates[best_rate(rates)] for other, rates in cell.items()}
+    base = base_of(best)
+    if name not in cell or name == base:
         return None
-    means, _ = compare(name, {other: rates[best_rate(rates)] for other, rates in cell.items()}, "nats")
-    return means.point[BASE] - means.point[name] if BASE in means.point else None
+    means, _ = compare(name, best, of, [base])
+    sign = 1 if of == "right" else -1
+    return sign * (means.point[name] - means.point[base]) if base in means.point else None
 
 
 def _is_wanted(job: Line, lr: float | None, methods: str | None) -> bool:

@@ -1,12 +1,12 @@
 """Quality of selection: run the jobs of a scenario or of a file, several at a time.
 
-    python -m lab.pays.run S1 --data FOLDER --cells mix,reverse --methods dense,ceiling,late-known,gast \
+    python -m lab.pays.run S1 --data FOLDER --cells mix,reverse --methods few,dense,target,sifted,oracle \
         --lrs 5e-4,1e-3 --seeds 0,1 --out pays.jsonl --workers 2
     python -m lab.pays.run --data FOLDER --jobs jobs.jsonl --out pays.jsonl
     python -m lab.pays.report pays.jsonl
 
-Each job (cell, method, model, learning rate, seed) trains on siftune's own training path, in a fresh process with one
-thread, and is measured on held-out rows. A finished job adds a line of JSON to the file, and is never made again;
+Each job (cell, method, model, learning rate, seed) runs siftune's commands on files of rows, in a fresh process with
+one thread, and is measured on held-out rows. A finished job adds a line of JSON to the file, and is never made again;
 Ctrl-C loses only what is running. Seed 0 of all cells comes first, so that a run cut short compares what it has.
 `--list` prints the jobs, one a line: the file that `--jobs` takes, in whose order they are run.
 
@@ -15,7 +15,7 @@ Scenarios:
     S2  wrong labels, nothing known: uniform-15 to near-45, in one pass; with -400 after it, 400 rows passed over often
     S3  learning rates: mix, reverse, clean
     S5  layers and privacy: clean arithmetic, options of ARC and OpenBookQA (clean-options), and BoolQ (clean-boolq)
-Every job also measures what S4 asks for, the loss of other tasks and of text.
+    N   errors of people, programs and models: raters, intents-a, tasks-slots and the others of natural.py
 """
 
 import argparse
@@ -69,15 +69,16 @@ def start(
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("scenario", nargs="?", default="S1", help="S1, S2, S3 or S5")
+    add("scenario", nargs="?", default="S1", help="S1, S2, S3, S5 or N")
     add("--cells", default="mix,reverse")
     add("--known", default="", help="numbers of known rows, such as 8,100; the scenario's own if not given")
     add("--methods", nargs="+", default=["dense"], help="names, or NAME=METHOD,KEY:VALUE,...; see methods.py")
-    add("--models", default="smollm2", help="smollm2, gemma3")
+    add("--models", default="smollm2", help="smollm2, gemma3, qwen0.5b, qwen1.5b: see lab.models")
     add("--lrs", default="5e-4")
     add("--seeds", default="0")
     add("--steps", type=int, default=120)
     add("--batch", type=int, default=16)
+    add("--rows", type=int, help="rows of a pool; those of the cell if not given")
     add_running(parser, "pays")
     return parser.parse_args(argv)
 
@@ -109,6 +110,8 @@ def _of_scenario(args: argparse.Namespace) -> Iterator[Job]:
     methods = [method_of(words) for given in args.methods for words in _names(given)]
     numbers = [int(number) for number in args.known.split(",")] if args.known else [None]
     cells = [cell for known in numbers for cell in cells_of(args.scenario, args.cells.split(","), known)]
+    if args.rows is not None:
+        cells = [{**cell, "rows": args.rows} for cell in cells]
     rates = [float(rate) for rate in args.lrs.split(",")]
     models = args.models.split(",")
     for seed in map(int, args.seeds.split(",")):
@@ -137,17 +140,20 @@ def check_data(data: Path) -> None:
 
 
 def check(jobs: list[Job], data: Path) -> None:
-    """Check recipes and data before hours of training."""
-    import tempfile
-
-    from lab.pays.job import recipe_of
-    from siftune.base.errors import SiftuneError
+    """Check commands and data before hours of training."""
+    from lab.pays.job import words_of
+    from siftune.base.errors import RecipeError, SiftuneError
+    from siftune.cli.options import parse
+    from siftune.cli.train import Options
+    from siftune.recipe.checks import check as check_recipe
 
     check_data(data)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            for job in jobs:
-                recipe_of(job, Path(folder))
+        for job in jobs:
+            _, *words = words_of(job)
+            check_recipe(parse(Options, words, "siftune train"))
+            if "few.jsonl" in words and not job["cell"]["known"]:
+                raise RecipeError("the method needs rows of the target: give a cell with some, or --known")
     except SiftuneError as error:
         raise SystemExit(f"{job['method']['name']}: {error}") from None
 

@@ -8,7 +8,7 @@ apply another rule without training.
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,18 @@ import numpy as np
 from torch import nn
 
 from lab.lines import work_off
-from lab.pays.gemma import folder as gemma_folder
-from lab.pays.job import Work
 from lab.pays.pool import Pool, asked, make_pool
-from lab.pays.subset import SubsetTrainer
 from lab.rows.cells import demo_pool, plant, rows_in
 from lab.rows.first_sight import LEAST
 from lab.rows.metrics import all_of, named
 from lab.rows.peers import Fold, classes_of, crossed
 from lab.rows.scores import all_scores, scores_of
+from lab.training import Work, load
 from siftune.data.rows import rows_from
 from siftune.data.target import SOURCE
 from siftune.data.tokens import tokenize_rows
 from siftune.evaluate.likelihood import row_nll
 from siftune.models.attention import short_rows
-from siftune.models.load import load_model
 from siftune.records.record import RowRecord
 from siftune.suspects.losses import swapped_of
 from siftune.suspects.rule import judge
@@ -57,10 +54,8 @@ class Scored(Work):
     final: Any = None
     swapped: dict[tuple[int, str], Any] = field(default_factory=dict)
 
-    def _take_over(self, built: Built, rows: Sequence[Row]) -> SubsetTrainer:
-        trainer = super()._take_over(built, rows)
-        trainer.add_callback(self.record)
-        return trainer
+    def _add_to(self, built: Built) -> None:
+        built.trainer.add_callback(self.record)
 
     def _measure(self, model: nn.Module) -> Record:
         rows = rows_from([{**asked(row), SOURCE: _source(row)} for row in self.pool.train])
@@ -178,11 +173,6 @@ def leave_out(suspect: Any, first: Any, bad: Any, seed: int) -> dict[str, set[in
 
 def _quality(measured: Record) -> Record:
     return {name: measured[name] for name in ("right", "nll", "tokens", "dev_nats")}
-
-
-def load(job: Job) -> tuple[Any, Any]:
-    """The model of a job, fresh."""
-    return load_model(str(gemma_folder()) if job["model"] == "gemma3" else job["model"])
 
 
 RUN: dict[str, Callable[[Job, Path, Path], Record]] = {"scores": scored, "drop": dropped, "peers": compared}

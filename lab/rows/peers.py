@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lab.pays.job import Record, Work
+from lab.training import Record, Work
 from siftune.data.batches import by_length
 from siftune.models.loss import label_positions, logits_at, next_labels
 from siftune.models.modules import evaluating, model_device

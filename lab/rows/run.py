@@ -45,7 +45,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("scenario", nargs="?", default="scores", choices=["scores", "drop", "peers"])
     add("--cells", default=ALL, help="KIND-PERCENT or KIND-PERCENT-epochs, with commas between; all if not given")
-    add("--models", default="smollm2", help="smollm2, gemma3")
+    add("--models", default="smollm2", help="smollm2, gemma3, qwen0.5b, qwen1.5b")
     add("--lr", type=float, default=1e-3)
     add("--seeds", default="0")
     add("--steps", type=int, default=120)

@@ -11,7 +11,7 @@ from support.tokenizer import byte_tokenizer
 from lab.keep.arms import Elastic, fisher_ratios, orthogonal_adapters, train_best_half
 from lab.keep.job import KeepWork
 from lab.keep.run import METHODS
-from lab.pays.job import recipe_of
+from lab.training import recipe_of
 from siftune.data.batches import Collator
 from siftune.models.adapters.attach import attach_adapter
 

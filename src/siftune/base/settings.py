@@ -226,8 +226,8 @@ def described(hint: Any) -> str:
 def converted(value: Any, hint: Any) -> Any:
     """A value from YAML or the command line in the type that its field asks for, if it can be read as such.
 
-    Text becomes a number, a path or None where the field takes no text; a list becomes a tuple. Everything else stays,
-    and pydantic refuses it.
+    Text becomes a number, a path, true, false or None where the field takes no text; a list becomes a tuple. Everything
+    else stays, and pydantic refuses it.
     """
     kinds = [leaf for leaf, _ in leaves(hint)]
     for kind in (kind for kind in kinds if get_origin(kind) is tuple):
@@ -238,6 +238,8 @@ def converted(value: Any, hint: Any) -> Any:
         return value
     if value in ("None", "null") and type(None) in kinds:
         return None
+    if bool in kinds and str not in kinds and value.lower() in ("true", "false"):
+        return value.lower() == "true"
     for kind in (Path, int, float):
         if kind in kinds and str not in kinds:
             try:

@@ -2,14 +2,15 @@
 
 import shlex
 from dataclasses import fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from siftune.base.environment import launch_rank
-from siftune.base.settings import CONFIG, AtLeastTwo, Columns, Count, Positive, Seed, Template, Validated
+from siftune.base.settings import CONFIG, Count, Positive, Validated
 from siftune.base.text import one_line
+from siftune.recipe.schema import SCORING, Recipe, with_settings
 
 if TYPE_CHECKING:
     from siftune.sifting.run import Sifted
@@ -19,6 +20,7 @@ _MOST = 12  # sources that a message names
 PoolShare = Count | Annotated[float, Field(gt=0, lt=1)]
 
 
+@with_settings("limit", *SCORING)
 @dataclass(config=CONFIG)
 class Options(Validated):
     """Select the rows of a pool that are like a few correct rows of your task, and write them for any trainer.
@@ -28,47 +30,27 @@ class Options(Validated):
     command continues after an interruption. `siftune train --sift` and `siftune train --avoid` do this before training.
     """
 
-    model: str = "smollm2"
+    model: str = Recipe.model
     """Model to score with, best the one to fine-tune: a folder, a hub id, smollm2, or a kit."""
-    train: str | tuple[str, ...] = ""
+    train: str | tuple[str, ...] = Recipe.train
     """The pool: a .jsonl, .json, .csv, .parquet or .txt file, or a hub id; or several, which are concatenated."""
-    target: str | None = None
+    target: str | None = Recipe.target
     """At least 8 correct rows of the task: a file or hub id. Without it, rows are only left out, by --avoid."""
     avoid: str | None = None
     """At least 8 rows with answers that the model must not give: a file or hub id. Rows like them are left out."""
     share: PoolShare | None = None
     """Rows to select: a share of the pool below 1, or a number. Default: those of the task without contradiction."""
     steps: Count = 60
-    """Optimizer steps of the training on the target's rows."""
-    limit: Count | None = None
-    """Use at most N rows of each file of the pool."""
-    bad_rows: Literal["stop", "drop"] = "stop"
-    """Unusable rows: stop and list them, or drop them."""
-    columns: Columns = ()
-    """Other names of columns, such as prompt=question completion=answer, as for siftune train."""
-    template: Template = "auto"
-    """Chat template, as for siftune train; use the same there."""
-    max_length: AtLeastTwo = 512
-    """Maximum length of a row in tokens."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of the frozen weights, as for siftune train."""
-    quantize: Literal["4bit", "8bit"] | None = None
-    """Quantize the frozen weights with bitsandbytes, for less memory."""
-    lr: Positive | None = None
+    """At most N optimizer steps of the training on the target's rows; its held-out rows determine when it stops."""
+    lr: Positive | None = Recipe.lr
     """Peak learning rate of the training on the target's rows. Default: 5e-4."""
-    batch_size: Count = 16
-    """Rows per training step; a forward pass without gradients takes four times as many."""
-    seed: Seed = 0
-    """Random seed."""
-    out: str | None = None
+    batch_size: Count = Recipe.batch_size
+    """Rows per forward pass of the training; one without gradients takes four times as many."""
+    out: str | None = Recipe.out
     """Folder to write. Default: runs/DATE-sift."""
 
 
-# settings in which a training must not differ from sifting
-_NEXT = (
-    *("model", "train", "target", "limit", "bad_rows", "columns", "template", "max_length", "dtype"),
-    "quantize",
-)
+_OWN = ("avoid", "share", "steps", "out")  # settings that a training on the selected rows does not share
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -85,6 +67,7 @@ def run(options: Options) -> dict[str, Any]:
     console.print(text_of(sifted), markup=False)
     console.print(
         f"selected rows in {sifted.rows}, all rows with scores in {sifted.folder / 'scores.csv'}\n"
+        f"{_again(options, sifted)}"
         f"next: `{_next(options, sifted)}`",
         markup=False,
     )
@@ -100,13 +83,27 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def _next(options: Options, sifted: "Sifted") -> str:
-    """The command that trains on the selected rows."""
+    """The command that trains on the selected rows, with the settings by which they were scored."""
     words = ["siftune", "train"]
-    for name in _NEXT:
-        value = getattr(options, name)
-        if value != getattr(Options, name):
-            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name not in _OWN and value != field.default:
+            words += _as_flag(field.name.replace("_", "-"), value)
     return shlex.join([*words, *([] if sifted.dropped is None else ["--drop-rows", str(sifted.dropped)])])
+
+
+def _as_flag(name: str, value: Any) -> list[str]:
+    """A setting as words of a command, such as --layers 0 -1 or --no-completion-only."""
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+
+
+def _again(options: Options, sifted: "Sifted") -> str:
+    """How to select again, as a line; empty without a target, which is what a share refers to."""
+    folder = "" if options.out else f"--out {shlex.quote(str(sifted.folder))} and "
+    line = f"the same command with {folder}another --share selects again without computing\n"
+    return line if options.target else ""
 
 
 def text_of(sifted: "Sifted") -> str:

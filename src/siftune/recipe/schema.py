@@ -5,7 +5,7 @@ The field below is the default; a YAML file overrides it, and a flag overrides b
 """
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import field, fields, replace
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeVar
@@ -28,6 +28,8 @@ from siftune.base.settings import (
     Steps,
     Template,
     Validated,
+    help_of,
+    types_of,
 )
 from siftune.methods import METHODS, Method, all_parts
 from siftune.models.adapters.registry import ADAPTER_TYPES, Shape, filled_in
@@ -35,13 +37,39 @@ from siftune.models.adapters.registry import ADAPTER_TYPES, Shape, filled_in
 T = TypeVar("T", bound=type)
 
 TARGET_LAST = 0.33  # ours, measured: docs/measured.md
+# settings of the trainings by which siftune.sifting scores a pool: those of the training that follows
+SCORING = (
+    *("model", "dtype", "quantize", "attention", "columns", "template", "max_length", "completion_only"),
+    *("bad_rows", "rank", "alpha", "targets", "layers", "lr", "batch_size", "accumulate", "checkpointing", "seed"),
+    "deterministic",
+)
 
 
 def with_groups(kind: T) -> T:
     """Add a field for the settings of every method to a recipe, after its own fields."""
     groups = {part.settings.group: part.settings for part in all_parts()}
-    defaults = {group: field(default_factory=settings) for group, settings in groups.items()}
-    body = {"__doc__": kind.__doc__, "__module__": kind.__module__, "__annotations__": groups, **defaults}
+    return _extended(kind, groups, {group: field(default_factory=settings) for group, settings in groups.items()})
+
+
+def with_settings(*names: str) -> Callable[[T], T]:
+    """Add settings of a recipe to a command's options, after their own fields: type, range, default and help.
+
+    The decorator leaves out names that the options declare themselves.
+    """
+
+    def add(kind: T) -> T:
+        types, lines = types_of(Recipe), help_of(Recipe)
+        added = {name: Annotated[types[name], Field(description=lines[name])] for name in names}
+        for name in types_of(kind):
+            added.pop(name, None)
+        return _extended(kind, added, {name: getattr(Recipe, name) for name in added})
+
+    return add
+
+
+def _extended(kind: T, types: Mapping[str, Any], defaults: Mapping[str, Any]) -> T:
+    """A dataclass with further fields."""
+    body = {"__doc__": kind.__doc__, "__module__": kind.__module__, "__annotations__": types, **defaults}
     return dataclass(config=CONFIG)(type(kind.__name__, (kind,), body))  # type: ignore[return-value]
 
 

@@ -1,4 +1,4 @@
-"""Charts as SVG: axes, lines over steps, points with intervals."""
+"""Charts as SVG: axes, lines over steps, points with intervals, histograms."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,9 @@ from itertools import pairwise
 
 import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
 
-from siftune.report.parts import Figure, Size, canvas, path, tag
+from siftune.report.parts import Figure, Size, canvas, number, path, tag
 from siftune.report.words import cut, percent, percent_texts, short, tick_texts, ticks
 
 LETTER, BOLD = 6.2, 7.2  # pixels that a letter takes, more or less
@@ -271,3 +272,71 @@ def _wide(values: Sequence[float]) -> tuple[float, float]:
     low, high = room(values)
     margin = 0.1 * (high - low)
     return low - margin, high + margin
+
+
+_BINS = 40
+_BEYOND = 0.005  # share of the values beyond either end of the axis, which are in the first and the last bar
+
+
+@dataclass(frozen=True)
+class Part:
+    """Values that a histogram draws in one colour."""
+
+    name: str
+    values: Sequence[float]
+
+
+def histogram(
+    title: str, parts: tuple[Part, Part], axes: tuple[str, str], limit: float | None = None, note: str = ""
+) -> Figure:
+    """Draw the numbers of values as bars, those of the second part on top of the first; at least one value.
+
+    Args:
+        title: What the values are.
+        parts: The first is named on the left, the second on the right.
+        axes: What is across, and what is up.
+        limit: Where a vertical line divides two bars.
+        note: How to read it.
+    """
+    return Figure(title, lambda width: _draw_histogram(width, title, parts, axes, limit), note, "half")
+
+
+def _draw_histogram(
+    width: int, title: str, parts: tuple[Part, Part], axes: tuple[str, str], limit: float | None
+) -> Markup:
+    edges = _edges(np.concatenate([part.values for part in parts]), limit)
+    counts = [np.histogram(np.clip(part.values, edges[0], edges[-1]), edges)[0] for part in parts]
+    highest = float(sum(counts).max())
+    plot = Plot(44, 34, width - 54.0, 150, (edges[0], edges[-1]), (0, max(1.15 * highest, 4.0)))  # the limit has a name
+    drawn, below = [*y_axis(plot, axes[1]), *x_axis(plot, axes[0])], np.zeros(len(edges) - 1)
+    for colour, (part, own) in enumerate(zip(parts, counts, strict=True)):
+        bars = "".join(
+            f"M{number(plot.at_x(left))} {number(plot.at_y(low))}V{number(plot.at_y(low + count))}"
+            f"H{number(plot.at_x(right) - 0.5)}V{number(plot.at_y(low))}z"
+            for (left, right), low, count in zip(pairwise(edges), below, own, strict=True)
+            if count
+        )
+        drawn.append(tag("path", d=bars, class_=f"dot c{colour}"))
+        place = (plot.left, "") if colour == 0 else (plot.left + plot.width, " end")
+        drawn.append(
+            tag("text", f"{part.name}: {len(part.values):,}", x=place[0], y=26.0, class_=f"name c{colour}{place[1]}")
+        )
+        below += own
+    if limit is not None:
+        x, late = plot.at_x(limit), limit > (edges[0] + edges[-1]) / 2
+        ends = [(x, plot.top), (x, plot.top + plot.height)]
+        drawn.append(tag("path", d=path(ends), class_=f"line c{COLOURS - 1} dashed"))
+        drawn.append(
+            tag("text", "limit", x=x - 5 if late else x + 5, y=plot.top + 10, class_=f"label{' end' if late else ''}")
+        )
+    return canvas(width, plot.top + plot.height + 34, title, *drawn)
+
+
+def _edges(values: NDArray[np.float64], limit: float | None) -> list[float]:
+    """Edges of the bars, ascending; the limit is one of them."""
+    low, high = np.quantile(values, [_BEYOND, 1 - _BEYOND]).tolist()
+    fixed = low if limit is None else limit
+    low, high = min(low, fixed), max(high, fixed)
+    step = (high - low) / _BINS or 1.0
+    before, after = math.ceil((fixed - low) / step - 1e-9), math.ceil((high - fixed) / step - 1e-9)
+    return [fixed + place * step for place in range(-before, max(after, 1 - before) + 1)]

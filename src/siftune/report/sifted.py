@@ -3,72 +3,88 @@
 import csv
 import math
 from collections import Counter
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from siftune.base.text import counted, parsed
-from siftune.report.charts import Chart, Line, line_chart
+from siftune.report.charts import Part, histogram
 from siftune.report.parts import Cell, Figure, Grid, Section, slug
 from siftune.report.subjects import RunData
-from siftune.report.words import percent, short
+from siftune.report.words import listed, percent, short
 from siftune.sifting.run import RECORD, SCORES
 from siftune.sifting.scoring import AVOID
 from siftune.train.folder.run import SIFT
 
 _EACH = 5  # rows from each part of the order
+_SELECTED, _BY_SCORE, _LIKE_BAD, _OTHER = "selected", "score", "like the bad rows", "other task"  # in their order
 
 
 class _Scored(NamedTuple):
     place: str
-    score: float
-    after: float
-    before: float
+    score: float | None  # None for a row of another task
+    losses: tuple[float, float] | None  # before and after the training on the bad rows
     similarity: float | None
-    selected: bool
+    fate: str  # whether it was selected, or why it was left out
     source: str
     text: str
 
 
 def sifted(run: RunData, several: bool) -> Section | None:
-    """Selected rows by source, the order of the scores, and rows from it; None for a run without a target's scores."""
+    """Selected rows by source, the scores of the task's rows, and rows from it; None without a target's scores."""
     read = _rows(run, several, run.path / SIFT / SCORES, "Sifted rows", "sifted")
+    bad = _rows(run, several, run.path / SIFT / AVOID / SCORES, "Sifted rows", "sifted") if read else None
     if not isinstance(read, _Part):
         return read
-    rows = sorted(read.rows, key=lambda row: (not row.selected, row.score))
-    count = sum(row.selected for row in rows)
+    if isinstance(bad, Section):
+        return bad
+    like_bad = {row.place for row in bad.rows if row.fate != _SELECTED} if bad else set()
+    rows = sorted((_with_reason(row, like_bad) for row in read.rows), key=_order)
+    count = sum(row.fate == _SELECTED for row in rows)
     words = [f"{count:,} of {counted(len(rows), 'row')} of the pool were selected{_why(run.path / SIFT / RECORD)}."]
+    words += _left_out(rows)
     tables = [_by_source(rows)] if len({row.source for row in rows}) > 1 else []
-    chart = Chart("change of the loss, nats per token", "rows of the pool: selected, left out, by score")
-    caption = (
-        "By score: the first and last selected rows, and the first and last that were left out. Prompt: its similarity "
-        "to the target's, 1 if equal."
+    chart = _histogram(
+        "Scores of the task's rows",
+        {"selected": [row for row in rows if row.fate == _SELECTED], "left out": rows[count:]},
+        ("score: loss after a training on the target", "rows of the task"),
+        _limit(rows, _SELECTED, _BY_SCORE),
+        "A wrong completion has a high score. Rows of other tasks have none.",
     )
-    names = ("selected", "left out")
-    return read.section(words, _order(read, rows, count, names, chart), [*tables, _examples(rows, count, caption)])
+    caption = (
+        "First the rows next to the limit: the last that were selected, and the first that were left out. Then both "
+        "ends of the order. Prompt: its similarity to the target's, 1 if equal."
+    )
+    return Section(read.anchor, read.title, words, chart, [*tables, _examples(rows, count, caption)])
 
 
 def avoided(run: RunData, several: bool) -> Section | None:
-    """The order of the scores by the bad rows, and rows from it; None for a run without `--avoid`."""
+    """The scores by the bad rows, and rows from both sides of the limit; None for a run without `--avoid`."""
     read = _rows(run, several, run.path / SIFT / AVOID / SCORES, "Rows like the bad ones", "avoided")
     if not isinstance(read, _Part):
         return read
-    rows = sorted(read.rows, key=lambda row: (row.selected, row.score))
-    count = sum(not row.selected for row in rows)
+    rows = sorted(read.rows, key=lambda row: (row.fate == _SELECTED, row.score))
+    count = sum(row.fate != _SELECTED for row in rows)
     why = "" if (run.path / SIFT / SCORES).is_file() else _why(run.path / SIFT / RECORD)
     words = [f"{count:,} of {counted(len(rows), 'row')} of the pool were left out{why}."]
-    chart = Chart("change of the loss by the bad rows, nats per token", "rows of the pool: left out, others, by score")
-    caption = "By score: the first and last rows that were left out, and the first and last of the others."
-    names = ("left out", "not like the bad rows")
-    return read.section(words, _order(read, rows, count, names, chart), [_examples(rows, count, caption)])
+    chart = _histogram(
+        "Scores of the pool",
+        {"others": rows[count:], "left out": rows[:count]},
+        ("score: change of the loss by the bad rows, nats per token", "rows of the pool"),
+        _limit(rows, _LIKE_BAD, _SELECTED),
+        "Rows like the bad ones have a low score.",
+    )
+    caption = (
+        "First the rows next to the limit: the last that were left out, and the first of the others. Then both ends of "
+        "the order."
+    )
+    return Section(read.anchor, read.title, words, chart, [_examples(rows, count, caption)])
 
 
 class _Part(NamedTuple):
     anchor: str
     title: str
     rows: list[_Scored]
-
-    def section(self, words: list[str], figure: Figure, tables: list[Grid]) -> Section:
-        return Section(self.anchor, self.title, words, [figure], tables)
 
 
 def _rows(run: RunData, several: bool, path: Path, title: str, name: str) -> Section | _Part | None:
@@ -93,22 +109,23 @@ def _why(path: Path) -> str:
 
 def _read(path: Path) -> list[_Scored]:
     with path.open(encoding="utf-8", newline="") as file:
-        rows = [
-            _Scored(
-                line["place"],
-                _number(line["score"]),
-                _number(line["loss_after"]),
-                _number(line["loss_before"]),
-                _number(line["similarity"]) if "similarity" in line else None,
-                line["selected"] == "1",
-                line["source"],
-                " → ".join(filter(None, (line["prompt"].strip(), line["completion"].strip()))),
-            )
-            for line in csv.DictReader(file)
-        ]
+        rows = [_scored(line) for line in csv.DictReader(file)]
     if not rows:
         raise ValueError("it has no rows")
     return rows
+
+
+def _scored(line: Mapping[str, str]) -> _Scored:
+    by_target = "similarity" in line
+    return _Scored(
+        line["place"],
+        None if by_target and line["score"] == "" else _number(line["score"]),
+        None if by_target else (_number(line["loss_before"]), _number(line["loss_after"])),
+        _number(line["similarity"]) if by_target else None,
+        _SELECTED if line["selected"] == "1" else _LIKE_BAD,  # the target's reasons follow
+        line["source"],
+        " → ".join(filter(None, (line["prompt"].strip(), line["completion"].strip()))),
+    )
 
 
 def _number(text: str) -> float:
@@ -118,15 +135,45 @@ def _number(text: str) -> float:
     return value
 
 
-def _order(part: _Part, rows: list[_Scored], count: int, names: tuple[str, str], chart: Chart) -> Figure:
-    scores = [row.score for row in rows]
-    lines = [Line(names[0], range(1, count + 1), scores[:count])]
-    lines += [Line(names[1], range(count + 1, len(rows) + 1), scores[count:], 1)] if count < len(rows) else []
-    return line_chart("Scores of the pool", lines, chart)
+def _with_reason(row: _Scored, like_bad: Container[str]) -> _Scored:
+    """The row with the reason why it was left out."""
+    if row.fate == _SELECTED:
+        return row
+    return row._replace(fate=_OTHER if row.score is None else _LIKE_BAD if row.place in like_bad else _BY_SCORE)
+
+
+def _order(row: _Scored) -> tuple[int, bool, float]:
+    """Selected rows by score, then those that were left out by it, the bad ones, and other tasks by their prompts."""
+    group = (_SELECTED, _BY_SCORE, _LIKE_BAD, _OTHER).index(row.fate)
+    return group, row.score is None, -(row.similarity or 0.0) if row.score is None else row.score
+
+
+def _left_out(rows: Sequence[_Scored]) -> list[str]:
+    """A sentence with the numbers of rows by the reason why they were left out; none if all were selected."""
+    numbers = Counter(row.fate for row in rows)
+    texts = {_OTHER: "of other tasks", _BY_SCORE: "of the task by score", _LIKE_BAD: "of the task like the bad rows"}
+    parts = [f"{counted(numbers[reason], 'row')} {text}" for reason, text in texts.items() if numbers[reason]]
+    return [f"Left out: {listed(parts)}."] if parts else []
+
+
+def _limit(rows: Sequence[_Scored], below: str, above: str) -> float | None:
+    """The middle between the last score on one side and the first on the other; None if a side has no scores."""
+    low, high = ([row.score for row in rows if row.fate == fate and row.score is not None] for fate in (below, above))
+    return (max(low) + min(high)) / 2 if low and high else None
+
+
+def _histogram(
+    title: str, rows: Mapping[str, Sequence[_Scored]], axes: tuple[str, str], limit: float | None, note: str
+) -> list[Figure]:
+    """The scores of both parts; nothing if no row has a score."""
+    first, second = (
+        Part(name, [row.score for row in part if row.score is not None]) for name, part in rows.items()
+    )  # fmt: skip
+    return [histogram(title, (first, second), axes, limit, note)] if first.values or second.values else []
 
 
 def _by_source(rows: list[_Scored]) -> Grid:
-    pool, selected = Counter(row.source for row in rows), Counter(row.source for row in rows if row.selected)
+    pool, selected = Counter(row.source for row in rows), Counter(row.source for row in rows if row.fate == _SELECTED)
     lines = [
         [
             Cell(source),
@@ -140,21 +187,22 @@ def _by_source(rows: list[_Scored]) -> Grid:
 
 
 def _examples(rows: list[_Scored], count: int, caption: str) -> Grid:
-    """Rows from both ends of the order, and from both sides of the limit."""
+    """Rows from both sides of the limit, after `count` rows, and from both ends of the order."""
     middle = range(max(0, count - _EACH), min(len(rows), count + _EACH))
-    places = sorted({*range(min(_EACH, len(rows))), *middle, *range(max(0, len(rows) - _EACH), len(rows))})
+    ends = sorted({*range(min(_EACH, len(rows))), *range(max(0, len(rows) - _EACH), len(rows))} - {*middle})
     lines = [
         [
             Cell(f"{place + 1:,}"),
-            Cell(Path(rows[place].place).name, hint=rows[place].place),
-            Cell(rows[place].text),
-            Cell("selected" if rows[place].selected else "left out", mark="good" if rows[place].selected else "bad"),
-            Cell(short(rows[place].score)),
-            Cell(f"{short(rows[place].before)} → {short(rows[place].after)}"),
-            *([] if similarity is None else [Cell(short(similarity))]),
+            Cell(Path(row.place).name, hint=row.place),
+            Cell(row.text),
+            Cell(_SELECTED, mark="good") if row.fate == _SELECTED else Cell(f"left out: {row.fate}", mark="bad"),
+            Cell(short(row.score)),
+            *([] if row.losses is None else [Cell(" → ".join(map(short, row.losses)))]),
+            *([] if row.similarity is None else [Cell(short(row.similarity))]),
         ]
-        for place in places
-        for similarity in [rows[place].similarity]
+        for place in (*middle, *ends)
+        for row in [rows[place]]
     ]
-    header = ["rank", "row", "text", "", "score", "loss before and after", "prompt"]
-    return Grid(header[: len(lines[0])], lines, caption, (1, 2, 3), cards=True, first=_EACH, unbroken=(1, 5))
+    last = "prompt" if rows[0].losses is None else "loss before and after"
+    header = ["rank", "row", "text", "", "score", last]
+    return Grid(header, lines, caption, (1, 2, 3), cards=True, first=len(middle), unbroken=(1, 5))

@@ -1,7 +1,7 @@
 """Rows of sifting: the pool, rows of the target, and bad rows.
 
-A fifth of the target's rows, and of the bad rows, is left out of the training on them: its scores show whether the
-training says something about the pool.
+Rows of the target, and bad rows, are left out of the training on them: their losses show what a correct, or a bad, row
+of the pool would have. Of a small target, two trainings leave out one half each, so that all its rows are measured.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from siftune.data.rows import Row, row_texts
 from siftune.data.tokens import Form, tokens_of
 from siftune.recipe.schema import Recipe, train_files
 from siftune.records.rows import Read, read_rows
-from siftune.sifting.scores import held_out_count
 from siftune.train.prepare import Source, refuse_read
 
 LEAST = 8  # rows of a target, and bad rows (ours)
+_SMALL = 64  # rows of a target; fewer are halved (ours)
 PARTS = {"target": "support", "avoid": "avoid"}  # of `Read` and `Prepared`
 
 
@@ -31,7 +31,7 @@ class Few:
         name: "target" or "avoid".
         file: The file or hub id.
         rows: Without copies.
-        unseen: Those that the training on them leaves out.
+        unseen: For each training on them, the rows that it leaves out.
         copies: Rows with the text of an earlier one.
         in_pool: Places of rows of the pool with the text of one.
     """
@@ -39,7 +39,7 @@ class Few:
     name: str
     file: str
     rows: list[Row]
-    unseen: list[Row]
+    unseen: list[list[Row]]
     copies: list[Row]
     in_pool: list[str]
 
@@ -125,9 +125,21 @@ def _few(name: str, file: str, rows: Sequence[Row], pool: dict[str, bytes]) -> F
         }
         found = f"{counted(len(different), 'row')} that can be used{' and differ' if copies else ''}"
         raise DataError(f"{file} has {found}, but {advice[name]}")
+    in_pool = [place for place, text in pool.items() if text in own]
+    if name == "target" and len(different) < _SMALL:
+        return Few(name, file, different, [different[::2], different[1::2]], copies, in_pool)
     numbers = np.linspace(0, len(different) - 1, held_out_count(len(different))).round()  # evenly: it may be sorted
-    unseen = [different[int(number)] for number in numbers]
-    return Few(name, file, different, unseen, copies, [place for place, text in pool.items() if text in own])
+    return Few(name, file, different, [[different[int(number)] for number in numbers]], copies, in_pool)
+
+
+def held_out_count(rows: int) -> int:
+    """Number of rows that a training leaves out: a fifth, at least 8, at most half (ours).
+
+    Example:
+        >>> [held_out_count(rows) for rows in (8, 16, 100)]
+        [4, 8, 20]
+    """
+    return min(max(rows // 5, 8), rows // 2)
 
 
 def _without_copies(rows: Sequence[Row]) -> tuple[dict[bytes, Row], list[Row]]:

@@ -2,13 +2,12 @@
 
 FOLDER/
   sift.json        the settings and digests of rows that results depend on; later also counts and seconds
-  unseen.csv       the rows of the target that the training leaves out
-  tuning/          run folder of the training on the other rows of the target; `tuning-20` of a shorter one, if the
-                   rows are too few for it
-  losses.jsonl     a line for every 512 rows: their losses after that training and before
-  similar.jsonl    a line: the similarity of the prompts of the pool, and of the unseen rows, to those of the other rows
-  scores.csv       every row of the pool: place, score, both losses, similarity, whether it was selected, and the start
-                   of its text
+  similar.jsonl    a line: the similarity of the prompts of the pool, and of the target, to those of the target
+  seen.jsonl, unseen.jsonl  the rows of the target that the training takes and that it leaves out
+  tuning/          run folder of the training on the target
+  losses.jsonl     a line for every 512 rows of the task: their losses after that training
+  1-…, tuning-1/   the same of a second training, which a small target has
+  scores.csv       every row of the pool: place, score, similarity, whether it was selected, and the start of its text
   avoid/           the same of the bad rows, and `pool/`, run folder of the training on the pool that precedes theirs
   dropped.csv      the rows that were not selected, for `siftune train --drop-rows`; missing if there are none
   sifted.jsonl     the selected rows as they are in the pool, for any trainer
@@ -17,6 +16,7 @@ An interrupted call continues: a training from its last checkpoint, the losses a
 there, no model is loaded.
 """
 
+import hashlib
 import io
 import json
 import time
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from siftune.base.environment import launch_rank
-from siftune.base.errors import DataError
+from siftune.base.errors import DataError, RecipeError
 from siftune.base.files import only_process
 from siftune.base.stages import stages, text_console
 from siftune.base.text import inert
@@ -48,7 +48,7 @@ from siftune.engine.ranks import (
     wait_for_all,
 )
 from siftune.recipe.checks import check
-from siftune.recipe.schema import Recipe, method_of, new_folder, resolve_recipe, train_files
+from siftune.recipe.schema import SCORING, Recipe, method_of, new_folder, resolve_recipe, train_files
 from siftune.records.rows import Read, absolute_place, digest_of, text_of
 from siftune.sifting.rows import PARTS, Few, Rows, check_sifting, count_of, read_all
 from siftune.sifting.scores import Floats
@@ -56,11 +56,12 @@ from siftune.sifting.scoring import (
     AVOID,
     LOSSES,
     POOL,
-    SAME,
+    PROMPTS,
     SIMILAR,
     TUNING,
     Work,
-    choose_by,
+    choose_by_bad_rows,
+    choose_by_target,
     csv_text,
     prefix,
 )
@@ -68,7 +69,7 @@ from siftune.train.folder.run import SIFT, RunFolder
 from siftune.train.prepare import NAMED, ModelSource, Prepared, Source, bad_lines, prepare
 from siftune.train.resume import find_checkpoint
 
-STEPS = 60  # of the training on the target's rows (ours: docs/sifting.md)
+STEPS = 60  # of the training on the target's rows, at most (ours: docs/sifting.md)
 SCORES, DROPPED, SIFTED, RECORD = "scores.csv", "dropped.csv", "sifted.jsonl", "sift.json"
 _SHOWN = 300  # characters of a text in scores.csv
 
@@ -81,11 +82,13 @@ class Sifted:
         folder: The folder with its files.
         selected: Numbers of the selected rows among all rows of the pool, from 0, ascending, for `Dataset.select`.
         places: (R,) places of the rows that have scores, such as "pool.jsonl:17"; not of copies, target and bad rows.
-        scores: (R,) float64: loss after training on the target minus loss before, in nats per label token. The lower,
-            the more a row is like the target. None without a target.
+        scores: (R,) float64: loss after a training on the target, as in `scores.scores`. The lower, the more a row is
+            like the target. NaN for rows of other tasks, None without a target.
         similar: (R,) float64: similarity of the prompts to those of the target, from -1 to 1. None without a target.
-        bad_scores: (R,) float64: the same of the bad rows. None without them.
+        bad_scores: (R,) float64: loss after a training on the bad rows minus loss before, in nats per label token. None
+            without them.
         shares: Selected share of each source's rows; a source is the column `source`, or the file.
+        completions: Selected share of the task's rows with each completion, if these are few; otherwise empty.
         reason: Why these rows were selected, as a clause.
         notes: Sentences on unusable rows, copies, and rows of the target in the pool.
         seconds: Time that sifting took, without that of calls that were interrupted.
@@ -98,6 +101,7 @@ class Sifted:
     similar: Floats | None
     bad_scores: Floats | None
     shares: Mapping[str, float]
+    completions: Mapping[str, float]
     reason: str
     notes: Sequence[str]
     seconds: float
@@ -127,16 +131,17 @@ def sift(
     """Select the rows of a pool that are like a few rows of a target, and unlike bad rows (ours; scores.py).
 
     Rows with prompts like those of the target are of its task: see `of_task`. The model is tuned on most of the
-    target's rows. A row's score is the change of its loss, and rows of the task with a score below 0 are selected. The
-    scores of the target's other rows show whether to trust this: see `choose`. Rows like the bad ones are left out in
-    the same way, after a model tuned on the pool is tuned further on them: see `unlike`.
+    target's rows, as long as the loss of the others falls. A row's score is its loss under this model: see `scores`.
+    Rows of the task are selected up to the score of four in five of the target's other rows: see `choose`. Rows like
+    the bad ones are left out after a model tuned on the pool is tuned further on them: see `unlike`.
 
     Args:
         train: The pool: a file or hub id, or several.
         target: File or hub id of at least 8 correct rows of the task. None: rows are only left out by the bad ones.
-        share: Share of the pool to select, below 1, or a number of rows: the lowest scores, of rows of the task before
-            others. None: rows of the task that do not contradict the target.
-        steps: Optimizer steps of the training on the target's rows, and of that on the pool before the bad rows.
+        share: Share of the pool to select, below 1, or a number of rows: the lowest scores, then rows of other tasks by
+            the similarity of their prompts. None: rows of the task that do not contradict the target.
+        steps: Optimizer steps of the training on the target's rows, at most, and of that on the pool before the bad
+            rows.
         avoid: File or hub id of at least 8 rows with answers that the model must not give.
         console: Console for progress; stderr by default.
         source_of: Maps the setting `model` to its source, as for `siftune.train.run.train`.
@@ -158,6 +163,8 @@ def sift(
     recipe = Recipe(**{**settings, "train": pool, **named})
     bad = None if avoid is None else str(avoid)
     check_sifting(recipe, share, bad)
+    if steps < 1:
+        raise RecipeError(f"steps is {steps}, but must be at least 1")
     with in_launch(), ExitStack() as stack:
         console = console or text_console(stderr=True)
         console = Console(quiet=True) if rank() else console
@@ -170,7 +177,7 @@ def sift(
             prepared = prepare(replace(recipe, target=None), source.tokenizer(), parts, progress)
         count = count_of(share, len(prepared.rows["train"]))
         folder = WorkFolder(
-            str(recipe.out), RECORD, f"{TUNING}*/checkpoints/*", f"{POOL}/checkpoints/*", LOSSES, SIMILAR
+            str(recipe.out), RECORD, f"{TUNING}*/checkpoints/*", f"{POOL}/checkpoints/*", LOSSES, SIMILAR, PROMPTS
         )
         if rank() == 0:
             stack.enter_context(folder.begin(_facts(recipe, rows, steps, source.identity)))
@@ -236,14 +243,21 @@ def _dense(recipe: Recipe) -> Recipe:
 
 
 def _facts(recipe: Recipe, rows: Rows, steps: int, identity: Mapping[str, str]) -> dict[str, Any]:
-    settings = {name: getattr(recipe, name) for name in SAME}
+    settings = {name: getattr(recipe, name) for name in SCORING}
+    if isinstance(recipe.template, Path):  # the content decides, not the place
+        settings["template"] = hashlib.sha256(recipe.template.read_bytes()).hexdigest()
     digests = {"the pool": digest_of(rows.pool), **{few.title: digest_of(few.rows) for few in rows.few}}
     return {**settings, "steps": steps, **digests, **identity}
 
 
 def _sift(work: Work, prepared: Prepared, count: int | None) -> Sifted:
     started, rows = time.monotonic(), prepared.rows["train"]
-    parts = {few.name: choose_by(work, prepared, few, count) for few in work.rows.few}
+    parts = {
+        few.name: choose_by_target(work, prepared, few, count)
+        if few.name == "target"
+        else choose_by_bad_rows(work, prepared, few)
+        for few in work.rows.few
+    }
     selected_R = np.logical_and.reduce([part.choice.rows_R for part in parts.values()])
     if not selected_R.any():
         raise DataError("each row of the pool that is like the target is like the bad rows too: give other bad rows")
@@ -267,6 +281,7 @@ def _sift(work: Work, prepared: Prepared, count: int | None) -> Sifted:
         similar=by_target.get("similarity"),
         bad_scores=by_bad.get("score"),
         shares=_shares(source_or_file(rows), selected_R),
+        completions=_completions(rows, selected_R, by_target.get("score")),
         reason=reason,
         notes=[*bad_lines(prepared, NAMED), *work.rows.notes()],
         seconds=seconds,
@@ -279,13 +294,23 @@ def _shares(sources: Sequence[str], selected_R: NDArray[np.bool_]) -> dict[str, 
     return {source: float(selected_R[names_R == source].mean()) for source in dict.fromkeys(sources)}
 
 
+_FEW = 50  # completions that are reported one by one
+
+
+def _completions(rows: Sequence[Row], selected_R: NDArray[np.bool_], losses_R: Floats | None) -> dict[str, float]:
+    """Selected share of the task's rows with each completion, if these are few."""
+    task = [] if losses_R is None else np.isfinite(losses_R).nonzero()[0].tolist()
+    texts = [rows[number].completion.strip() for number in task]
+    return _shares(texts, selected_R[task]) if 1 < len(set(texts)) <= min(_FEW, len(task) // 4) else {}
+
+
 def _write_scores(
     work: Work, few: Few, pool: Sequence[Row], chosen_R: NDArray[np.bool_], columns: Mapping[str, Floats]
 ) -> None:
     """Write the scores of the pool by the target, or by the bad rows."""
     lines, values = [], zip(*columns.values(), strict=True)
     for row, source, chosen, own in zip(pool, source_or_file(pool), chosen_R, values, strict=True):
-        numbers = [f"{value:.5f}" for value in own]
+        numbers = ["" if np.isnan(value) else f"{value:.5f}" for value in own]
         texts = [inert(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…") for text in (source, *text_of(row))]
         lines.append([row.origin, *numbers, int(chosen), *texts])
     header = ["place", *columns, "selected", "source", "prompt", "completion"]

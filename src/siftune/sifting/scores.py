@@ -1,18 +1,26 @@
-"""Scores of a pool's rows by their likeness to a target, and the selection by them and by the similarity of prompts.
+"""Selection of a pool's rows by their losses after a short training on a few correct rows of the task.
 
-    B_i   loss of row i under the base model, in nats per label token
-    K_i   loss of row i under the model after a short training on rows of the target alone
-    s_i = K_i − B_i
+    K_i   loss of row i under the model after a short training on rows of the target alone, summed over its label tokens
+    n_i   number of its label tokens
+    s_i = K_i / sqrt(n_i)
 
-The training on the target makes rows like it more likely (s_i < 0), and rows that contradict it less likely. To first
-order, and for SGD, s_i sums −lr·⟨gradient of row i, gradient of the target's rows⟩ over the steps of the training,
-without forming either gradient; AdamW, the default, rescales the second one.
+The training teaches the form and the content of correct answers, so a wrong answer to the same kind of prompt has a
+higher loss. The mean over tokens hides one wrong word in a long answer, and the sum disfavours long answers: the root
+is between the two (ours). Rows of the target that the training leaves out are correct. Their scores give the limit:
+rows of the pool with a score above that of four in five of them are left out.
 
-Moore and Lewis ("Intelligent Selection of Language Model Training Data", ACL 2010) select text by the difference of
-two losses. Ours: the two models are one model with and without a short training, only label tokens count, 0 is the
-limit, and prompts are compared first: similarity.py.
+Decoys are wrong rows made on purpose: prompts of these rows with completions of other rows of the target. None is left
+out if the model cannot tell decoys from correct rows, or if hardly any row of the pool is as unlikely as a decoy: then
+the pool has no such errors, or only errors that this comparison does not see.
 
-Shapes: R rows of the pool, T rows of the target.
+Prior art: selection by a loss after training on trusted rows is that of RHO-LOSS (Mindermann et al., arXiv 2206.07137)
+and CoLoR-Filter (Brandfonbrener et al., arXiv 2406.10670), which subtract the loss under another model, as do Moore and
+Lewis (ACL 2010), Rho-1 (arXiv 2404.07965) and Token Cleaning (arXiv 2502.01968); TACS (arXiv 2605.09404) divides the
+drop by the first loss. On pools whose errors nobody planted, subtracting the base's loss makes the score worse
+(docs/sifting.md). Ours: K alone, a limit by held-out rows and its check by decoys. Prompts are compared first:
+similarity.py.
+
+Shapes: R rows of the pool, T held-out rows of the target, D decoys.
 """
 
 from typing import NamedTuple
@@ -20,21 +28,23 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from siftune.suspects.rule import share_like_decoys
+
 Floats = NDArray[np.float64]
 
 
-def scores(tuned_R: Floats, base_R: Floats) -> Floats:
-    """Score rows: their loss after the training minus their loss before it; (R,) float64, nats per label token.
+def scores(losses_R: Floats, tokens_R: Floats) -> Floats:
+    """Score rows; (R,) float64. The lower, the more a row is like the target.
 
     Args:
-        tuned_R: Loss under the model after the training, in nats per label token.
-        base_R: Loss under the base model.
+        losses_R: Losses after the training on the target, summed over label tokens, in nats.
+        tokens_R: Numbers of label tokens, at least 1.
 
     Example:
-        >>> scores(np.array([0.5, 2.0]), np.array([2.0, 1.5])).tolist()
-        [-1.5, 0.5]
+        >>> scores(np.array([3.0, 3.0]), np.array([1.0, 9.0])).tolist()
+        [3.0, 1.0]
     """
-    return tuned_R - base_R
+    return losses_R / np.sqrt(tokens_R)
 
 
 def lowest(scores_R: Floats, count: int, first_R: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -49,50 +59,6 @@ def lowest(scores_R: Floats, count: int, first_R: NDArray[np.bool_]) -> NDArray[
     return rows_R
 
 
-_TOO_FEW = 0.5  # of the held-out rows (ours)
-
-
-def too_few(target_T: Floats) -> bool:
-    """Whether a training on the target made half of its held-out rows less likely (ours): it learned them by heart.
-
-    Example:
-        >>> too_few(np.array([-1.0, -2.0, 0.5])), too_few(np.array([-1.0, 0.5]))
-        (False, True)
-    """
-    return bool((target_T >= 0).mean() >= _TOO_FEW)
-
-
-def why_too_few(target_T: Floats) -> str:
-    """What the training did to the held-out rows of a target that is `too_few`, and what to do.
-
-    Example:
-        >>> why_too_few(np.array([-1.0, 0.5]))
-        'the training on the target made 50% of its held-out rows less likely: give more target rows'
-    """
-    unlikely = float((target_T >= 0).mean())
-    return f"the training on the target made {unlikely:.0%} of its held-out rows less likely: give more target rows"
-
-
-def training_lengths(steps: int) -> list[int]:
-    """Steps of the training on the target, and of a shorter one if the rows are too few for it (ours).
-
-    Example:
-        >>> training_lengths(60)
-        [60, 20]
-    """
-    return [steps, *([steps // 3] if steps >= 3 else [])]
-
-
-def held_out_count(rows: int) -> int:
-    """Number of the target's rows that are held out of the training: a fifth, at least 8, at most half (ours).
-
-    Example:
-        >>> [held_out_count(rows) for rows in (8, 16, 100)]
-        [4, 8, 20]
-    """
-    return min(max(rows // 5, 8), rows // 2)
-
-
 class Choice(NamedTuple):
     """The rows of a pool that are selected, (R,), and why."""
 
@@ -100,62 +66,81 @@ class Choice(NamedTuple):
     reason: str
 
 
-_EXCESS = 0.1  # of the share of rows that the training made less likely (ours)
+_WITHIN = 0.8  # share of the held-out rows that the limit retains (ours)
+_TOLD_APART = 0.6  # share of pairs in which a decoy has a higher score than a held-out row, at least (ours)
+_WRONG = 0.05  # share of the task's rows that are as unlikely as decoys, at least (ours)
 
 
-def of_task(similar_R: Floats, similar_T: Floats) -> NDArray[np.bool_]:
-    """Rows whose prompts are at least as similar to the target as those of all its held-out rows (ours); (R,).
+def told_apart(decoys_D: Floats, target_T: Floats) -> float:
+    """Share of pairs of a decoy and a held-out row in which the decoy has the higher score; ties count half.
 
-    Args:
-        similar_R: Similarity of the pool's prompts to those of the target's other rows, from -1 to 1.
-        similar_T: Similarity of the held-out rows' prompts to them.
+    This is the area under the ROC curve. 0.5 if there are no decoys: nothing can be told then.
 
     Example:
-        >>> of_task(np.array([0.9, 0.8, 0.2]), np.array([0.8, 0.9])).tolist()
-        [True, True, False]
+        >>> told_apart(np.array([3.0, 1.0]), np.array([1.0, 2.0]))
+        0.625
     """
-    of_it_R: NDArray[np.bool_] = similar_R >= similar_T.min()
-    return of_it_R
+    if not len(decoys_D):
+        return 0.5
+    above_DT, equal_DT = (compare(decoys_D[:, None], target_T) for compare in (np.greater, np.equal))
+    return float((above_DT + 0.5 * equal_DT).mean())
 
 
-def choose(scores_R: Floats, target_T: Floats, task_R: NDArray[np.bool_]) -> Choice:
+def choose(scores_R: Floats, target_T: Floats, decoys_D: Floats, task_R: NDArray[np.bool_]) -> Choice:
     """Select the rows of the target's task without those that contradict the target (ours).
 
-    A row contradicts the target if the training on the target made it less likely: its score is not below 0. So are
-    correct rows that the training was too short for. Rows are therefore only left out by their scores if the share of
-    such rows is a tenth above that among the held-out rows, which are correct. If the target's rows are `too_few`, all
-    rows of the pool are selected: prompts alone would leave out the other tasks, but no wrong rows.
+    Rows above the score that four in five held-out rows do not exceed are left out. All rows of the task are selected
+    if the model cannot tell decoys from held-out rows, or if less than 5 % of the rows are as unlikely as decoys.
 
     Args:
-        scores_R: Scores of the pool.
+        scores_R: Scores of the pool; only those of rows of the task count.
         target_T: Scores of the target's held-out rows.
+        decoys_D: Scores of decoys of these.
         task_R: Rows of the pool that are of the task, by `of_task`.
 
     Example:
-        >>> pool, task = np.array([-2.0, 3.0, 1.0, -1.0]), np.array([True, True, True, False])
-        >>> choose(pool, np.array([-2.0, -1.0, 0.5]), task).rows_R.tolist()
+        >>> pool, task = np.array([0.2, 3.0, 2.5, 0.1]), np.array([True, True, True, False])
+        >>> choose(pool, np.array([0.1, 0.3]), np.array([2.0, 4.0]), task).rows_R.tolist()
         [True, False, False, False]
-        >>> choose(pool, np.array([-4.0, 2.0, 0.5]), task).rows_R.tolist()
-        [True, True, True, True]
+        >>> choose(pool, np.array([0.1, 4.0]), np.array([0.2, 3.0]), task).rows_R.tolist()
+        [True, True, True, False]
     """
-    if too_few(target_T):
-        return Choice(
-            np.ones_like(task_R),
-            f"the target leaves out none, because {why_too_few(target_T)}",
-        )
-    if not task_R.any():
-        return Choice(task_R, "no prompt of the pool is like those of the target")
-    unlikely, of_target = float((scores_R[task_R] >= 0).mean()), float((target_T >= 0).mean())
-    if unlikely - of_target < _EXCESS:
+    prompts = "their prompts are like the target's"
+    apart = told_apart(decoys_D, target_T)
+    if apart < _TOLD_APART:
         return Choice(
             task_R,
-            f"their prompts are like the target's, and their completions too: {unlikely:.0%} became less likely, "
-            f"and {of_target:.0%} of the target's held-out rows",
+            f"{prompts}; the model cannot tell wrong completions: of the held-out rows of the target, only {apart:.0%} "
+            "are more likely than the same prompt with another completion",
         )
-    return Choice(
-        task_R & (scores_R < 0),
-        "their prompts are like the target's, and the training on the target made their completions more likely",
+    wrong = share_like_decoys(scores_R[task_R], decoys_D)
+    if wrong < _WRONG:
+        return Choice(
+            task_R,
+            f"{prompts}; the model cannot tell wrong completions, or there are none: {wrong:.0%} of the rows are as "
+            "unlikely as rows of the target with another completion",
+        )
+    within_R = task_R & (scores_R <= np.quantile(target_T, _WITHIN, method="higher"))
+    estimated = (
+        f"; {min(wrong, 1):.0%} of the task's rows, or fewer, are estimated to be wrong" if wrong < np.inf else ""
     )
+    return Choice(
+        within_R,
+        f"{prompts}, and their completions are as likely as those of {_WITHIN:.0%} of its held-out rows{estimated}",
+    )
+
+
+_TOO_FEW = 0.5  # of the held-out rows (ours)
+
+
+def too_few(bad_B: Floats) -> bool:
+    """Whether the training on bad rows made half of the held-out ones less likely (ours): it learned them by heart.
+
+    Example:
+        >>> too_few(np.array([-1.0, -2.0, 0.5])), too_few(np.array([-1.0, 0.5]))
+        (False, True)
+    """
+    return bool((bad_B >= 0).mean() >= _TOO_FEW)
 
 
 _REACHED = 0.9  # share of the held-out bad rows whose scores are within the first limit (ours)

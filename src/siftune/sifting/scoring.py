@@ -1,67 +1,60 @@
-"""Scores of a pool by a few rows: the trainings on them, the losses of the pool, the similarity of its prompts.
+"""Scores of a pool by a few rows: the similarity of its prompts, the trainings on the few rows, the losses of the pool.
 
-Each part is kept in the folder of a sifting as soon as it is there, so that an interrupted call continues: see run.py.
+Each part is written to the folder of a sifting as soon as it is computed, so that an interrupted call continues: see
+run.py. Prompts come first, under the base model, so that only rows of the target's task need a loss.
 """
 
 import csv
 import io
+import json
+import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
+from numpy.typing import NDArray
 from rich.console import Console
 
 from siftune.base.errors import DataError, TrainingError
+from siftune.base.files import Progress
 from siftune.base.stages import stages
 from siftune.base.text import counted
 from siftune.base.work_folder import WorkFolder
-from siftune.engine.ranks import first_rank_first, from_first, mean_over_ranks, rank, world_size
+from siftune.data.read import placed_records
+from siftune.data.rows import Row
+from siftune.data.tokens import Form, tokens_of
+from siftune.engine.ranks import first_rank_first, from_first, mean_over_ranks, rank, wait_for_all, world_size
 from siftune.evaluate.likelihood import row_nll
 from siftune.models.adapters.attach import load_adapter
 from siftune.models.attention import short_rows
 from siftune.models.load import use_attention
 from siftune.models.modules import check_window, model_device
-from siftune.recipe.schema import Recipe
+from siftune.recipe.schema import SCORING, Recipe
 from siftune.records.rows import absolute_place
 from siftune.sifting.rows import PARTS, Few, Rows
-from siftune.sifting.scores import (
-    Choice,
-    Floats,
-    choose,
-    lowest,
-    of_task,
-    scores,
-    too_few,
-    training_lengths,
-    unlike,
-    why_too_few,
-)
-from siftune.sifting.similarity import embed, nearest, prompt_of
+from siftune.sifting.scores import Choice, Floats, choose, lowest, scores, unlike
+from siftune.sifting.similarity import embed, nearest, nearest_other, of_task, prompt_of
 from siftune.train.folder.run import RunFolder
 from siftune.train.guards.memory import free
 from siftune.train.prepare import Prepared, Source
 from siftune.train.run import train as tune
 
 AVOID = "avoid"  # folder of what the bad rows score, and their name in `rows.PARTS`
-LOSSES, SIMILAR, TUNING = "losses.jsonl", "similar.jsonl", "tuning"
+LOSSES, PROMPTS, SIMILAR, TUNING = "losses.jsonl", "prompts.f32", "similar.jsonl", "tuning"
 POOL = "pool"  # of the bad rows' folder: the training on the pool
-_UNSEEN, _OTHERS = "unseen.csv", "others.csv"  # rows that the trainings on the few and on the pool leave out
+_SEEN, _UNSEEN, _OTHERS = "seen.jsonl", "unseen.jsonl", "others.csv"
 _FURTHER = 20  # steps on the bad rows, after those on the pool (ours)
 _CHUNK = 512  # rows in a line of losses.jsonl
 _WIDER = 4  # times the rows of a training step in a forward pass, unless the step saves no activations
-# settings of the trainings: those of the training that follows
-SAME = (
-    *("model", "dtype", "quantize", "attention", "columns", "template", "max_length", "completion_only"),
-    *("bad_rows", "rank", "alpha", "targets", "layers", "lr", "batch_size", "accumulate", "checkpointing", "seed"),
-    "deterministic",
-)
+_EVERY, _PATIENCE = 10, 2  # steps between measurements of the held-out rows; measurements without improvement (ours)
+_DECOYS = 4  # of each held-out row (ours)
 
 
 @dataclass(frozen=True)
@@ -81,46 +74,125 @@ class Part:
     """Scores of a pool by the target or by the bad rows, and the choice by them."""
 
     choice: Choice  # by the target, or by the bad rows
-    columns: Mapping[str, Floats]  # of its scores.csv, each (R,)
+    columns: Mapping[str, Floats]  # of its scores.csv, each (R,); NaN for rows without the value
 
 
-def choose_by(work: Work, prepared: Prepared, few: Few, count: int | None) -> Part:
-    """Score the pool by the target, or by the bad rows, and choose."""
-    rows, own_rows = prepared.rows["train"], prepared.rows[PARTS[few.name]]
-    pool, own = (prepared.data[name].select_columns(["input_ids", "labels"]) for name in ("train", PARTS[few.name]))
-    unseen = {row.origin for row in few.unseen}
-    aside = [number for number, row in enumerate(own_rows) if row.origin in unseen]
-    held_out = own.select(aside)
-    model = cache(partial(_tuned, work, few, held_out))  # loaded at most once, and only if something is missing
-    after, before = _losses(work, few, concatenate_datasets([pool, held_out]), model)
-    all_R = scores(after, before)
-    if not np.isfinite(all_R).all():
-        broken = [*rows, *(own_rows[number] for number in aside)][int(np.isfinite(all_R).argmin())]
-        raise DataError(f"the loss of {broken.origin} is not finite: leave the row out, or give --dtype float32")
-    score_R, few_T = all_R[: len(rows)], all_R[len(rows) :]
-    columns = {"score": score_R, "loss_after": after[: len(rows)], "loss_before": before[: len(rows)]}
-    if few.name == AVOID:
-        choice = unlike(score_R, few_T)
-    else:
-        columns["similarity"], similar_T = _similar(work, prepared, few, aside, model)
-        task_R = of_task(columns["similarity"], similar_T)
-        choice = choose(score_R, few_T, task_R)
-        if count is not None:
-            doubt = f", although {why_too_few(few_T)}" if too_few(few_T) else ""
-            reason = f"those with the lowest scores, as many as asked for{doubt}"
-            choice = Choice(lowest(score_R, count, task_R), reason)
-        if not choice.rows_R.any():
-            raise DataError(
-                f"no row of the pool is like those of {few.file}: give a pool with rows of the task, or a share"
-            )
-    del model
-    free()
+def choose_by_target(work: Work, prepared: Prepared, few: Few, count: int | None) -> Part:
+    """Score the pool by the target, and choose.
+
+    Raises:
+        DataError: No row is like those of the target, or a loss is not finite.
+    """
+    similar_R, similar_K = _similar(work, prepared, few)
+    task_R = of_task(similar_R, similar_K)
+    scores_R, target_T, decoys_D = _target_scores(work, prepared, few, task_R)
+    columns = {"score": scores_R, "similarity": similar_R}
+    if count is not None:
+        order_R = np.where(task_R, scores_R, -similar_R)
+        return Part(
+            Choice(lowest(order_R, count, task_R), "those with the lowest scores, as many as asked for"), columns
+        )
+    choice = choose(scores_R, target_T, decoys_D, task_R)
+    if not choice.rows_R.any():
+        raise DataError(
+            f"no row of the pool is like those of {few.file}: give a pool with rows of the task, or a share"
+        )
     return Part(choice, columns)
 
 
-def _losses(work: Work, few: Few, data: Dataset, tuned: Callable[[], Any]) -> tuple[Floats, Floats]:
-    """Losses of rows after the training on `few` and before it, in nats per label token; each (rows,) float64."""
-    name = f"{prefix(few)}{LOSSES}"
+def choose_by_bad_rows(work: Work, prepared: Prepared, few: Few) -> Part:
+    """Score the pool by the bad rows, and choose the rows that remain.
+
+    Raises:
+        DataError: A loss is not finite.
+    """
+    data, held_out = _tokens(prepared, "train"), _tokens(prepared, AVOID).select(_places(prepared, few, few.unseen[0]))
+    tuned = cache(partial(_tuned_on_bad_rows, work, few))  # loaded at most once, and only if something is missing
+    losses = _losses(work, f"{AVOID}/{LOSSES}", concatenate_datasets([data, held_out]), tuned, both=True)
+    tuned.cache_clear()
+    free()
+    after, before = losses.after / losses.tokens, losses.before / losses.tokens
+    _refuse_broken(after + before, [*prepared.rows["train"], *few.unseen[0]])
+    count, score = len(data), after - before
+    columns = {"score": score[:count], "loss_after": after[:count], "loss_before": before[:count]}
+    return Part(unlike(score[:count], score[count:]), columns)
+
+
+def _target_scores(
+    work: Work, prepared: Prepared, few: Few, task_R: NDArray[np.bool_]
+) -> tuple[Floats, Floats, Floats]:
+    """Scores after trainings on the target.
+
+    Returns:
+        (R,) of the pool, the mean over the trainings; NaN outside of the task. (T,) of the rows that the trainings left
+        out, (D,) of decoys of these.
+    """
+    task = task_R.nonzero()[0]
+    pool, own = _tokens(prepared, "train").select(task), _tokens(prepared, PARTS[few.name])
+    names = [prepared.rows["train"][number] for number in task]
+    of_pool, held_out, decoys = list[Floats](), list[Floats](), list[Floats]()
+    for number, unseen in enumerate(few.unseen):
+        places = _places(prepared, few, unseen)
+        made = _decoys(work, few, unseen)
+        data = concatenate_datasets([pool, own.select(places), *([made] if made else [])])
+        tuned = cache(partial(_tuned_on_target, work, few, number))
+        name = LOSSES if number == 0 else f"{number}-{LOSSES}"
+        losses = _losses(work, name, data, tuned)
+        tuned.cache_clear()
+        free()
+        values = scores(losses.after, losses.tokens)
+        _refuse_broken(values[: len(pool) + len(places)], [*names, *unseen])
+        of_pool.append(values[: len(pool)])
+        held_out.append(values[len(pool) : len(pool) + len(places)])
+        decoys.append(values[len(pool) + len(places) :])
+    scores_R = np.full(len(task_R), np.nan)
+    scores_R[task] = np.mean(of_pool, axis=0)
+    return scores_R, np.concatenate(held_out), np.concatenate(decoys)
+
+
+def _tokens(prepared: Prepared, part: str) -> Dataset:
+    return prepared.data[part].select_columns(["input_ids", "labels"])
+
+
+def _places(prepared: Prepared, few: Few, rows: Sequence[Row]) -> list[int]:
+    """Numbers of rows among the tokenized rows of the target, or among the bad rows."""
+    origins = {row.origin for row in rows}
+    return [number for number, row in enumerate(prepared.rows[PARTS[few.name]]) if row.origin in origins]
+
+
+def _decoys(work: Work, few: Few, unseen: Sequence[Row]) -> Dataset | None:
+    """Held-out rows with completions of other rows of the target; None if all rows have the same completion."""
+    randomness, texts = random.Random(f"decoys {work.recipe.seed}"), sorted({row.completion for row in few.rows})
+    made = [
+        replace(row, completion=text)
+        for row in unseen
+        for others in [[text for text in texts if text != row.completion]]
+        for text in randomness.sample(others, min(_DECOYS, len(others)))
+    ]
+    if not made:
+        return None
+    recipe = work.recipe
+    tokenizer = work.source_of(recipe.model).tokenizer()
+    tokens = tokens_of(made, Form(tokenizer, recipe.max_length, recipe.template, recipe.completion_only))
+    return tokens.data.select_columns(["input_ids", "labels"])
+
+
+def _refuse_broken(values: Floats, rows: Sequence[Row]) -> None:
+    if not np.isfinite(values).all():
+        place = rows[int(np.isfinite(values).argmin())].origin
+        raise DataError(f"the loss of {place} is not finite: leave the row out, or give --dtype float32")
+
+
+class _Losses(NamedTuple):
+    """Losses of rows, summed over label tokens, in nats, and the number of these; each (rows,)."""
+
+    after: Floats  # the training
+    before: Floats  # the training; empty if not asked for
+    tokens: Floats
+
+
+def _losses(work: Work, name: str, data: Dataset, tuned: Callable[[], Any], both: bool = False) -> _Losses:
+    """Losses of rows after a training and, if `both`, before it."""
     done = from_first(lambda: {line["start"]: line for line in work.folder.lines(name)})
     starts = range(0, len(data), _CHUNK)
     with stages(work.console) as progress:
@@ -128,58 +200,89 @@ def _losses(work: Work, few: Few, data: Dataset, tuned: Callable[[], Any]) -> tu
             if start in done:
                 continue
             model = tuned()
-            progress("losses of the rows", start, len(data))
-            after, before = _row_losses(work, model, data.select(range(start, min(start + _CHUNK, len(data)))))
-            done[start] = {"start": start, "after": after.tolist(), "before": before.tolist()}
+            rows = data.select(range(start, min(start + _CHUNK, len(data))))
+            after, tokens = _row_losses(work, model, rows, _shifted(progress, start, len(data)))
+            done[start] = {"start": start, "tokens": tokens, "after": after, "before": []}
+            if both:
+                with _earlier(model):
+                    done[start]["before"], _ = _row_losses(work, model, rows)
             if rank() == 0:
                 work.folder.append(name, done[start])
-    after_R, before_R = (np.concatenate([done[start][name] for start in starts]) for name in ("after", "before"))
-    return after_R, before_R
+    parts = ([value for start in starts for value in done[start][part]] for part in _Losses._fields)
+    return _Losses(*(np.array(part, np.float64) for part in parts))
 
 
-def _row_losses(work: Work, model: Any, data: Dataset) -> tuple[Floats, Floats]:
-    """Losses of rows under a model after the training and before it, in nats per label token; each (rows,) float64."""
+def _shifted(progress: Progress, start: int, total: int) -> Progress:
+    """Progress of a chunk as that of all rows."""
+    return lambda _, done, of: progress("losses of the rows", start + done * world_size(), total)
+
+
+def _row_losses(
+    work: Work, model: Any, data: Dataset, progress: Progress | None = None
+) -> tuple[list[float], list[float]]:
+    """Losses of rows under a model, summed over label tokens, in nats; and the numbers of these tokens, at least 1."""
     longest = max(map(len, data["input_ids"]))
     check_window(model, longest, "a row of the pool or the target")
     own = slice(rank(), None, world_size())  # each rank has a part of the rows
     rows = list(zip(data["input_ids"][own], data["labels"][own], strict=True))
     part = torch.zeros(2, len(data), dtype=torch.float64)
-    batch = _rows_at_once(work.recipe)
     with short_rows():
-        results = [row_nll(model, rows, batch)]
-        with _earlier(model):
-            results.append(row_nll(model, rows, batch))
-    for place, result in enumerate(results):
-        part[place, own] = torch.from_numpy(result.nll / np.maximum(result.tokens, 1))
-    after, before = (mean_over_ranks(part, model_device(model)) * world_size()).numpy()
-    return after, before
+        result = row_nll(model, rows, _rows_at_once(work.recipe), progress)
+    part[0, own], part[1, own] = torch.from_numpy(result.nll), torch.from_numpy(np.maximum(result.tokens, 1))
+    nll, tokens = (mean_over_ranks(part, model_device(model)) * world_size()).tolist()
+    return nll, tokens
 
 
-def _similar(
-    work: Work, prepared: Prepared, few: Few, aside: Sequence[int], tuned: Callable[[], Any]
-) -> tuple[Floats, Floats]:
-    """Similarity of the prompts of the pool, and of the target's held-out rows `aside`, to those of its other rows."""
-    count = len(prepared.rows["train"])
+def _similar(work: Work, prepared: Prepared, few: Few) -> tuple[Floats, Floats]:
+    """Similarity of the pool's prompts to the nearest of the target, and of each of the target's to the nearest other.
+
+    Embeddings of the pool are kept in a file until all of them are there: the mean of all is subtracted from each.
+    """
     done = from_first(lambda: list(work.folder.lines(SIMILAR)))
     if not done:
-        model, size = tuned(), _rows_at_once(work.recipe)
-        of_few = _prompts(prepared, PARTS[few.name])
-        texts = [*_prompts(prepared, "train"), *(of_few[number] for number in aside)]
-        seen = [text for number, text in enumerate(of_few) if number not in aside]
-        own = slice(rank(), None, world_size())  # each rank has a part of the texts
-        of_pool = len(range(count)[own])
-        with short_rows(), model.disable_adapter(), stages(work.console) as progress:
-            seen_KH = embed(model, seen, size)
-            own_RH = embed(model, texts[own], size, progress)
-        sum_H = mean_over_ranks(own_RH[:of_pool].sum(0, dtype=torch.float64), model_device(model)) * world_size()
-        similar_R = torch.zeros(len(texts), dtype=torch.float64)
-        similar_R[own] = nearest(own_RH, seen_KH, (sum_H / count).to(own_RH)).double()
-        similar_R = mean_over_ranks(similar_R, model_device(model)) * world_size()
-        values = similar_R.tolist()
-        done = [{"pool": values[:count], "unseen": values[count:]}]
+        model = _base(work)
+        few_KH = embed(model, _prompts(prepared, PARTS[few.name]), _rows_at_once(work.recipe))
+        _embed_pool(work, prepared, model, few_KH.shape[1])
+        del model
+        free()
         if rank() == 0:
-            work.folder.append(SIMILAR, done[0])
-    return np.array(done[0]["pool"], np.float64), np.array(done[0]["unseen"], np.float64)
+            work.folder.append(SIMILAR, _compared(work, len(prepared.rows["train"]), few_KH))
+            (work.folder.path / PROMPTS).unlink()
+        wait_for_all()
+        done = from_first(lambda: list(work.folder.lines(SIMILAR)))
+    return np.array(done[0]["pool"], np.float64), np.array(done[0]["target"], np.float64)
+
+
+def _embed_pool(work: Work, prepared: Prepared, model: Any, width: int) -> None:
+    """Add the embeddings of the pool's prompts to their file, chunk by chunk, after those that are there."""
+    texts, path = _prompts(prepared, "train"), work.folder.path / PROMPTS
+    bytes_of_row = width * np.dtype(np.float32).itemsize
+    begin = from_first(lambda: path.stat().st_size // bytes_of_row // _CHUNK * _CHUNK if path.exists() else 0)
+    if rank() == 0:
+        with path.open("ab") as file:
+            file.truncate(begin * bytes_of_row)
+    with short_rows(), stages(work.console) as progress:
+        for start in range(begin, len(texts), _CHUNK):
+            chunk = texts[start : start + _CHUNK]
+            own = slice(rank(), None, world_size())  # each rank has a part of the texts
+            part_RH = torch.zeros(len(chunk), width, dtype=torch.float64)
+            if chunk[own]:
+                part_RH[own] = embed(model, chunk[own], _rows_at_once(work.recipe)).double()
+            part_RH = mean_over_ranks(part_RH, model_device(model)) * world_size()
+            if rank() == 0:
+                with path.open("ab") as file:
+                    file.write(part_RH.float().numpy().tobytes())
+            progress("similarity of the prompts", min(start + _CHUNK, len(texts)), len(texts))
+
+
+def _compared(work: Work, count: int, few_KH: torch.Tensor) -> dict[str, list[float]]:
+    """The similarities, as a line of their file."""
+    pool_RH = np.memmap(work.folder.path / PROMPTS, np.float32, "r", shape=(count, few_KH.shape[1]))
+    chunks = [slice(start, start + _CHUNK) for start in range(0, count, _CHUNK)]
+    mean_H = torch.from_numpy(sum(pool_RH[own].sum(0, dtype=np.float64) for own in chunks) / count).float()
+    few_KH = few_KH.float()
+    similar = [nearest(torch.tensor(pool_RH[own]), few_KH, mean_H) for own in chunks]
+    return {"pool": torch.cat(similar).tolist(), "target": nearest_other(few_KH, mean_H).tolist()}
 
 
 def _prompts(prepared: Prepared, part: str) -> list[Sequence[int]]:
@@ -201,11 +304,7 @@ def prefix(few: Few) -> str:
 
 @contextmanager
 def _earlier(model: Any) -> Iterator[None]:
-    """The model before the training on the few rows: the base, or the one tuned on the pool."""
-    if POOL not in model.peft_config:
-        with model.disable_adapter():
-            yield
-        return
+    """The model tuned on the pool, before the training on the bad rows."""
     model.set_adapter(POOL)
     try:
         yield
@@ -213,58 +312,72 @@ def _earlier(model: Any) -> Iterator[None]:
         model.set_adapter("default")
 
 
-def _tuned(work: Work, few: Few, held_out: Dataset) -> Any:
-    """Tune the model on the few rows but the unseen ones, unless an earlier call has, and load it with the adapter.
+def _tuned_on_target(work: Work, few: Few, number: int) -> Any:
+    """Tune the model on the target's rows without those that a training leaves out, unless an earlier call has.
 
-    If the training learns the target's rows by heart, as `too_few` tells by the held-out ones, a shorter one follows.
-
-    Bad rows tune a model that was tuned on the pool, whose adapter is loaded too. Both are loaded even after trainings
-    in this call, so that the losses of an interrupted call are the same.
+    The training stops if the held-out rows' loss no longer falls, and its best weights remain. They are loaded even
+    after a training in this call, so that the losses of an interrupted call are the same.
     """
-    folder, rows, recipe = work.folder.path / prefix(few), work.rows, work.recipe
+    folder = work.folder.path / (TUNING if number == 0 else f"{TUNING}-{number}")
+    seen, unseen = (f"{number}-{name}" if number else name for name in (_SEEN, _UNSEEN))
+    origins = {row.origin for row in few.unseen[number]}
+    if rank() == 0:
+        work.folder.write(seen, _records_of(few, [row for row in few.rows if row.origin not in origins]))
+        work.folder.write(unseen, _records_of(few, few.unseen[number]))
+    wait_for_all()
+    own: dict[str, Any] = {name: getattr(work.recipe, name) for name in SCORING}
+    own |= {"train": str(work.folder.path / seen), "eval": str(work.folder.path / unseen), "steps": work.steps}
+    if work.steps > _EVERY:
+        own |= {"eval_every": _EVERY, "patience": _PATIENCE}
+    _tune(work, folder, own, f"{counted(len(few.rows) - len(origins), 'row')} of the target")
+    return _loaded(work, folder)
+
+
+def _records_of(few: Few, rows: Sequence[Row]) -> str:
+    """Rows as they are in their file, as JSON lines."""
+    places = {row.origin for row in rows}
+    return "".join(
+        json.dumps(record, default=str) + "\n" for place, record in placed_records(few.file) if place in places
+    )
+
+
+def _tuned_on_bad_rows(work: Work, few: Few) -> Any:
+    """Tune a model that was tuned on the pool further on the bad rows, and load both adapters."""
+    folder, rows, recipe = work.folder.path / AVOID, work.rows, work.recipe
+    others = [[absolute_place(place)] for place in rows.left_out]
     if rank() == 0:
         folder.mkdir(exist_ok=True)
-        unseen = [[absolute_place(row.origin)] for row in (*few.unseen, *few.copies)]
-        work.folder.write(f"{prefix(few)}{_UNSEEN}", csv_text(["place"], unseen))
-    same: dict[str, Any] = {name: getattr(recipe, name) for name in SAME}
-    own = {**same, "train": few.file, "drop_rows": str(folder / _UNSEEN), "steps": work.steps}
-    if few.name == AVOID:
-        others = [[absolute_place(place)] for place in rows.left_out]
-        if rank() == 0 and others:
-            work.folder.write(f"{prefix(few)}{_OTHERS}", csv_text(["place"], others))
-        pool = {**same, "train": recipe.train, "limit": recipe.limit, "steps": work.steps}
-        pool |= {"drop_rows": str(folder / _OTHERS)} if others else {}
-        _tune(work, folder / POOL, pool, "the pool")
-        shape = {name: getattr(Recipe, name) for name in ("rank", "alpha", "targets", "layers")}
-        own |= {**shape, "steps": _FURTHER, "from_adapter": str(folder / POOL)}
-    words = f"{counted(len(few.rows) - len(few.unseen), 'row')} of {few.title}"
-    if few.name == AVOID:
-        _tune(work, folder / TUNING, own, words)
-        tuned = _loaded(work, folder / TUNING)
-        tuned.load_adapter(str(folder / POOL / "adapter"), adapter_name=POOL, autocast_adapter_dtype=False)
-        return tuned
-    lengths = training_lengths(work.steps)
-    for steps in lengths:
-        place = folder / (TUNING if steps == work.steps else f"{TUNING}-{steps}")
-        _tune(work, place, {**own, "steps": steps}, f"{words}, {counted(steps, 'step')}")
-        tuned = _loaded(work, place)
-        after, before = _row_losses(work, tuned, held_out)
-        if steps == lengths[-1] or not from_first(partial(too_few, scores(after, before))):
-            break
-        tuned = None  # the next training loads a model of its own
-        free()
+        unseen = {row.origin for row in few.unseen[0]}
+        work.folder.write(f"{AVOID}/{_SEEN}", _records_of(few, [row for row in few.rows if row.origin not in unseen]))
+        if others:
+            work.folder.write(f"{AVOID}/{_OTHERS}", csv_text(["place"], others))
+    wait_for_all()
+    same: dict[str, Any] = {name: getattr(recipe, name) for name in SCORING}
+    pool = {**same, "train": recipe.train, "limit": recipe.limit, "steps": work.steps}
+    pool |= {"drop_rows": str(folder / _OTHERS)} if others else {}
+    _tune(work, folder / POOL, pool, "the pool")
+    shape = {name: getattr(Recipe, name) for name in ("rank", "alpha", "targets", "layers")}
+    own = {**same, **shape, "steps": _FURTHER, "from_adapter": str(folder / POOL), "train": str(folder / _SEEN)}
+    _tune(work, folder / TUNING, own, f"{counted(len(few.rows) - len(few.unseen[0]), 'row')} of the bad rows")
+    tuned = _loaded(work, folder / TUNING)
+    tuned.load_adapter(str(folder / POOL / "adapter"), adapter_name=POOL, autocast_adapter_dtype=False)
     return tuned
 
 
-def _loaded(work: Work, folder: Path) -> Any:
-    """Load the model with the adapter of a run folder."""
+def _base(work: Work) -> Any:
+    """Load the model."""
     recipe, source = work.recipe, work.source_of(work.recipe.model)
     with first_rank_first():
         model, _ = source.load(recipe.dtype, recipe.quantize)
     use_attention(model, recipe.attention)
     if torch.accelerator.is_available() and recipe.quantize is None:  # quantized weights are there already
         model = model.to(torch.accelerator.current_accelerator())
-    return load_adapter(model, folder / "adapter", recipe.model)
+    return model
+
+
+def _loaded(work: Work, folder: Path) -> Any:
+    """Load the model with the adapter of a run folder."""
+    return load_adapter(_base(work), folder / "adapter", work.recipe.model)
 
 
 def _tune(work: Work, folder: Path, settings: Mapping[str, Any], rows: str) -> None:

@@ -8,13 +8,18 @@ Ours: tokens have equal weights, while RDS+ gives later ones more. The mean over
 texts of different tasks have cosines above 0.9. Prompts alone are compared, so that a row with a wrong completion is as
 similar as one with the correct completion.
 
+A row is of the target's task if its prompt is as similar to the nearest target prompt as 95 % of the target's own
+prompts are to the nearest other one (ours). A few odd rows of the target therefore do not widen the task.
+
 Shapes: R texts, T positions, H hidden size, K texts of the target.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from siftune.base.files import Progress
@@ -23,6 +28,7 @@ from siftune.data.batches import by_length
 from siftune.models.loss import IGNORED, find_output_embeddings, logits_at
 from siftune.models.modules import evaluating, model_device
 
+Floats = NDArray[np.float64]
 _AT_ONCE = 4096  # texts that are compared at a time
 
 
@@ -103,3 +109,32 @@ def nearest(texts_RH: Tensor, target_KH: Tensor, mean_H: Tensor) -> Tensor:
     target_KH = nn.functional.normalize(target_KH - mean_H, dim=1)
     parts = (nn.functional.normalize(part_RH - mean_H, dim=1) for part_RH in torch.split(texts_RH, _AT_ONCE))
     return torch.cat([(part_RH @ target_KH.T).amax(1) for part_RH in parts])
+
+
+def nearest_other(target_KH: Tensor, mean_H: Tensor) -> Tensor:
+    """Similarity of each text of the target to the nearest other one; (K,), from -1 to 1. At least two texts.
+
+    Example:
+        >>> nearest_other(torch.tensor([[1.6, 1.8], [2.0, 1.0], [1.0, 2.0]]), torch.ones(2))
+        tensor([0.8000, 0.6000, 0.8000])
+    """
+    target_KH = nn.functional.normalize(target_KH - mean_H, dim=1)
+    return (target_KH @ target_KH.T).fill_diagonal_(-torch.inf).amax(1)
+
+
+_OUTSIDE = 0.05  # share of the target's own rows that may be outside of its task (ours)
+
+
+def of_task(similar_R: Floats, similar_K: Floats) -> NDArray[np.bool_]:
+    """Rows whose prompts are as similar to the target as 95 % of its own prompts are to each other (ours); (R,).
+
+    Args:
+        similar_R: Similarity of the pool's prompts to the nearest of the target, from -1 to 1.
+        similar_K: Similarity of each of the target's prompts to the nearest other one. At least the lowest of them is
+            outside of the limit, so that one odd row cannot set it.
+
+    Example:
+        >>> of_task(np.array([0.9, 0.8, 0.2]), np.array([0.8, 0.1, 0.9])).tolist()
+        [True, True, False]
+    """
+    return similar_R >= np.quantile(similar_K, _OUTSIDE, method="higher")

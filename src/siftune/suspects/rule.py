@@ -103,10 +103,14 @@ def judge(rows: Scores, decoys: Scores) -> Verdict:
 
 def _least_loss(rows: Scores, decoys: Scores) -> float:
     """Loss from which the rows of a source are suspect; infinite if none is."""
-    share = _bound(rows.loss, decoys.loss)
+    share = share_like_decoys(rows.loss, decoys.loss)
     if not _LEAST <= share <= _MOST:
         return np.inf
-    if rows.gain is not None and decoys.gain is not None and _bound(-rows.gain, -decoys.gain) < _AGREE * share:
+    if (
+        rows.gain is not None
+        and decoys.gain is not None
+        and share_like_decoys(-rows.gain, -decoys.gain) < _AGREE * share
+    ):
         return np.inf
     losses, wrong = np.sort(rows.loss), np.sort(decoys.loss)
     expected = share * len(losses) * (1 - np.searchsorted(wrong, losses) / len(wrong))
@@ -114,8 +118,17 @@ def _least_loss(rows: Scores, decoys: Scores) -> float:
     return float(losses[enough.argmax()]) if enough.any() else np.inf
 
 
-def _bound(rows: NDArray[np.floating], decoys: NDArray[np.floating]) -> float:
-    """Upper bound of the share of wrong rows, by scores that are high for wrong rows; infinite if too few are known."""
+def share_like_decoys(rows: NDArray[np.floating], decoys: NDArray[np.floating]) -> float:
+    """Upper bound of the share of wrong rows, if these have scores like decoys; infinite if there are too few decoys.
+
+    Args:
+        rows: (R,) scores that are high for wrong rows; NaN where not measured.
+        decoys: (D,) scores of decoys.
+
+    Example:
+        >>> share_like_decoys(np.repeat([0.1, 8.0], [80, 20]), np.linspace(7.0, 8.0, 50))
+        0.2
+    """
     rows, decoys = (np.sort(scores[~np.isnan(scores)]) for scores in (rows, decoys))
     if len(decoys) < _DECOYS or not len(rows):
         return np.inf

@@ -115,6 +115,10 @@ def test_made_reads_text_and_names_the_option():
         ("x", Path, Path("x")),
         ("9" * 5000, int, "9" * 5000),
         (True, int, True),
+        ("true", bool | Count, True),
+        ("False", bool | Count, False),
+        ("true", bool | str, "true"),
+        ("2", bool | Count, 2),
     ],
 )
 def test_values_as_they_are_written(value, hint, result):

@@ -71,6 +71,28 @@ def test_resume_stands_alone_or_takes_a_folder(tmp_path, monkeypatch):
     assert train("--resume", tmp_path) == train(f"--resume={tmp_path}") == Train(resume=True, rank=4, out=str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ([], True), (["true"], True), (["True"], True), (["false"], False), (["0.25"], 0.25), (["480"], 480),
+        (["1"], 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sift_stands_alone_or_takes_true_false_or_an_amount(tmp_path, words, value):
+    (tmp_path / "r.yaml").write_text(f"sift: {' '.join(words) or 'true'}")
+    (tmp_path / "no.yaml").write_text(f"sift: {'true' if value is False else 'false'}")
+    for given in ([tmp_path / "r.yaml"], ["--sift", *words], [tmp_path / "no.yaml", "--sift", *words]):
+        sift = train(*given).sift
+        assert (sift, type(sift)) == (value, type(value))
+
+
+@pytest.mark.parametrize("word", ["yes", "1.5", "0"])
+def test_another_word_for_sift_is_refused(word):
+    with pytest.raises(RecipeError, match=f"--sift is {word}, but must be true or false"):
+        train("--sift", word)
+
+
 def test_a_recipe_overrides_that_of_the_run_to_resume(tmp_path):
     (tmp_path / "recipe.yaml").write_text("rank: 4\nseed: 5\n")
     (tmp_path / "more.yaml").write_text("rank: 8\n")

@@ -1,5 +1,6 @@
 """`siftune sift`, and `siftune train --sift`, which sifts before it trains."""
 
+import inspect
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +17,15 @@ from support.commands import error_of, siftune
 from support.tiny_kit import save_kit
 from support.trainers import At
 
+from siftune import sift
 from siftune.base.errors import TrainingError
+from siftune.base.settings import described, help_of, types_of
 from siftune.cli.main import main
+from siftune.cli.options import parse
+from siftune.cli.sift import Options, _next
+from siftune.cli.train import Options as Train
 from siftune.recipe.read import load_recipe
+from siftune.recipe.schema import SCORING, Recipe
 from siftune.records.rows import named_rows, read_rows
 from siftune.sifting import run as module
 from siftune.sifting import scoring
@@ -230,6 +238,65 @@ def test_rows_like_bad_ones_are_left_out_of_the_run_and_the_target_does_not_sift
 # --- siftune sift ---
 
 
+# a value of each setting of a recipe that `siftune sift` takes, other than the default
+GIVEN = {
+    "model": ["base"], "train": ["a pool.jsonl", "b.jsonl"], "target": ["few.jsonl"], "limit": ["9"],
+    "dtype": ["float32"], "quantize": ["4bit"], "attention": ["eager"], "columns": ["prompt=q", "completion=a"],
+    "template": ["chat.jinja"], "max_length": ["64"], "completion_only": None, "bad_rows": ["drop"], "rank": ["2"],
+    "alpha": ["3"], "targets": ["q_proj", "v_proj"], "layers": ["0", "-1"], "lr": ["1e-05"], "batch_size": ["4"],
+    "accumulate": ["5"], "checkpointing": None, "seed": ["6"], "deterministic": None,
+}  # fmt: skip
+OWN = {"avoid", "share", "steps", "out"}
+
+
+def flags(name):
+    """A setting as flag and value, or as a switch."""
+    key = name.replace("_", "-")
+    if GIVEN[name] is None:
+        return [f"--no-{key}" if getattr(Recipe, name) else f"--{key}"]
+    return [f"--{key}", *GIVEN[name]]
+
+
+def test_the_command_takes_the_settings_of_the_trainings_that_score():
+    assert {*types_of(Options)} == {*SCORING, "train", "target", "limit", *OWN}
+    assert {*GIVEN} == {*types_of(Options)} - OWN
+
+
+def test_settings_of_a_recipe_have_its_type_and_default():
+    types, lines = types_of(Options), help_of(Options)
+    for name in {*types} & {*types_of(Recipe)} - {"steps"}:
+        assert described(types[name]) == described(types_of(Recipe)[name]), name
+        assert getattr(Options, name) == getattr(Recipe, name), name
+    assert lines["rank"] == help_of(Recipe)["rank"]
+    assert lines["train"].startswith("The pool: ")
+    assert Options.steps == inspect.signature(sift).parameters["steps"].default
+
+
+def test_the_training_that_follows_has_all_settings_that_scored():
+    """One setting is given in each case, then all, none with its default."""
+    sifted = SimpleNamespace(dropped=None)
+    for names in [*([name] for name in GIVEN), [*GIVEN]]:
+        given = [word for name in names for word in flags(name)]
+        options = parse(Options, [*given, "--steps", "7", "--share", "0.5", "--out", "here"], "siftune sift")
+        program, command, *words = shlex.split(_next(options, sifted))
+        assert (program, command) == ("siftune", "train")
+        train = parse(Train, words, "siftune train")
+        for name in names:
+            assert getattr(train, name) == getattr(options, name) != getattr(Recipe, name), name
+        assert (train.steps, train.sift, train.out) == (None, False, None)
+
+
+def test_the_trainings_that_score_have_the_settings_of_the_command(base, task, tmp_path, capsys):
+    named = ["--model", base, "--train", task / "pool.jsonl", "--target", task / "few.jsonl", "--out", tmp_path / "s"]
+    more = ["--template", "none", "--attention", "eager", "--no-completion-only", "--rank", "2", "--alpha", "3"]
+    more += ["--targets", "q_proj", "--layers", "-1", "--batch-size", "2", "--accumulate", "2", "--checkpointing"]
+    siftune(capsys, "sift", *named, *more, "--steps", "1", "--share", "5")
+    recipe = load_recipe(tmp_path / "s" / "tuning" / "recipe.yaml")
+    assert (recipe.attention, recipe.completion_only, recipe.rank, recipe.alpha) == ("eager", False, 2, 3)
+    assert (recipe.targets, recipe.layers, recipe.accumulate) == (("q_proj",), (-1,), 2)
+    assert recipe.checkpointing
+
+
 @pytest.mark.parametrize("share", ["0.5", "24"])
 def test_the_command_names_the_training_that_follows(base, task, tmp_path, capsys, monkeypatch, share):
     monkeypatch.chdir(tmp_path)
@@ -249,6 +316,30 @@ def test_the_command_names_the_training_that_follows(base, task, tmp_path, capsy
     assert main(train) == 0
     rows = read_rows(load_recipe("run/recipe.yaml")).parts["train"]
     assert sum("few" not in row.origin for row in rows) == result["selected"]
+
+
+def test_another_share_selects_again_without_computing(base, task, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["sift", "--model", base, "--train", task / "pool.jsonl", "--target", task / "few.jsonl"]
+    words += ["--template", "none", "--max-length", "64", "--rank", "2", "--batch-size", "4", "--steps", "2"]
+    first, said = siftune(capsys, *words, "--share", "5")
+    again = re.search(
+        "^the same command with (--out .*) and another --share selects again without computing$", said, re.M
+    )
+    assert again is not None, said
+    monkeypatch.setattr(scoring, "tune", None)
+    monkeypatch.setattr("siftune.train.prepare.load_model", None)
+    second, said = siftune(capsys, *words, *shlex.split(again[1]), "--share", "7")
+    assert (first["selected"], second["selected"]) == (5, 7)
+    assert Path(first["folder"]).resolve() == Path(second["folder"]).resolve()
+    assert "the same command with another --share selects again without computing\n" in said
+
+
+def test_no_share_is_of_bad_rows_alone(base, task, bad, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scoring, "unlike", lambda scores, _: Choice(scores > np.sort(scores)[9], "ten are left out"))
+    words = ["--model", base, "--train", task / "pool.jsonl", "--avoid", bad, "--out", tmp_path / "s"]
+    _, said = siftune(capsys, "sift", *words, "--template", "none", "--rank", "2", "--steps", "1")
+    assert "--share" not in said
 
 
 @pytest.mark.parametrize(("name", "word"), [("--train", "pool"), ("--target", "--target FILE")])

@@ -42,18 +42,18 @@ def test_scores_and_rows_that_remain_are_those_of_a_slow_oracle(avoiding, base, 
     monkeypatch.setattr(module, "_FURTHER", 2)
     sifted = sift(**avoiding, console=QUIET)
     place = sifted.folder / "avoid"
-    unseen = named_rows(str(place / "unseen.csv"))
-    assert len(unseen) == 6
+    seen = records(place / "seen.jsonl")
+    assert len(seen) == 6
     usual = {name: value for name, value in avoiding.items() if name not in ("target", "avoid", "train")}
     pool = train(Recipe(**{**usual, "train": str(avoiding["train"]), "out": str(tmp_path / "pool")}), QUIET).folder
     further = {
-        "train": str(bad),
+        "train": str(place / "seen.jsonl"),
         "steps": 2,
         "rank": None,
         "out": str(tmp_path / "bad"),
         "from_adapter": str(pool.path),
     }
-    tuned = train(Recipe(**{**usual, **further}, drop_rows=str(place / "unseen.csv")), QUIET).folder
+    tuned = train(Recipe(**{**usual, **further}), QUIET).folder
     tokenizer, both = AutoTokenizer.from_pretrained(base), []
     for adapter in (tuned.adapter, pool.adapter):
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
@@ -64,21 +64,21 @@ def test_scores_and_rows_that_remain_are_those_of_a_slow_oracle(avoiding, base, 
     assert sifted.scores is None
     found = table(place)
     np.testing.assert_allclose([float(line["loss_before"]) for line in found], both[1][:36], atol=2e-5)
-    held_out = change[36:][[int(line.rpartition(":")[2]) - 1 for line in unseen]]
+    held_out = change[36:][[row not in seen for row in records(bad)]]
     chosen = unlike(change[:36], held_out).rows_R.nonzero()[0].tolist()
     assert sifted.selected == chosen == [n for n, line in enumerate(found) if line["selected"] == "1"]
     assert records(sifted.rows) == [task.pool[n] for n in chosen]
 
 
-def held_out_similarity(folder):
-    return min(json.loads((folder / "similar.jsonl").read_text())["unseen"])
+def least_similarity(folder):
+    return np.sort(json.loads((folder / "similar.jsonl").read_text())["target"])[1]
 
 
 def test_rows_like_the_target_and_unlike_the_bad_rows_are_selected(given, bad, monkeypatch):
     monkeypatch.setattr(module, "unlike", lambda scores, _: Choice(scores > np.sort(scores)[9], "ten are left out"))
     sifted = sift(**given, avoid=bad, share=20, console=QUIET)
-    task = sifted.similar >= held_out_similarity(sifted.folder)
-    likely = np.lexsort((sifted.scores, ~task))[:20]
+    task = sifted.similar >= least_similarity(sifted.folder)
+    likely = np.lexsort((np.where(task, sifted.scores, -sifted.similar), ~task))[:20]
     remaining = np.argsort(sifted.bad_scores, kind="stable")[10:]
     assert sifted.selected == np.intersect1d(likely, remaining).tolist()
     assert 10 <= len(sifted.selected) < 20

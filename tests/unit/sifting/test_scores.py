@@ -3,10 +3,12 @@
 from fractions import Fraction
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftune.sifting.scores import choose, held_out_count, lowest, of_task, scores, unlike
+from siftune.sifting.rows import held_out_count
+from siftune.sifting.scores import choose, lowest, told_apart, unlike
 
 LOSSES = st.floats(-20, 20, width=32)
 MANY = st.lists(LOSSES, min_size=1, max_size=60)
@@ -19,12 +21,6 @@ def parts(rows):
     return np.array([score for score, _ in rows]), np.array([task for _, task in rows])
 
 
-def test_a_score_is_the_change_of_the_loss():
-    found = scores(np.array([0.25, 3.0, 1.0]), np.array([1.5, 2.0, 1.0]))
-    assert found.dtype == np.float64
-    assert found.tolist() == [-1.25, 1.0, 0.0]
-
-
 @given(SCORED, st.integers(0, 70))
 def test_the_lowest_are_those_of_the_task_and_the_first_of_equal_ones(rows, count):
     values, task = parts(rows)
@@ -32,41 +28,43 @@ def test_the_lowest_are_those_of_the_task_and_the_first_of_equal_ones(rows, coun
     assert chosen == sorted(sorted(range(len(rows)), key=lambda i: (not task[i], values[i], i))[:count])
 
 
-def test_rows_of_the_task_have_prompts_as_similar_as_all_held_out_rows():
-    assert of_task(np.array([0.7, 0.69, -1.0, 1.0]), np.array([0.9, 0.7, 0.8])).tolist() == [True, False, False, True]
-
-
-@given(SCORED, FEW)
-def test_the_choice_is_that_of_exact_arithmetic(rows, target):
+@given(SCORED, FEW, st.lists(LOSSES, min_size=1, max_size=60))
+def test_the_choice_is_that_of_exact_arithmetic(rows, target, decoys):
     values, task = parts(rows)
     own = [value for value, of_it in zip(values, task, strict=True) if of_it]
-    expected = task
-    if 2 * sum(v >= 0 for v in target) >= len(target):
-        expected = [True] * len(task)
-    elif own:
-        excess = Fraction(sum(v >= 0 for v in own), len(own)) - Fraction(sum(v >= 0 for v in target), len(target))
-        if abs(excess - Fraction(1, 10)) < Fraction(1, 10**9):  # float64 may round the difference past a tenth
-            return
-        if excess > Fraction(1, 10):
-            expected = [of_it and value < 0 for value, of_it in zip(values, task, strict=True)]
-    assert choose(values, np.array(target), task).rows_R.tolist() == list(expected)
+    limit = next(each for each in sorted(target) if sum(v <= each for v in target) >= 0.8 * (len(target) - 1) + 1)
+    pairs = [Fraction(1) if d > t else Fraction(1, 2) if d == t else Fraction(0) for d in decoys for t in target]
+    middle = sorted(decoys)[round(0.3 * len(decoys)) : round(0.7 * len(decoys))]
+    ratios = [
+        Fraction(sum(v >= t for v in own) * len(decoys), len(own) * sum(d >= t for d in decoys))
+        for t in (middle if len(decoys) >= 30 and own else ())
+    ]
+    expected = list(task)
+    if sum(pairs) / len(pairs) >= Fraction(3, 5) and min(ratios, default=1) >= Fraction(1, 20):
+        expected = [of_it and value <= limit for value, of_it in zip(values, task, strict=True)]
+    assert choose(values, np.array(target), np.array(decoys), task).rows_R.tolist() == expected
 
 
-def test_rows_that_contradict_the_target_are_left_out_only_if_there_are_more_than_held_out_ones():
-    task, pool = np.ones(10, bool), np.array([-1.0] * 6 + [0.0] + [1.0] * 3)  # 40 % are not below 0
-    assert choose(pool, np.array([-1.0, -1, -1, 1]), task).rows_R.tolist() == [True] * 6 + [False] * 4
-    assert choose(pool, np.array([-1.0, -1, 1]), task).rows_R.all()
+def test_rows_above_the_limit_are_left_out_if_rows_are_as_unlikely_as_decoys():
+    target, decoys, task = np.array([0.1] * 8 + [0.5, 3.0]), np.full(40, 4.0), np.ones(100, bool)
+    for unlikely, left_out in ((5, 6), (4, 0)):
+        pool = np.repeat([0.2, 0.5, 0.6, 4.0], [90, 9 - unlikely, 1, unlikely])
+        assert (~choose(pool, target, decoys, task).rows_R).sum() == left_out
 
 
-def test_all_rows_are_kept_if_the_training_made_half_of_the_held_out_rows_less_likely():
-    task, pool = np.array([True] * 9 + [False]), np.array([-1.0] + [1.0] * 9)
-    assert choose(pool, np.array([-9.0] * 4 + [0.1] * 4), task).rows_R.all()
-    assert choose(pool, np.array([-9.0] * 4 + [0.1] * 4), ~task & task).rows_R.all()  # also if no prompt is like it
-    assert choose(pool, np.array([-0.1] * 5 + [9.0] * 4), task).rows_R.tolist() == [True] + [False] * 9
+def test_nothing_is_left_out_if_decoys_are_as_likely_as_held_out_rows():
+    target, pool, task = np.array([0.1] * 8 + [0.5, 3.0]), np.array([0.2] * 5 + [9.0] * 5), np.ones(10, bool)
+    assert "cannot tell" in choose(pool, target, np.array([0.1, 0.1]), task).reason
+    for decoys in ([0.1, 0.1], []):
+        assert choose(pool, target, np.array(decoys), task).rows_R.all()
+    assert not choose(pool, target, np.array([2.0, 9.0]), task).rows_R.all()
 
 
-def test_no_row_may_be_of_the_task():
-    assert not choose(-np.ones(8), -np.ones(8), np.zeros(8, bool)).rows_R.any()
+@given(FEW, st.lists(LOSSES, max_size=20))
+def test_pairs_in_order_are_counted_one_by_one(target, decoys):
+    pairs = [(d > t) + (d == t) / 2 for d in decoys for t in target]
+    expected = sum(pairs) / len(pairs) if pairs else 0.5
+    assert told_apart(np.array(decoys), np.array(target)) == pytest.approx(expected, abs=1e-12)
 
 
 @given(st.integers(8, 10_000))

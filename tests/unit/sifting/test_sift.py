@@ -3,10 +3,8 @@
 import csv
 import json
 import os
-import re
 import shutil
 import signal
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +25,8 @@ from siftune.base.errors import DataError, InputError, RecipeError
 from siftune.recipe.schema import Recipe
 from siftune.records.rows import named_rows, read_rows
 from siftune.sifting import scoring as module
-from siftune.sifting.scores import Choice, choose, training_lengths
+from siftune.sifting.scores import Choice, choose
+from siftune.train.folder.run import RunFolder
 from siftune.train.run import train
 
 QUIET = Console(quiet=True)
@@ -52,6 +51,11 @@ def loss(model, tokenizer, row, **settings):
     return -float(np.mean([logs[place - 1, ids[0, place]] for place in range(len(prompt), ids.shape[1])]))
 
 
+def score(model, tokenizer, row):
+    """The sum of a row's losses, divided by the root of their number; a token is a byte here, or the end."""
+    return loss(model, tokenizer, row) * (len(row["completion"]) + 1) ** 0.5
+
+
 def mean_state(model, tokenizer, prompt):
     """Mean of the last hidden states over the prompt's tokens, of length 1."""
     ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
@@ -60,65 +64,96 @@ def mean_state(model, tokenizer, prompt):
     return (states / states.norm()).numpy()
 
 
-@pytest.mark.parametrize("refused", [0, 1])
-def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, task, monkeypatch, refused):
-    """Also if the first training learns the target's rows by heart, and a shorter one follows."""
-    given["steps"] = 9
-    steps, tried = training_lengths(given["steps"]), []
-    monkeypatch.setattr(module, "too_few", lambda held_out: tried.append(held_out) or len(tried) <= refused)
+def by_hand(given, tmp_path, number, **settings):
+    """The adapter of a training on the rows that a sifting's training took."""
+    seen = tmp_path / "sifted" / (f"{number}-seen.jsonl" if number else "seen.jsonl")
+    own = {"train": str(seen), "target": None, "out": str(tmp_path / f"by hand {number}"), **settings}
+    return train(Recipe(**{**given, **own}), QUIET).folder.adapter
+
+
+def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, task):
+    """A target of fewer than 64 rows is halved: each training leaves out one half."""
     sifted = sift(**given, console=QUIET)
-    unseen = named_rows(str(tmp_path / "sifted" / "unseen.csv"))
-    assert len(unseen) == 6  # half of the target's twelve rows: a fifth, at least 8, at most half
-    by_hand = train(
-        Recipe(
-            **{**given, "train": str(given["target"]), "target": None, "out": str(tmp_path / "by hand")}
-            | {"steps": steps[refused]},
-            drop_rows=str(tmp_path / "sifted" / "unseen.csv"),
-        ),
-        QUIET,
-    )  # fmt: skip
+    halves = [records(tmp_path / "sifted" / name) for name in ("unseen.jsonl", "1-unseen.jsonl")]
+    assert halves == [task.target[::2], task.target[1::2]]
+    assert records(tmp_path / "sifted" / "seen.jsonl") == task.target[1::2]
     tokenizer, plain = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
-    before = [loss(plain, tokenizer, row) for row in (*task.pool, *task.target)]
     prompts = np.stack([mean_state(plain, tokenizer, row["prompt"]) for row in (*task.pool, *task.target)])
-    tuned = PeftModel.from_pretrained(plain, by_hand.folder.adapter).eval()
-    after = [loss(tuned, tokenizer, row) for row in (*task.pool, *task.target)]
-    change = np.subtract(after, before)
-    assert np.abs(change).max() > 0.01
-    np.testing.assert_allclose(sifted.scores, change[:36], atol=2e-5)
-    found = table(sifted.folder)
-    np.testing.assert_allclose([float(line["loss_after"]) for line in found], after[:36], atol=2e-5)
-    np.testing.assert_allclose([float(line["loss_before"]) for line in found], before[:36], atol=2e-5)
-    aside = [int(place.rpartition(":")[2]) - 1 for place in unseen]
+    after, held_out = [], []
+    for number, half in enumerate(halves):
+        adapter = by_hand(given, tmp_path, number)
+        tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+        after.append([score(tuned, tokenizer, row) for row in task.pool])
+        held_out += [score(tuned, tokenizer, row) for row in half]
+    after = np.mean(after, axis=0)
     prompts -= prompts[:36].mean(0)
     prompts /= np.linalg.norm(prompts, axis=1, keepdims=True)
-    seen = prompts[36:][[number for number in range(12) if number not in aside]]
-    similar = (prompts @ seen.T).max(1)
-    np.testing.assert_allclose(sifted.similar, similar[:36], atol=2e-5)
-    np.testing.assert_allclose([float(line["similarity"]) for line in found], similar[:36], atol=2e-5)
-    assert len(tried) == 1  # the shortest training is not judged
-    if not refused:
-        np.testing.assert_allclose(tried[0], change[36:][aside], atol=2e-5)
-    of_it = similar[:36] >= similar[36:][aside].min() - 1e-5
+    similar, own = (prompts @ prompts[36:].T), (prompts[36:] @ prompts[36:].T)
+    np.fill_diagonal(own, -1)
+    np.testing.assert_allclose(sifted.similar, similar[:36].max(1), atol=2e-5)
+    of_it = similar[:36].max(1) >= np.sort(own.max(1))[1] - 1e-5  # all of the twelve but one
     assert 0 < of_it.sum() < 36
-    chosen = choose(change[:36], change[36:][aside], of_it).rows_R.nonzero()[0].tolist()
+    np.testing.assert_allclose(sifted.scores, np.where(of_it, after, np.nan), atol=2e-5)
+    found = table(sifted.folder)
+    assert [line["score"] == "" for line in found] == (~of_it).tolist()
+    np.testing.assert_allclose(
+        [float(line["score"] or "nan") for line in found], np.where(of_it, after, np.nan), atol=2e-5
+    )
+    np.testing.assert_allclose([float(line["similarity"]) for line in found], similar[:36].max(1), atol=2e-5)
+    chosen = choose(after, np.array(held_out), decoys_by_hand(sifted.folder), of_it).rows_R.nonzero()[0].tolist()
     assert sifted.selected == chosen == [n for n, line in enumerate(found) if line["selected"] == "1"]
-    assert 0 < len(chosen) < 36
 
 
-def test_a_shorter_training_begins_without_the_model_of_the_longer(given, monkeypatch):
-    models, at_start, tune, load = [], [], module._tune, module._loaded
+def decoys_by_hand(folder):
+    """Scores of the last rows of either training: four decoys of each of its six held-out rows."""
+    found = []
+    for path in (folder / "losses.jsonl", folder / "1-losses.jsonl"):
+        pairs = [pair for line in records(path) for pair in zip(line["after"], line["tokens"], strict=True)]
+        found += [nll / tokens**0.5 for nll, tokens in pairs[-24:]]
+    return np.array(found)
 
-    def loaded(*arguments):
-        model = load(*arguments)
-        models.append(weakref.ref(model))
-        return model
 
-    monkeypatch.setattr(module, "too_few", lambda _: True)
-    monkeypatch.setattr(module, "_loaded", loaded)
-    monkeypatch.setattr(module, "_tune", lambda *a: at_start.append([m() is None for m in models]) or tune(*a))
-    sifted = sift(**{**given, "steps": 3}, share=9, console=QUIET)
-    assert at_start == [[], [True]]
-    assert re.search("as many as asked for, although the training .* give more target rows", sifted.reason)
+def test_decoys_have_the_prompts_of_held_out_rows_and_completions_of_others(given, task, monkeypatch):
+    seen = []
+    original = module.tokens_of
+    monkeypatch.setattr(module, "tokens_of", lambda rows, form: seen.append(rows) or original(rows, form))
+    sift(**given, console=QUIET)
+    assert [len(rows) for rows in seen] == [24, 24]
+    texts = {row["prompt"]: row["completion"] for row in task.target}
+    for half, rows in zip((task.target[::2], task.target[1::2]), seen, strict=True):
+        assert [row.prompt[0].content for row in rows] == [row["prompt"] for row in half for _ in range(4)]
+        assert all(row.completion in texts.values() for row in rows)
+        assert all(row.completion != texts[row.prompt[0].content] for row in rows)
+
+
+def test_a_larger_target_has_one_training_that_leaves_out_a_fifth(given, tmp_path):
+    rows = [{"prompt": f"{i}+{i}?", "completion": str(i + i)} for i in range(64)]
+    given["target"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sift(**given, share=9, console=QUIET)
+    unseen = records(tmp_path / "sifted" / "unseen.jsonl")
+    assert unseen == [rows[round(place)] for place in np.linspace(0, 63, 12)]
+    assert records(tmp_path / "sifted" / "seen.jsonl") == [row for row in rows if row not in unseen]
+    assert not (tmp_path / "sifted" / "tuning-1").exists()
+
+
+def test_the_held_out_rows_determine_the_steps(given, base, tmp_path, monkeypatch):
+    """The weights are those of the least held-out loss, and training stops soon after it."""
+    monkeypatch.setattr(module, "_EVERY", 1)
+    sift(**{**given, "steps": 12, "lr": 0.1}, share=9, console=QUIET)
+    run = RunFolder(tmp_path / "sifted" / "tuning")
+    losses = [line["eval_loss"] for line in records(run.path / "metrics.jsonl") if "eval_loss" in line]
+    best = int(np.argmin(losses)) + 1
+    assert best < len(losses) == best + 2 < 12
+    tokenizer, plain = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    tuned = PeftModel.from_pretrained(plain, run.adapter).eval()
+    unseen = records(tmp_path / "sifted" / "unseen.jsonl")
+    batches = [unseen[:4], unseen[4:]]  # the Trainer's loss is the mean of those of batches, weighted by their rows
+    tokens = [[len(row["completion"]) + 1 for row in batch] for batch in batches]  # of bytes, and the end
+    means = [
+        np.average([loss(tuned, tokenizer, row) for row in batch], weights=counts)
+        for batch, counts in zip(batches, tokens, strict=True)
+    ]
+    assert np.average(means, weights=[4, 2]) == pytest.approx(min(losses), abs=2e-5)
 
 
 def records(path):
@@ -188,12 +223,12 @@ def test_the_template_is_that_of_both(given, base, monkeypatch):
     monkeypatch.setattr(
         module,
         "_losses",
-        lambda work, few, data, *a: seen.update(ids=data["input_ids"]) or losses_of(work, few, data, *a),
+        lambda work, name, data, *a: seen.update(ids=data["input_ids"]) or losses_of(work, name, data, *a),
     )
     sift(**{**given, "template": "chat"}, console=QUIET)
     assert seen["recipe"].template == "chat"
     tokenizer = AutoTokenizer.from_pretrained(base)
-    assert len(seen["ids"]) == 42
+    assert len(seen["ids"]) > 30  # rows of the task, six held-out rows and their 24 decoys
     assert all("<|start|>user\n" in tokenizer.decode(ids) for ids in seen["ids"])
     with pytest.raises(RecipeError, match="template"):
         sift(**given, console=QUIET)
@@ -203,7 +238,7 @@ def test_the_template_is_that_of_both(given, base, monkeypatch):
 
 
 def same_bits(folder, complete):
-    for name in ("losses.jsonl", "similar.jsonl", "scores.csv", "dropped.csv", "sifted.jsonl", "unseen.csv"):
+    for name in ("losses.jsonl", "similar.jsonl", "scores.csv", "dropped.csv", "sifted.jsonl", "unseen.jsonl"):
         assert (Path(folder) / name).read_bytes() == (complete / name).read_bytes(), name
 
 
@@ -242,8 +277,8 @@ def test_interrupted_between_chunks_and_in_a_line(given, complete, finished):
         again = [json.loads(line) for line in losses(complete).splitlines()]
         assert sorted(again, key=lambda line: line["start"]) == [json.loads(line) for line in lines]
         assert (complete / "sifted.jsonl").read_bytes() == (finished / "sifted.jsonl").read_bytes()
-        values = [[line[name] for name in ("score", "loss_after", "selected")] for line in table(complete)]
-        assert values == [[line[name] for name in ("score", "loss_after", "selected")] for line in table(finished)]
+        values = [[line[name] for name in ("score", "selected")] for line in table(complete)]
+        assert values == [[line[name] for name in ("score", "selected")] for line in table(finished)]
 
 
 def test_complete_work_needs_no_model(given, complete, monkeypatch):
@@ -288,10 +323,8 @@ def test_rows_of_the_target_and_copies_are_counted(given, task, tmp_path):
     assert records(sifted.rows) == [pool[n] for n in sifted.selected]
     dropped = named_rows(str(sifted.dropped))
     assert {f"{given['train']}:{number}" for number in (1, 38, 39)} <= set(dropped)
-    tuning = read_rows(Recipe(train=str(given["target"]), drop_rows=str(tmp_path / "sifted" / "unseen.csv")))
-    unseen = {place.rpartition(":")[2] for place in named_rows(str(tmp_path / "sifted" / "unseen.csv"))}
-    assert {"13", "14"} < unseen  # copies are not trained on, as their firsts may be unseen
-    assert len(tuning.parts["train"]) == 6
+    seen, unseen = (records(tmp_path / "sifted" / name) for name in ("seen.jsonl", "unseen.jsonl"))
+    assert [*seen, *unseen] == [*task.target[1::2], *task.target[::2]]  # copies are in neither
 
 
 def test_copies_of_the_target_are_dropped_although_all_others_are_selected(given, task):
@@ -325,9 +358,7 @@ def test_rows_of_the_target_that_are_too_long_are_not_held_out(given, task):
     given["target"].write_text("".join(json.dumps(row) + "\n" for row in rows))
     sifted = sift(**given, bad_rows="drop", share=6, console=QUIET)
     assert "12 rows left out" in sifted.notes[0]
-    unseen = named_rows(str(sifted.folder / "unseen.csv"))
-    assert len(unseen) == 6
-    assert all(int(place.rpartition(":")[2]) % 2 == 0 for place in unseen)
+    assert records(sifted.folder / "unseen.jsonl") == task.target[::2]
 
 
 def test_texts_are_compared_after_a_token_that_begins_all_of_them(given, base, tmp_path):
@@ -392,8 +423,8 @@ def test_wrong_input_is_one_sentence_before_the_model_is_loaded(given, tmp_path,
     assert not Path(given["out"]).exists()
 
 
-def test_a_pool_without_a_row_that_became_more_likely(given, complete, monkeypatch):
-    monkeypatch.setattr(module, "choose", lambda scores, *_: Choice(np.zeros(len(scores), bool), ""))
+def test_a_pool_without_a_row_like_the_target(given, complete, monkeypatch):
+    monkeypatch.setattr(module, "choose", lambda *given: Choice(np.zeros_like(given[-1]), ""))
     with pytest.raises(DataError, match="no row of the pool"):
         sift(**given, console=QUIET)
     assert (complete / "losses.jsonl").exists()
@@ -403,10 +434,13 @@ def test_a_pool_without_a_row_that_became_more_likely(given, complete, monkeypat
 def test_a_loss_that_is_not_finite_names_its_row(given, monkeypatch):
     original = module.row_nll
 
-    def broken(model, rows, batch):
-        result = original(model, rows, batch)
-        return replace(result, nll=np.where(np.arange(len(rows)) == 2, np.nan, result.nll))
+    first = int(np.isfinite(sift(**given, console=QUIET).scores).argmax())
+    given["out"] += " again"
+
+    def broken(model, rows, batch, progress):
+        result = original(model, rows, batch, progress)
+        return replace(result, nll=np.where(np.arange(len(rows)) == 0, np.nan, result.nll))
 
     monkeypatch.setattr(module, "row_nll", broken)
-    with pytest.raises(DataError, match=r"pool\.jsonl:3 is not finite"):
+    with pytest.raises(DataError, match=rf"pool\.jsonl:{first + 1} is not finite"):
         sift(**given, console=QUIET)

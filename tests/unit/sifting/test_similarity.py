@@ -1,10 +1,11 @@
 """Embeddings against a pass over each text by itself, and similarities by hand."""
 
+import numpy as np
 import pytest
 import torch
 from support.tiny import tiny
 
-from siftune.sifting.similarity import embed, nearest, prompt_of
+from siftune.sifting.similarity import embed, nearest, nearest_other, of_task, prompt_of
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -33,3 +34,18 @@ def test_similarity_by_hand():
     target = mean + torch.tensor([[5.0, 0.0], [0.0, 1.0]])
     torch.testing.assert_close(nearest(texts, target, mean), torch.tensor([1.0, 1.0, 0.8, 0.0]))
     torch.testing.assert_close(nearest(texts, target[:1], mean), torch.tensor([1.0, 0.0, 0.6, -1.0]))
+
+
+def test_similarity_of_the_targets_own_texts_leaves_each_text_itself_out():
+    mean = torch.tensor([10.0, -3.0])
+    target = mean + torch.tensor([[5.0, 0.0], [0.0, 1.0], [3.0, 4.0], [0.0, 9.0]])
+    torch.testing.assert_close(nearest_other(target, mean), torch.tensor([0.6, 1.0, 0.8, 1.0]))
+
+
+@pytest.mark.parametrize(("count", "outside"), [(8, 1), (20, 1), (21, 1), (22, 2), (100, 5)])
+def test_a_twentieth_of_the_targets_rows_and_at_least_one_do_not_set_the_limit(count, outside):
+    own = np.linspace(0.5, 0.9, count)
+    limit = own[outside]
+    assert of_task(np.array([limit, limit - 1e-9, 1.0]), own).tolist() == [True, False, True]
+    odd = np.where(np.arange(count) < outside, -1.0, own)
+    assert of_task(np.array([limit - 1e-9]), odd).tolist() == [False]

@@ -1,0 +1,314 @@
+"""Comparisons of siftune's commands: methods as commands, rules that choose rows, tables, and jobs on a tiny model."""
+
+import json
+from contextlib import chdir
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.lab_jobs import pays_job
+from support.tiny import tiny
+from torch import nn
+
+from lab.commands import CommandError, Commands, flags, load_tuned, write_rows
+from lab.lines import commit, read
+from lab.pays import report, run
+from lab.pays.job import run_job, words_of
+from lab.pays.methods import METHODS
+from lab.pays.rivals import RULES, Candidates, choose, hardest, in_turn, weighted_states
+
+
+def test_methods_are_commands(suite):
+    jobs = [pays_job("smollm2", name) for name in METHODS]
+    run.check(jobs, suite)
+    words = {name: " ".join(words_of(job)) for name, job in zip(METHODS, jobs, strict=True)}
+    assert words["sifted"].startswith(
+        "train --train pool.jsonl --target few.jsonl --sift --model smollm2 --template none"
+    )
+    assert words["few"].startswith("train --train few.jsonl --model")
+    assert all(words[name].startswith("train --train chosen.jsonl --target few.jsonl --model") for name in RULES)
+    with pytest.raises(SystemExit, match="no-such-flag"):
+        run.check([pays_job("smollm2", "dense=dense,no-such-flag:1")], suite)
+    jobs[-1]["cell"]["known"] = 0
+    run.check(jobs[-1:], suite)  # a private run of the pool
+    with pytest.raises(SystemExit, match="rows of the target"):
+        run.check([{**jobs[-1], "method": jobs[1]["method"]}], suite)
+
+
+def test_variants_of_methods_are_flags():
+    words = words_of(
+        pays_job("smollm2", "wide=target-gast,sift:0.25,gast.select:0.5,targets:q_proj,checkpointing:true")
+    )
+    text = " ".join(words)
+    assert "--sift 0.25 --model" in text
+    assert "--steps 3 --method gast --gast.select 0.5 --targets q_proj --checkpointing --out run" in text
+    assert flags({"lr": 5e-4, "dp_delta": 1e-5, "n": [1, 2]}) == [
+        "--lr",
+        "0.0005",
+        "--dp-delta",
+        "1e-05",
+        "--n",
+        "1",
+        "2",
+    ]
+
+
+def test_commands_are_recorded_without_folders(base, tmp_path):
+    commands = Commands()
+    with chdir(tmp_path), pytest.raises(CommandError, match="exit code 2"):
+        commands.run("train", "--train", "missing.jsonl", "--model", base)
+    assert commands.typed == ["siftune train --train missing.jsonl --model base"]
+
+
+def test_rows_pick_in_turn():
+    """Against a loop that looks for the most similar row each time."""
+    similar = np.random.default_rng(0).normal(size=(3, 10)).round(1)
+    left, expected = set(range(10)), []
+    for turn in range(8):
+        expected.append(max(sorted(left), key=lambda row: similar[turn % 3, row]))
+        left.remove(expected[-1])
+    assert in_turn(torch.tensor(similar), 8) == expected
+    assert sorted(in_turn(torch.tensor(similar), 99)) == list(range(10))
+
+
+def test_later_states_weigh_more():
+    model, texts = tiny("llama"), [[5, 6, 7, 8, 9], [4, 3], [11, 12, 13]]
+    states = weighted_states(model, texts)
+    for text, state in zip(texts, states, strict=True):
+        with torch.no_grad():
+            last = model.eval()(torch.tensor([text]), output_hidden_states=True).hidden_states[-1][0]
+        mean = sum((place + 1) * row for place, row in enumerate(last))
+        torch.testing.assert_close(state, mean / mean.norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_hard_rows_are_those_just_below_one():
+    assert hardest(np.array([0.2, 0.9, 1.5, 1.1, 0.95]), 4) == [4, 1, 0, 3]
+
+
+def test_difficulty_is_that_of_a_loop(base, tmp_path):
+    rows = [{"prompt": f"{n} and {n}", "completion": str(n * 7)} for n in range(12)]
+    ratios = []
+    with chdir(tmp_path):
+        for name in ("pool", "few"):
+            write_rows(f"{name}.jsonl", rows)
+        candidates = Candidates(["target"] * 12, 5, {"model": base, "template": "none", "seed": 0, "batch_size": 4})
+        model, tokenizer = load_tuned(base)
+        for row in candidates.pool:
+            start = next(place for place, label in enumerate(row["labels"]) if label >= 0)
+            answer = row["input_ids"][start:]
+            first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+            losses = []
+            for before in (row["input_ids"][:start], [first]):
+                with torch.no_grad():
+                    logits = model(torch.tensor([[*before, *answer]])).logits[0, len(before) - 1 : -1]
+                losses.append(float(nn.functional.cross_entropy(logits.float(), torch.tensor(answer))))
+            ratios.append(losses[0] / losses[1])
+        assert choose("ifd", candidates) == sorted(hardest(np.array(ratios), 5))
+
+
+def line(name, right, groups=None, seed=0, **values):
+    job = {"scenario": "N", "cell": {"name": "raters", "known": 8}, "method": {"name": name}, "model": "m", "batch": 4}
+    own = {"right": right, "nll": [2.0 - one for one in right], "tokens": [1] * len(right), "dev_nats": 1.0, **values}
+    if groups:
+        own |= {"selected": sum(chosen for _, chosen in groups.values()), "groups": groups}
+    return {"job": {**job, "lr": 1e-3, "seed": seed, "steps": 3}, **own}
+
+
+LINES = [
+    line("dense", [0, 0, 0, 1], processor_seconds=10),
+    line("few", [0, 1, 0, 1], processor_seconds=4),
+    line("target", [1, 1, 0, 1], processor_seconds=10),
+    line("sifted", [1, 1, 1, 1], {"target": [60, 45], "wrong": [30, 5], "slots": [10, 0]}, processor_seconds=25),
+]
+
+
+def test_the_base_is_the_better_use_of_the_target():
+    text = report.report(LINES)
+    assert "Base: target." in text
+    (row,) = (row for row in text.splitlines() if row.startswith("| sifted"))
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[5].startswith("+25.0")
+    assert cells[7:] == ["50", "10 %", "75 %", "2.50"]
+    assert "Base: few." in report.report(LINES[:2])
+    assert "Base: dense." in report.report(LINES[:1])
+    assert "| sifted | 1 | +75.0" in report.differences(LINES, "dense").replace(
+        "raters, 8 known | N, m, 3 steps of 4 | ", ""
+    )
+
+
+def test_earlier_lines_have_tables():
+    """They have the time of a step, losses of other tasks and no selected rows."""
+    own = {"processor_seconds_per_step": 2.0, "other_nats": {"text": 4.0}}
+    lines = [line("dense", [0, 1], **own), line("late-known", [1, 1], **{**own, "processor_seconds_per_step": 3.0})]
+    text = report.report(lines)
+    assert "Base: dense." in text
+    assert "| 1.50 |" in text
+    assert "Loss of other tasks" in text
+
+
+def test_pays_lists_jobs(capsys):
+    words = ["S1", "--cells", "mix,arc-25", "--methods", "dense", "wide=gast,gast.select:0.5", "--seeds", "0,1"]
+    assert run.main([*words, "--rows", "64", "--list"]) == 0
+    jobs = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    assert [job["seed"] for job in jobs] == [0] * 4 + [1] * 4
+    assert jobs[1]["method"]["flags"]["gast.select"] == 0.5
+    assert {job["cell"]["rows"] for job in jobs} == {64}
+
+
+def test_pools_hold_what_their_cells_say(small_pools, suite):
+    from lab.pays.pool import make_pool
+
+    pool = make_pool({**pays_job("none"), "steps": 10, "batch": 4}, suite, lambda row: 1)
+    groups = [row["group"] for row in pool.train]
+    assert {group: groups.count(group) for group in set(groups)} == {"target": 10, "wrong": 10, "options": 20}
+    assert all((row["completion"] != row["answer"]) == (row["group"] == "wrong") for row in pool.train)
+    parts = [{row["prompt"] for row in rows} for rows in (pool.train, pool.known, pool.test, pool.dev)]
+    assert sum(map(len, parts)) == len(set().union(*parts)) == 40 + 16 + 12 + 6
+
+
+def made(base, words, suite, folder, recorded=(), **changes):
+    """The line of a job."""
+    folder.mkdir()
+    job = pays_job(base, words)
+    job["cell"] = {**job["cell"], "rows": 48, **changes}
+    return {"job": job, **run_job(job, suite, folder, recorded), "commit": commit()}
+
+
+@pytest.mark.lab
+def test_jobs_run_commands(small_pools, base, suite, tmp_path):
+    lines = [made(base, name, suite, tmp_path / name) for name in ("untrained", "few", "dense", "oracle", "sifted")]
+    assert len({tuple(own["nll"]) for own in lines}) == 5
+    assert [own["steps"] for own in lines] == [0, 3, 3, 3, 3]
+    untrained, _, dense, oracle, sifted = lines
+    assert untrained["commands"] == []
+    settings = "--model base --template none --lr 0.01 --batch-size 4 --seed 0 --steps 3 --out run"
+    assert dense["commands"] == [f"siftune train --train pool.jsonl {settings}"]
+    assert oracle["groups"] == {
+        group: [count, count if group == "target" else 0] for group, (count, _) in oracle["groups"].items()
+    }
+    selected = (tmp_path / "sifted" / "run" / "sift" / "sifted.jsonl").read_text().splitlines()
+    assert sifted["selected"] == len(selected) == sum(chosen for _, chosen in sifted["groups"].values())
+    assert sifted["reason"]
+    assert 0 < sifted["sift_seconds"] < sifted["processor_seconds"]
+    assert "| sifted |" in report.report(lines)
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "oracle"])
+def test_rules_choose_as_many_rows_as_sifting(small_pools, base, suite, tmp_path, rule):
+    recorded = made(base, "share=target,sift:0.25", suite, tmp_path / "share")
+    recorded["job"]["method"] = {"name": "sifted", "target": True, "sift": True}
+    found = made(base, rule, suite, tmp_path / "rule", [recorded])
+    assert found["selected"] == recorded["selected"] == 12
+    assert [words.split()[1] for words in found["commands"]] == ["train"]
+    rows = (tmp_path / "rule" / "chosen.jsonl").read_text().splitlines()
+    assert len(rows) == 12
+    assert {*rows} < {*(tmp_path / "rule" / "pool.jsonl").read_text().splitlines()}
+
+
+@pytest.mark.lab
+def test_rules_sift_if_no_line_of_this_code_is_recorded(small_pools, base, suite, tmp_path):
+    recorded = {**made(base, "sifted", suite, tmp_path / "sifted"), "commit": "another"}
+    found = made(base, "random", suite, tmp_path / "random", [recorded])
+    assert [words.split()[1] for words in found["commands"]] == ["sift", "train"]
+    assert found["selected"] == recorded["selected"]
+
+
+@pytest.mark.lab
+def test_natural_rows_are_used_as_is(small_pools, base, suite, tmp_path):
+    from lab.pays.natural import natural_cells
+
+    (suite / "natural").mkdir()
+    intents = [{"text": f"card {number}?", "intent": "card", "split": "train", "weak": "cash"} for number in range(60)]
+    intents += [{"text": f"cash {number}?", "intent": "cash", "split": "test"} for number in range(30)]
+    write_rows(suite / "natural" / "intents-a.jsonl", intents)
+    job = {**pays_job(base), "cell": {**natural_cells(16)[1], "rows": 24}}
+    folder = tmp_path / "natural"
+    folder.mkdir()
+    found = run_job(job, suite, folder)
+    assert "--template auto" in found["commands"][0]
+    assert len(found["right"]) == 12
+    pool, few = (read(folder / f"{name}.jsonl") for name in ("pool", "few"))
+    assert {(row["completion"], row["source"], len(row)) for row in pool} == {("cash", "intents", 3)}
+    assert {row["completion"] for row in few} == {"card"}
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("cell", ["clean", "clean-options", "clean-boolq"])
+def test_private_jobs(small_pools, base, suite, tmp_path, cell, monkeypatch):
+    lines = []
+    for words in ("dense=dense,dtype:float32", "dp", "opacus"):
+        (tmp_path / words).mkdir()
+        job = pays_job(base, words, cell, "S5")
+        job["cell"]["rows"] = 20
+        lines.append({"job": job, **run_job(job, suite, tmp_path / words)})
+    assert [own["steps"] for own in lines] == [3] * 3
+    assert len({tuple(own["nll"]) for own in lines}) == 3
+    assert "| opacus |" in report.report(lines)
+
+
+@pytest.mark.lab
+@pytest.mark.distributed
+def test_finished_jobs_are_not_repeated(base, suite, tmp_path):
+    """Two jobs in processes of their own: the one that fails is tried again, the other is in the file."""
+    jobs, out, fails = tmp_path / "jobs", tmp_path / "out.jsonl", pays_job(base)
+    fails["cell"] = {**fails["cell"], "known": 10**6}
+    jobs.write_text("".join(json.dumps(job) + "\n" for job in (pays_job(base), fails)))
+    words = ["--jobs", str(jobs), "--data", str(suite), "--out", str(out)]
+    assert run.main(words) == 1
+    (own,) = lines = read(out)
+    assert own["job"] == json.loads(json.dumps(pays_job(base)))
+    assert own["commit"] == commit()
+    assert run.main(words) == 1
+    assert read(out) == lines
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("fault", ["carry", "phrase"])
+def test_avoid_jobs(base, tmp_path, fault):
+    from lab.avoid import job as module
+    from lab.avoid.cells import cell_of
+    from lab.avoid.report import report as tables
+
+    fixed = {
+        "cell": cell_of(f"{fault}-30", 16),
+        "model": base,
+        "seed": 0,
+        "rows": 64,
+        "steps": 2,
+        "batch": 4,
+        "lr": 1e-2,
+    }
+    lines = []
+    for name in ("dense", "oracle", "avoid", "right late", "sift"):
+        job, folder = {**fixed, "method": {"name": name}}, tmp_path / name.replace(" ", "-")
+        folder.mkdir()
+        lines.append({"job": job, **module.run_job(job, tmp_path, folder)})
+    dense, oracle, avoid, right, sift = lines
+    assert oracle["dropped"] == oracle["dropped_bad"] == oracle["bad"] == round(0.3 * 64)
+    assert dense["dropped"] == right["dropped"] == 0
+    assert avoid["commands"][0].startswith("siftune train --train pool.jsonl --avoid bad.jsonl --model base")
+    assert avoid["dropped"] == sift["dropped"] == 64 - len(read(tmp_path / "sift" / "run" / "sifted.jsonl"))
+    assert "triggers_right" not in sift
+    assert len({str(own["triggers_right"]) for own in (dense, oracle, right)}) == 3
+    assert "Held-out rows" in tables(lines)
+
+
+@pytest.mark.lab
+def test_sources(base, suite, tmp_path, capsys, monkeypatch):
+    from lab import sources
+
+    monkeypatch.setattr(sources, "QUESTIONS", 8)
+    monkeypatch.setattr(sources, "TARGET", 16)
+    out = str(tmp_path / "sources.jsonl")
+    words = ["--data", str(suite), "--model", base, "--pools", "good,wrong,foreign,copy", "--rows", "8"]
+    assert sources.main([*words, "--steps", "2", "--out", out]) == 0
+    lines = read(Path(out))
+    assert [own["rows"] for own in lines if own["job"]["method"] == "all"] == [32] * 4
+    assert [own["rows"] for own in lines if own["job"]["method"] == "by hand"] == [24] * 3
+    sifted = [own for own in lines if own["job"]["method"] == "sifted"]
+    assert [sum(own["shares"]) * 8 for own in sifted] == [own["rows"] for own in sifted]
+    capsys.readouterr()
+    assert sources.main(["--report", out]) == 0
+    assert "| copy | sifted |" in capsys.readouterr().out
