@@ -1,6 +1,7 @@
 """`siftune sift`: the rows of a pool that are like a few correct rows of the task."""
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from siftune.sifting.run import Sifted
 
 _MOST = 12  # sources that a message names
+_LOWEST = 5  # completions that a message names
 
 PoolShare = Count | Annotated[float, Field(gt=0, lt=1)]
 
@@ -110,6 +112,13 @@ def text_of(sifted: "Sifted") -> str:
     """The result as text."""
     selected, pool = len(sifted.selected), len(sifted.places)
     what = f"{selected:,} of {pool:,} rows of the pool ({selected / pool:.0%})"
-    parts = [f"{share:.0%} of {one_line(source)}" for source, share in sifted.shares.items()]
+    parts = _shares(sifted.shares)
     shares = [f"selected by source: {', '.join(parts)}"] if 1 < len(parts) <= _MOST else []
-    return "\n".join([*sifted.notes, f"selected {what} in {sifted.seconds:.0f} s: {sifted.reason}", *shares])
+    lowest = _shares(dict(sorted(sifted.completions.items(), key=lambda item: item[1])[:_LOWEST]))
+    completions = [f"lowest selected shares by completion: {', '.join(lowest)}"] if lowest else []
+    reason = f"selected {what} in {sifted.seconds:.0f} s: {sifted.reason}"
+    return "\n".join([*sifted.notes, reason, *shares, *completions])
+
+
+def _shares(shares: Mapping[str, float]) -> list[str]:
+    return [f"{share:.0%} of {one_line(name)}" for name, share in shares.items()]

@@ -113,6 +113,8 @@ def choose(scores_R: Floats, target_T: Floats, decoys_D: Floats, task_R: NDArray
             f"{prompts}; the model cannot tell wrong completions: of the held-out rows of the target, only {apart:.0%} "
             "are more likely than the same prompt with another completion",
         )
+    if not task_R.any():
+        return Choice(task_R, "no prompt of the pool is like those of the target")
     wrong = share_like_decoys(scores_R[task_R], decoys_D)
     if wrong < _WRONG:
         return Choice(
@@ -121,12 +123,11 @@ def choose(scores_R: Floats, target_T: Floats, decoys_D: Floats, task_R: NDArray
             "unlikely as rows of the target with another completion",
         )
     within_R = task_R & (scores_R <= np.quantile(target_T, _WITHIN, method="higher"))
-    estimated = (
-        f"; {min(wrong, 1):.0%} of the task's rows, or fewer, are estimated to be wrong" if wrong < np.inf else ""
-    )
+    left_out = 1 - within_R.sum() / task_R.sum()
     return Choice(
         within_R,
-        f"{prompts}, and their completions are as likely as those of {_WITHIN:.0%} of its held-out rows{estimated}",
+        f"{prompts}, and their completions are as likely as those of {_WITHIN:.0%} of its held-out rows, which "
+        f"{left_out:.0%} of the task's rows are not",
     )
 
 

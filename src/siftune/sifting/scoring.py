@@ -171,10 +171,7 @@ def _decoys(work: Work, few: Few, unseen: Sequence[Row]) -> Dataset | None:
     ]
     if not made:
         return None
-    recipe = work.recipe
-    tokenizer = work.source_of(recipe.model).tokenizer()
-    tokens = tokens_of(made, Form(tokenizer, recipe.max_length, recipe.template, recipe.completion_only))
-    return tokens.data.select_columns(["input_ids", "labels"])
+    return tokens_of(made, _form(work, work.recipe.completion_only)).data.select_columns(["input_ids", "labels"])
 
 
 def _refuse_broken(values: Floats, rows: Sequence[Row]) -> None:
@@ -241,7 +238,7 @@ def _similar(work: Work, prepared: Prepared, few: Few) -> tuple[Floats, Floats]:
     done = from_first(lambda: list(work.folder.lines(SIMILAR)))
     if not done:
         model = _base(work)
-        few_KH = embed(model, _prompts(prepared, PARTS[few.name]), _rows_at_once(work.recipe))
+        few_KH = embed(model, _prompts(work, prepared, PARTS[few.name]), _rows_at_once(work.recipe))
         _embed_pool(work, prepared, model, few_KH.shape[1])
         del model
         free()
@@ -255,7 +252,7 @@ def _similar(work: Work, prepared: Prepared, few: Few) -> tuple[Floats, Floats]:
 
 def _embed_pool(work: Work, prepared: Prepared, model: Any, width: int) -> None:
     """Add the embeddings of the pool's prompts to their file, chunk by chunk, after those that are there."""
-    texts, path = _prompts(prepared, "train"), work.folder.path / PROMPTS
+    texts, path = _prompts(work, prepared, "train"), work.folder.path / PROMPTS
     bytes_of_row = width * np.dtype(np.float32).itemsize
     begin = from_first(lambda: path.stat().st_size // bytes_of_row // _CHUNK * _CHUNK if path.exists() else 0)
     if rank() == 0:
@@ -285,11 +282,18 @@ def _compared(work: Work, count: int, few_KH: torch.Tensor) -> dict[str, list[fl
     return {"pool": torch.cat(similar).tolist(), "target": nearest_other(few_KH, mean_H).tolist()}
 
 
-def _prompts(prepared: Prepared, part: str) -> list[Sequence[int]]:
+def _prompts(work: Work, prepared: Prepared, part: str) -> list[Sequence[int]]:
     """Token ids of the prompts of a part's rows; all token ids of a row of text, which may begin without a label."""
-    data = prepared.data[part]
-    rows = zip(prepared.rows[part], data["input_ids"], data["labels"], strict=True)
-    return [prompt_of(ids, labels) if row.prompt else ids for row, ids, labels in rows]
+    rows, data = prepared.rows[part], prepared.data[part]
+    if not work.recipe.completion_only:  # prompts have labels, too
+        data = tokens_of(rows, _form(work, completion_only=True)).data
+    columns = zip(rows, data["input_ids"], data["labels"], strict=True)
+    return [prompt_of(ids, labels) if row.prompt else ids for row, ids, labels in columns]
+
+
+def _form(work: Work, completion_only: bool) -> Form:
+    recipe = work.recipe
+    return Form(work.source_of(recipe.model).tokenizer(), recipe.max_length, recipe.template, completion_only)
 
 
 def _rows_at_once(recipe: Recipe) -> int:

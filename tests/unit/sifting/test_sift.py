@@ -181,6 +181,21 @@ def test_the_files(given, complete, tmp_path, task):
     assert data.to_list() == [task.pool[n] for n in sifted.selected]
 
 
+def test_selected_shares_of_completions_are_reported_if_these_are_few(given, task):
+    pool = [{**row, "completion": "yes" if number % 3 else "no"} for number, row in enumerate(task.pool)]
+    given["train"].write_text("".join(json.dumps(row) + "\n" for row in pool))
+    sifted = sift(**given, share=7, console=QUIET)
+    of_task = [number for number, score in enumerate(sifted.scores) if np.isfinite(score)]
+    for name, share in sifted.completions.items():
+        own = [number for number in of_task if pool[number]["completion"] == name]
+        assert share == pytest.approx(len({*own} & {*sifted.selected}) / len(own))
+    assert {*sifted.completions} == {"yes", "no"}
+
+
+def test_selected_shares_of_completions_are_not_reported_if_each_row_has_its_own(given):
+    assert sift(**given, share=7, console=QUIET).completions == {}
+
+
 def as_csv(path, rows):
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -232,6 +247,24 @@ def test_the_template_is_that_of_both(given, base, monkeypatch):
     assert all("<|start|>user\n" in tokenizer.decode(ids) for ids in seen["ids"])
     with pytest.raises(RecipeError, match="template"):
         sift(**given, console=QUIET)
+
+
+def test_a_template_file_counts_by_its_content(given, tmp_path):
+    """A folder of it is continued from another place of the file, and refused with another content."""
+    file = tmp_path / "a.jinja"
+    file.write_text("{% for m in messages %}{{ m.content }}|{% endfor %}")
+    first = sift(**{**given, "template": file}, share=5, console=QUIET)
+    again = shutil.copy(file, tmp_path / "b.jinja")
+    assert sift(**{**given, "template": Path(again)}, share=5, console=QUIET).selected == first.selected
+    file.write_text("{% for m in messages %}{{ m.content }}!{% endfor %}")
+    with pytest.raises(RecipeError, match="template"):
+        sift(**{**given, "template": file}, share=5, console=QUIET)
+
+
+def test_prompts_are_compared_without_completions_if_all_tokens_count(given):
+    only = sift(**given, share=5, console=QUIET).similar
+    every = sift(**{**given, "out": given["out"] + " all", "completion_only": False}, share=5, console=QUIET).similar
+    np.testing.assert_array_equal(only, every)
 
 
 # --- interrupted calls ---
