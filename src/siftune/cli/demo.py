@@ -1,7 +1,6 @@
 """`siftune demo`: the case that pays, on a real model, in minutes."""
 
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,11 +17,21 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from siftune.data.rows import Row
-    from siftune.evaluate.measure import Metrics
+    from siftune.evaluate.measure import MetricRow, Metrics
+    from siftune.report.parts import Section
+    from siftune.report.table import Table
 
 _MODEL = "smollm2"
 _TASK = "two-digit arithmetic, held out"
-_NAMES = {"base": "base", "pool": "pool", "target": "pool and few", "sifted": "sifted and few"}
+_NAMES = {
+    "base": "base",
+    "pool": "pool",
+    "few": "few alone",
+    "target": "pool and few",
+    "sifted": "sifted and few",
+}
+_RIVALS = ("target", "few")  # trainings on the few rows without sifting
+_NEXT = "siftune train --train pool.jsonl --target few.jsonl --sift"
 _ROWS = 16  # of a step
 _BATCH = 64  # rows per forward pass when measuring
 _LEVEL = 0.95  # coverage of the intervals
@@ -31,15 +40,16 @@ _SHOWN = 4  # questions whose answers are shown
 
 @dataclass(config=CONFIG)
 class Options(Validated):
-    """Tune SmolLM2-135M on a mixed pool, on the pool with a few correct rows, and on the sifted pool with them.
+    """Tune SmolLM2-135M on a mixed pool, on a few correct rows, on both, and on the sifted pool and the few rows.
 
-    Of the pool a quarter is two-digit arithmetic, a quarter arithmetic with wrong answers, and half other tasks. All
-    are measured on held-out arithmetic. Fetches the model on first use. Leaves three run folders behind, as
-    `siftune train --train pool.jsonl` makes them, then with `--target few.jsonl`, then also with `--sift`.
+    Of the pool a quarter is two-digit arithmetic, a quarter two-digit arithmetic with wrong answers put in, and half
+    other tasks. All models are measured on held-out arithmetic. Fetches the model on first use. Leaves four run folders
+    behind: `pool` and `few` as `siftune train --train FILE` makes them, `target` with `--train pool.jsonl --target
+    few.jsonl`, and `sifted` also with `--sift`.
     """
 
     steps: Count = 60
-    """Optimizer steps of 16 rows, for each of the three."""
+    """Optimizer steps of 16 rows, for each of the four."""
     lr: Positive = METHODS["dense"].lr
     """Peak learning rate."""
     known: Annotated[int, Field(ge=8)] = 100
@@ -53,7 +63,7 @@ class Options(Validated):
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Tune three times, and compare each model with the one before."""
+    """Tune four times, and compare the training on the sifted pool with the better one without."""
     import time
 
     from siftune.base.stages import text_console
@@ -66,24 +76,42 @@ def run(options: Options) -> dict[str, Any]:
     _check(options)
     console, started = text_console(stderr=True), time.monotonic()
     folder = _write_rows(options)
+    console.print(_about(options), markup=False)
     questions = load_rows(str(folder / "test.jsonl"))
     measured, summaries = _measure(_recipes(options, folder), questions, console)
-    compared = [compare(measured[first], measured[second]) for first, second in pairwise(_NAMES)]
-    _show(console, questions, measured, {name: run["seconds_with_sifting"] for name, run in summaries.items()})
-    print_table(metric_table(_TASK, compared[-1], names=(_NAMES["target"], _NAMES["sifted"])), console)
-    page = make_page([str(folder)]).write(folder / "report.html")
+    rival = max(_RIVALS, key=lambda name: measured[name]["exact_match"].value)
+    pairs = [*(("base", name) for name in summaries), *((name, "sifted") for name in _RIVALS)]
+    comparisons = {pair: compare(measured[pair[0]], measured[pair[1]], _LEVEL) for pair in pairs}
+    change = comparisons[rival, "sifted"]
+    models = _models(measured, {name: run["seconds_with_sifting"] for name, run in summaries.items()})
+    title = f"{_TASK}: {_NAMES['sifted']} against {_NAMES[rival]}"
+    difference = metric_table(title, change, _LEVEL, (_NAMES[rival], _NAMES["sifted"]))
+    sentence = _sentence(rival, change)
+    _show_answers(console, questions, measured)
+    for table in (models, difference):
+        print_table(table, console)
+    page = make_page([str(folder)], [_section(options, sentence, models, difference)]).write(folder / "report.html")
     seconds = time.monotonic() - started
-    console.print(f"{seconds:.0f} s in all; everything is in {folder}", markup=False)
     result = {
         "folder": str(folder),
-        "metrics": {f"{a}-{b}": jsonable(rows) for (a, b), rows in zip(pairwise(_NAMES), compared, strict=True)},
+        "metrics": {f"{a}-{b}": jsonable(rows) for (a, b), rows in comparisons.items()},
+        "rival": rival,
         "runs": summaries,
         "seconds": round(seconds, 1),
         "report": str(page),
     }
     (folder / "demo.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    console.print(f"report, for a browser: {page}", markup=False)
+    console.print(f"{seconds:.0f} s in all; everything is in {folder}\nreport, for a browser: {page}", markup=False)
+    console.print(f"{sentence}\nnext, with rows of your own: `{_NEXT}`", markup=False)
     return result
+
+
+def _about(options: Options) -> str:
+    """A sentence on the pool and the few rows."""
+    return (
+        f"Pool: {options.steps * _ROWS:,} rows, a quarter two-digit arithmetic, a quarter two-digit arithmetic with "
+        f"wrong answers put in, half other tasks. Few: {options.known:,} correct rows of two-digit arithmetic."
+    )
 
 
 def _check(options: Options) -> None:
@@ -118,7 +146,7 @@ def _write_rows(options: Options) -> Path:
 
 
 def _recipes(options: Options, folder: Path) -> dict[str, Recipe]:
-    """One for the pool alone, one for the pool and the known rows, and the same to sift the pool first."""
+    """One for the pool, one for the known rows, one for both, and the same to sift the pool first."""
     both: dict[str, Any] = {
         "model": _MODEL,
         "train": str(folder / "pool.jsonl"),
@@ -132,6 +160,7 @@ def _recipes(options: Options, folder: Path) -> dict[str, Recipe]:
     few = str(folder / "few.jsonl")
     return {
         "pool": Recipe(**both, out=str(folder / "pool")),
+        "few": Recipe(**{**both, "train": few}, out=str(folder / "few")),
         "target": Recipe(**both, target=few, out=str(folder / "target")),
         "sifted": Recipe(**both, target=few, out=str(folder / "sifted")),
     }
@@ -180,23 +209,49 @@ def _keep(recipe: Recipe, questions: "list[Row]", base: "Metrics", tuned: "Metri
     record_eval(Path(str(recipe.out)), found)
 
 
-def _show(
-    console: "Console", questions: "list[Row]", measured: "dict[str, Metrics]", seconds: dict[str, float]
-) -> None:
-    """Show a few answers, and a table of the models with the time that each took."""
-    from siftune.report.evals import label_of
-    from siftune.report.table import Table, print_table
+def _show_answers(console: "Console", questions: "list[Row]", measured: "dict[str, Metrics]") -> None:
+    """Show a few answers."""
     from siftune.report.words import cut
 
     texts = [measured[name]["exact_match"].texts for name in _NAMES]
     for row, *answers in list(zip(questions, *texts, strict=True))[:_SHOWN]:
         shown = "  ".join(
-            f"{name}: {cut(' '.join(text.split()), 24)!r}" for name, text in zip(_NAMES.values(), answers, strict=True)
+            f"{name}: {cut(' '.join(text.split()), 12)!r}" for name, text in zip(_NAMES.values(), answers, strict=True)
         )
         console.print(f"  {row.prompt[-1].content.splitlines()[0]}  {shown}", markup=False)
+
+
+def _models(measured: "dict[str, Metrics]", seconds: dict[str, float]) -> "Table":
+    """A table of the models, with the time that each took."""
+    from siftune.report.evals import label_of
+    from siftune.report.table import Table
+
     metrics = ("choices", "exact_match")
     rows = [
         (label, *(f"{100 * measured[name][metric].value:.1f} %" for metric in metrics), f"{seconds.get(name, 0):.0f} s")
         for name, label in _NAMES.items()
     ]
-    print_table(Table(("trained on", *map(label_of, metrics), "time"), rows, _TASK, words=(0,)), console)
+    title = f"{_TASK}; the pool has wrong answers put in"
+    return Table(("trained on", *map(label_of, metrics), "time"), rows, title, words=(0,))
+
+
+def _sentence(rival: str, change: "list[MetricRow]") -> str:
+    """A sentence on the paired difference in exact match."""
+    from siftune.report.evals import change_text
+
+    row = next(row for row in change if row.metric == "exact_match")
+    points, low, high = (change_text(row.metric, value) for value in (row.difference, row.low, row.high))
+    others = " and ".join(f"“{_NAMES[name]}”" for name in _RIVALS)
+    return (
+        f"Exact match of “{_NAMES['sifted']}” against “{_NAMES[rival]}”, the better of {others}: {points} points, "
+        f"{100 * _LEVEL:g} % interval {low} to {high}, paired by question"
+    )
+
+
+def _section(options: Options, sentence: str, models: "Table", difference: "Table") -> "Section":
+    """The result, for the page."""
+    from siftune.report.parts import Section, grid_of
+
+    return Section(
+        "demo", "Result of the demo", [_about(options), f"{sentence}."], tables=[*map(grid_of, (models, difference))]
+    )

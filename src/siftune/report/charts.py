@@ -284,6 +284,7 @@ class Part:
 
     name: str
     values: Sequence[float]
+    colour: int
 
 
 def histogram(
@@ -305,31 +306,33 @@ def _draw_histogram(
     width: int, title: str, parts: tuple[Part, Part], axes: tuple[str, str], limit: float | None
 ) -> Markup:
     edges = _edges(np.concatenate([part.values for part in parts]), limit)
-    counts = [np.histogram(np.clip(part.values, edges[0], edges[-1]), edges)[0] for part in parts]
-    highest = float(sum(counts).max())
-    plot = Plot(44, 34, width - 54.0, 150, (edges[0], edges[-1]), (0, max(1.15 * highest, 4.0)))  # the limit has a name
-    drawn, below = [*y_axis(plot, axes[1]), *x_axis(plot, axes[0])], np.zeros(len(edges) - 1)
-    for colour, (part, own) in enumerate(zip(parts, counts, strict=True)):
-        bars = "".join(
-            f"M{number(plot.at_x(left))} {number(plot.at_y(low))}V{number(plot.at_y(low + count))}"
-            f"H{number(plot.at_x(right) - 0.5)}V{number(plot.at_y(low))}z"
-            for (left, right), low, count in zip(pairwise(edges), below, own, strict=True)
-            if count
-        )
-        drawn.append(tag("path", d=bars, class_=f"dot c{colour}"))
-        place = (plot.left, "") if colour == 0 else (plot.left + plot.width, " end")
-        drawn.append(
-            tag("text", f"{part.name}: {len(part.values):,}", x=place[0], y=26.0, class_=f"name c{colour}{place[1]}")
-        )
-        below += own
+    counts = np.stack([np.histogram(np.clip(part.values, edges[0], edges[-1]), edges)[0] for part in parts])
+    highest = max(1.15 * float(counts.sum(0).max()), 4.0)  # with room for the limit's name
+    plot = Plot(44, 34, width - 54.0, 150, (edges[0], edges[-1]), (0, highest))
+    drawn = [*y_axis(plot, axes[1]), *x_axis(plot, axes[0])]
+    below = [np.zeros_like(counts[0]), counts[0]]
+    places = ((plot.left, ""), (plot.left + plot.width, " end"))
+    for part, low, own, (x, side) in zip(parts, below, counts, places, strict=True):
+        drawn.append(tag("path", d=_bars(plot, edges, low, own), class_=f"dot c{part.colour}"))
+        name = f"{part.name}: {len(part.values):,}"
+        drawn.append(tag("text", name, x=x, y=26.0, class_=f"name c{part.colour}{side}"))
     if limit is not None:
-        x, late = plot.at_x(limit), limit > (edges[0] + edges[-1]) / 2
+        x, before = plot.at_x(limit), limit > (edges[0] + edges[-1]) / 2  # its name is on the wider side
         ends = [(x, plot.top), (x, plot.top + plot.height)]
         drawn.append(tag("path", d=path(ends), class_=f"line c{COLOURS - 1} dashed"))
-        drawn.append(
-            tag("text", "limit", x=x - 5 if late else x + 5, y=plot.top + 10, class_=f"label{' end' if late else ''}")
-        )
+        place, side = (x - 5, " end") if before else (x + 5, "")
+        drawn.append(tag("text", "limit", x=place, y=plot.top + 10, class_=f"label{side}"))
     return canvas(width, plot.top + plot.height + 34, title, *drawn)
+
+
+def _bars(plot: Plot, edges: Sequence[float], low: NDArray[np.int64], counts: NDArray[np.int64]) -> str:
+    """Bars with a small gap, as the attribute `d` of a path."""
+    return "".join(
+        f"M{number(plot.at_x(left))} {number(plot.at_y(bottom))}V{number(plot.at_y(bottom + count))}"
+        f"H{number(plot.at_x(right) - 0.5)}V{number(plot.at_y(bottom))}z"
+        for (left, right), bottom, count in zip(pairwise(edges), low, counts, strict=True)
+        if count
+    )
 
 
 def _edges(values: NDArray[np.float64], limit: float | None) -> list[float]:

@@ -61,23 +61,27 @@ class Page:
         return path
 
 
-def make_page(names: Sequence[str]) -> Page:
+def make_page(names: Sequence[str], first: Sequence[Section] = ()) -> Page:
     """Make a report of folders of runs, demos and sweeps of learning rates.
+
+    Args:
+        names: The folders.
+        first: Sections before those of the folders.
 
     Raises:
         InputError: A folder holds nothing to report on, or a file in it is damaged.
     """
-    return page_of(find_subjects(names))
+    return page_of(find_subjects(names), first)
 
 
-def page_of(subjects: Subjects) -> Page:
+def page_of(subjects: Subjects, first: Sequence[Section] = ()) -> Page:
     """The page of what was read."""
     script = _asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     html = _template().render(
         headline=headline(subjects),
         facts=_facts(subjects.runs),
-        sections=sections(subjects),
+        sections=sections(subjects, first),
         styles="\n".join(map(_asset, _STYLES)),
         dark=_asset("dark.css"),
         script=script,
@@ -88,10 +92,10 @@ def page_of(subjects: Subjects) -> Page:
     return Page(html)
 
 
-def sections(subjects: Subjects) -> list[Section]:
+def sections(subjects: Subjects, first: Sequence[Section] = ()) -> list[Section]:
     """The parts of the page that have something to say."""
     runs, several = subjects.runs, len(subjects.runs) > 1
-    every = [compare_runs(runs), training(runs), results(runs), suspects(runs)]
+    every = [*first, compare_runs(runs), training(runs), results(runs), suspects(runs)]
     every += [part(run, several) for run in runs for part in _OF_A_RUN]
     every += [rates.section(sweep) for sweep in subjects.sweeps]
     kept = [section for section in (*every, setup(runs)) if section is not None]

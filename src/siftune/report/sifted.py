@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from siftune.base.text import counted, parsed
 from siftune.report.charts import Part, histogram
-from siftune.report.parts import Cell, Figure, Grid, Section, slug
+from siftune.report.parts import Cell, Grid, Section, slug
 from siftune.report.subjects import RunData
 from siftune.report.words import listed, percent, short
 from siftune.sifting.run import RECORD, SCORES
@@ -25,7 +25,7 @@ class _Scored(NamedTuple):
     score: float | None  # None for a row of another task
     losses: tuple[float, float] | None  # before and after the training on the bad rows
     similarity: float | None
-    fate: str  # whether it was selected, or why it was left out
+    status: str  # whether it was selected, or why it was left out
     source: str
     text: str
 
@@ -38,24 +38,22 @@ def sifted(run: RunData, several: bool) -> Section | None:
         return read
     if isinstance(bad, Section):
         return bad
-    like_bad = {row.place for row in bad.rows if row.fate != _SELECTED} if bad else set()
+    like_bad = {row.place for row in bad.rows if row.status != _SELECTED} if bad else set()
     rows = sorted((_with_reason(row, like_bad) for row in read.rows), key=_order)
-    count = sum(row.fate == _SELECTED for row in rows)
+    count = sum(row.status == _SELECTED for row in rows)
     words = [f"{count:,} of {counted(len(rows), 'row')} of the pool were selected{_why(run.path / SIFT / RECORD)}."]
     words += _left_out(rows)
     tables = [_by_source(rows)] if len({row.source for row in rows}) > 1 else []
-    chart = _histogram(
-        "Scores of the task's rows",
-        {"selected": [row for row in rows if row.fate == _SELECTED], "left out": rows[count:]},
-        ("score: loss after a training on the target", "rows of the task"),
-        _limit(rows, _SELECTED, _BY_SCORE),
-        "A wrong completion has a high score. Rows of other tasks have none.",
-    )
+    parts = _part("selected", rows[:count], 0), _part("left out", rows[count:], 1)
+    axes = "score: loss after a training on the target", "rows of the task"
+    note = "The higher, the less likely is the completion. Rows of other tasks have no score."
+    chart = histogram("Scores of the task's rows", parts, axes, _limit(rows, _SELECTED, _BY_SCORE), note)
+    figures = [chart] if any(part.values for part in parts) else []
     caption = (
-        "First the rows next to the limit: the last that were selected, and the first that were left out. Then both "
-        "ends of the order. Prompt: its similarity to the target's, 1 if equal."
+        "First the last rows that were selected, and the first that were left out; then both ends of the order. "
+        "Prompt: its similarity to the target's, 1 if equal."
     )
-    return Section(read.anchor, read.title, words, chart, [*tables, _examples(rows, count, caption)])
+    return Section(read.anchor, read.title, words, figures, [*tables, _examples(rows, count, caption)])
 
 
 def avoided(run: RunData, several: bool) -> Section | None:
@@ -63,22 +61,18 @@ def avoided(run: RunData, several: bool) -> Section | None:
     read = _rows(run, several, run.path / SIFT / AVOID / SCORES, "Rows like the bad ones", "avoided")
     if not isinstance(read, _Part):
         return read
-    rows = sorted(read.rows, key=lambda row: (row.fate == _SELECTED, row.score))
-    count = sum(row.fate != _SELECTED for row in rows)
+    rows = sorted(read.rows, key=lambda row: (row.status == _SELECTED, row.score))
+    count = sum(row.status != _SELECTED for row in rows)
     why = "" if (run.path / SIFT / SCORES).is_file() else _why(run.path / SIFT / RECORD)
     words = [f"{count:,} of {counted(len(rows), 'row')} of the pool were left out{why}."]
-    chart = _histogram(
-        "Scores of the pool",
-        {"others": rows[count:], "left out": rows[:count]},
-        ("score: change of the loss by the bad rows, nats per token", "rows of the pool"),
-        _limit(rows, _LIKE_BAD, _SELECTED),
-        "Rows like the bad ones have a low score.",
-    )
+    parts = _part("left out", rows[:count], 1), _part("others", rows[count:], 0)
+    axes = "score: change of the loss, nats per token", "rows of the pool"
+    note = "Rows like the bad ones have a low score."
+    chart = histogram("Scores of the pool", parts, axes, _limit(rows, _LIKE_BAD, _SELECTED), note)
     caption = (
-        "First the rows next to the limit: the last that were left out, and the first of the others. Then both ends of "
-        "the order."
+        "First the last rows that were left out, and the first of the others; then both ends of the order by score."
     )
-    return Section(read.anchor, read.title, words, chart, [_examples(rows, count, caption)])
+    return Section(read.anchor, read.title, words, [chart], [_examples(rows, count, caption)])
 
 
 class _Part(NamedTuple):
@@ -137,20 +131,20 @@ def _number(text: str) -> float:
 
 def _with_reason(row: _Scored, like_bad: Container[str]) -> _Scored:
     """The row with the reason why it was left out."""
-    if row.fate == _SELECTED:
+    if row.status == _SELECTED:
         return row
-    return row._replace(fate=_OTHER if row.score is None else _LIKE_BAD if row.place in like_bad else _BY_SCORE)
+    return row._replace(status=_OTHER if row.score is None else _LIKE_BAD if row.place in like_bad else _BY_SCORE)
 
 
 def _order(row: _Scored) -> tuple[int, bool, float]:
     """Selected rows by score, then those that were left out by it, the bad ones, and other tasks by their prompts."""
-    group = (_SELECTED, _BY_SCORE, _LIKE_BAD, _OTHER).index(row.fate)
+    group = (_SELECTED, _BY_SCORE, _LIKE_BAD, _OTHER).index(row.status)
     return group, row.score is None, -(row.similarity or 0.0) if row.score is None else row.score
 
 
 def _left_out(rows: Sequence[_Scored]) -> list[str]:
     """A sentence with the numbers of rows by the reason why they were left out; none if all were selected."""
-    numbers = Counter(row.fate for row in rows)
+    numbers = Counter(row.status for row in rows)
     texts = {_OTHER: "of other tasks", _BY_SCORE: "of the task by score", _LIKE_BAD: "of the task like the bad rows"}
     parts = [f"{counted(numbers[reason], 'row')} {text}" for reason, text in texts.items() if numbers[reason]]
     return [f"Left out: {listed(parts)}."] if parts else []
@@ -158,22 +152,18 @@ def _left_out(rows: Sequence[_Scored]) -> list[str]:
 
 def _limit(rows: Sequence[_Scored], below: str, above: str) -> float | None:
     """The middle between the last score on one side and the first on the other; None if a side has no scores."""
-    low, high = ([row.score for row in rows if row.fate == fate and row.score is not None] for fate in (below, above))
+    low, high = (
+        [row.score for row in rows if row.status == status and row.score is not None] for status in (below, above)
+    )
     return (max(low) + min(high)) / 2 if low and high else None
 
 
-def _histogram(
-    title: str, rows: Mapping[str, Sequence[_Scored]], axes: tuple[str, str], limit: float | None, note: str
-) -> list[Figure]:
-    """The scores of both parts; nothing if no row has a score."""
-    first, second = (
-        Part(name, [row.score for row in part if row.score is not None]) for name, part in rows.items()
-    )  # fmt: skip
-    return [histogram(title, (first, second), axes, limit, note)] if first.values or second.values else []
+def _part(name: str, rows: Sequence[_Scored], colour: int) -> Part:
+    return Part(name, [row.score for row in rows if row.score is not None], colour)
 
 
 def _by_source(rows: list[_Scored]) -> Grid:
-    pool, selected = Counter(row.source for row in rows), Counter(row.source for row in rows if row.fate == _SELECTED)
+    pool, selected = Counter(row.source for row in rows), Counter(row.source for row in rows if row.status == _SELECTED)
     lines = [
         [
             Cell(source),
@@ -195,7 +185,7 @@ def _examples(rows: list[_Scored], count: int, caption: str) -> Grid:
             Cell(f"{place + 1:,}"),
             Cell(Path(row.place).name, hint=row.place),
             Cell(row.text),
-            Cell(_SELECTED, mark="good") if row.fate == _SELECTED else Cell(f"left out: {row.fate}", mark="bad"),
+            Cell(_SELECTED, mark="good") if row.status == _SELECTED else Cell(f"left out: {row.status}", mark="bad"),
             Cell(short(row.score)),
             *([] if row.losses is None else [Cell(" → ".join(map(short, row.losses)))]),
             *([] if row.similarity is None else [Cell(short(row.similarity))]),

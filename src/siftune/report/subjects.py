@@ -106,7 +106,7 @@ def find_subjects(names: Sequence[str]) -> Subjects:
     return Subjects(runs, sweeps)
 
 
-_DEMO = ("pool", "target", "sifted")  # runs of a demo, in their order
+_DEMO = ("pool", "few", "target", "sifted")  # runs of a demo, in their order
 
 
 def _folders(name: str) -> list[Path]:

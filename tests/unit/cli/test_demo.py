@@ -2,17 +2,22 @@
 
 import json
 from dataclasses import replace
+from html import unescape
+from pathlib import Path
 
+import numpy as np
 import pytest
 from peft import PeftModel
+from support.report_runs import save_run
 from support.tiny_run import lines
 from transformers import AutoModelForCausalLM
 
 from siftune.cli import demo
 from siftune.cli.main import main
+from siftune.evaluate.measure import Metric
 from siftune.recipe.read import load_recipe
 
-RUNS = ("pool", "target", "sifted")
+RUNS = ("pool", "few", "target", "sifted")
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +25,7 @@ def tiny_model(base, monkeypatch):
     monkeypatch.setattr(demo, "_MODEL", str(base))
 
 
-def test_it_tunes_three_times_and_compares_each_model_with_the_one_before(base, tmp_path, capsys):
+def test_it_tunes_four_times_and_compares_the_models(base, tmp_path, capsys):
     out = tmp_path / "demo"
     assert main(["demo", "--steps", "2", "--rows", "8", "--known", "8", "--out", str(out), "--json"]) == 0
     captured = capsys.readouterr()
@@ -28,12 +33,15 @@ def test_it_tunes_three_times_and_compares_each_model_with_the_one_before(base, 
     assert json.loads((out / "demo.json").read_text()) == result
     assert result["folder"] == str(out)
     assert {name: summary["steps"] for name, summary in result["runs"].items()} == dict.fromkeys(RUNS, 2)
-    pairs = ("base-pool", "pool-target", "target-sifted")
-    first, second, third = ({row["metric"]: row for row in result["metrics"][pair]} for pair in pairs)
-    assert set(first) == set(second) == set(third) == {"exact_match", "choices", "choices_per_token"}
-    for name in first:
-        assert (first[name]["tuned"], second[name]["tuned"]) == (second[name]["base"], third[name]["base"])
-        assert second[name]["difference"] == pytest.approx(second[name]["tuned"] - second[name]["base"])
+    pairs = {pair: {row["metric"]: row for row in rows} for pair, rows in result["metrics"].items()}
+    assert list(pairs) == [*(f"base-{name}" for name in RUNS), "target-sifted", "few-sifted"]
+    for rows in pairs.values():
+        assert set(rows) == {"exact_match", "choices", "choices_per_token"}
+    for name in ("target", "few"):
+        for metric, row in pairs[f"{name}-sifted"].items():
+            assert row["base"] == pairs[f"base-{name}"][metric]["tuned"]
+            assert row["tuned"] == pairs["base-sifted"][metric]["tuned"]
+            assert row["difference"] == pytest.approx(row["tuned"] - row["base"])
     assert [len(lines(out / f"{name}.jsonl")) for name in ("pool", "few", "test")] == [32, 8, 8]
     for name in RUNS:
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / name / "adapter")
@@ -47,11 +55,16 @@ def test_the_runs_differ_in_the_target_and_in_the_rows_that_are_left_out(base, t
     out = tmp_path / "demo"
     given = ["demo", "--steps", "2", "--rows", "4", "--out", str(out)]
     assert main(given) == 0
-    pool, target, sifted = (load_recipe(out / name / "recipe.yaml") for name in RUNS)
+    pool, few, target, sifted = (load_recipe(out / name / "recipe.yaml") for name in RUNS)
     assert pool.target is None
+    assert few.train == str(out / "few.jsonl")
+    assert replace(few, train=pool.train, out=pool.out) == pool
     assert target.target == str(out / "few.jsonl")
     assert (pool.train, pool.steps, pool.lr, pool.seed) == (target.train, target.steps, target.lr, target.seed)
     assert (out / "sifted" / "sift" / "scores.csv").is_file()
+    page = unescape((out / "report.html").read_text())
+    assert "Scores of the task's rows" in page
+    assert "of 32 rows of the pool were selected" in page
     drop = {None, str(out / "sifted" / "sift" / "dropped.csv")}
     assert sifted.drop_rows in drop
     assert replace(sifted, out=target.out, drop_rows=None) == target
@@ -60,7 +73,7 @@ def test_the_runs_differ_in_the_target_and_in_the_rows_that_are_left_out(base, t
 def test_its_runs_can_be_evaluated(tmp_path, capsys):
     out = tmp_path / "demo"
     assert main(["demo", "--steps", "2", "--rows", "4", "--out", str(out)]) == 0
-    rows = json.loads((out / "demo.json").read_text())["metrics"]["pool-target"]
+    rows = json.loads((out / "demo.json").read_text())["metrics"]["base-target"]
     measured = {row["metric"]: row["tuned"] for row in rows}
     capsys.readouterr()
     assert main(["eval", str(out / "target"), "--data", str(out / "test.jsonl"), "--json"]) == 0
@@ -70,6 +83,46 @@ def test_its_runs_can_be_evaluated(tmp_path, capsys):
         name: value for name, value in measured.items() if name in again
     }
     assert "exact_match" in again or "choices" in again
+
+
+def metric(name, correct):
+    """A rate of 8 questions."""
+    return Metric(name, np.array([1.0] * correct + [0.0] * (8 - correct)), np.ones(8), ("an answer",) * 8)
+
+
+@pytest.mark.parametrize(
+    ("few", "target", "rival", "name", "points"),
+    [(4, 2, "few", "few alone", "+50.0"), (2, 3, "target", "pool and few", "+62.5")],
+)
+def test_the_sifted_pool_is_compared_with_the_better_training_by_exact_match(
+    tmp_path, monkeypatch, capsys, few, target, rival, name, points
+):
+    correct = {"base": 0, "pool": 1, "few": few, "target": target, "sifted": 8}
+
+    def measure(recipes, questions, console):
+        for recipe in recipes.values():
+            save_run(Path(recipe.out), steps=2)
+        rates = {
+            model: {one.name: one for one in (metric("choices", 8 - count), metric("exact_match", count))}
+            for model, count in correct.items()
+        }
+        return rates, {model: {"seconds_with_sifting": 1.0} for model in recipes}
+
+    monkeypatch.setattr(demo, "_measure", measure)
+    out = tmp_path / "demo"
+    assert main(["demo", "--steps", "2", "--rows", "8", "--known", "8", "--out", str(out), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["rival"] == rival
+    difference, following = captured.err.splitlines()[-2:]
+    assert f"“sifted and few” against “{name}”, the better of “pool and few” and “few alone”" in difference
+    assert f"{points} points, 95 % interval" in difference
+    assert following.endswith("`siftune train --train pool.jsonl --target few.jsonl --sift`")
+    titles = [line for line in captured.err.splitlines() if line.startswith("two-digit arithmetic, held out")]
+    assert titles[1].endswith(f"sifted and few against {name}")
+    assert "wrong answers put in" in titles[0]
+    page = unescape((out / "report.html").read_text())
+    assert difference in page
+    assert "wrong answers put in" in page
 
 
 @pytest.mark.parametrize(

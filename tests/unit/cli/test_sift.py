@@ -212,7 +212,7 @@ def test_a_training_on_the_target_that_fails_leaves_nothing(words, tmp_path, cap
 
     monkeypatch.setattr(scoring, "tune", fail)
     said = error_of(capsys, *words, "--out", tmp_path / "run", "--sift")
-    assert said == "training on 6 rows of the target, 3 steps: Broken."
+    assert said == "training on 6 rows of the target: Broken."
     assert not (tmp_path / "run").exists()
 
 
