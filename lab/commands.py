@@ -30,14 +30,14 @@ class Commands:
     """Commands of a job.
 
     Attributes:
-        typed: The commands that ran, as text.
+        texts: The commands that ran, as text.
         seconds: Processor seconds of all of them.
         sifted: Result of the last sifting among them, also of one within `siftune train`.
         sift_seconds: Processor seconds of that sifting.
     """
 
     def __init__(self) -> None:
-        self.typed: list[str] = []
+        self.texts: list[str] = []
         self.seconds = 0.0
         self.sifted: sifting.Sifted | None = None
         self.sift_seconds = 0.0
@@ -48,15 +48,15 @@ class Commands:
         Raises:
             CommandError: It ended with another exit code than 0.
         """
-        self.typed.append(shlex.join(["siftune", *(Path(word).name if "/" in word else word for word in words)]))
+        self.texts.append(shlex.join(["siftune", *(Path(word).name if "/" in word else word for word in words)]))
         started = time.process_time()
-        with patch.object(sifting, "sift", self._noted(sifting.sift)):
+        with patch.object(sifting, "sift", self._timed_sift(sifting.sift)):
             code = main(words)
         self.seconds += time.process_time() - started
         if code:
-            raise CommandError(f"exit code {code}: {self.typed[-1]}")
+            raise CommandError(f"exit code {code}: {self.texts[-1]}")
 
-    def _noted(self, sift: Any) -> Any:
+    def _timed_sift(self, sift: Any) -> Any:
         def timed(*values: Any, **named: Any) -> sifting.Sifted:
             started = time.process_time()
             self.sifted = sift(*values, **named)

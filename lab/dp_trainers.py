@@ -134,10 +134,10 @@ def in_place(name: str) -> Iterator[None]:
     """Have the private runs of siftune's training path take the steps of one of TRAINERS."""
     build = run.build
 
-    def built(*values: Any, **named: Any) -> Built:
+    def build_and_replace(*values: Any, **named: Any) -> Built:
         result = build(*values, **named)
         TRAINERS[name].take_over(result.trainer)
         return result
 
-    with patch.object(run, "build", built):
+    with patch.object(run, "build", build_and_replace):
         yield

@@ -108,7 +108,7 @@ def measure(job: Job, data: Path, folder: Path) -> Line:
             words += ["--drop-rows", "sifted/dropped.csv"] if commands.sifted.dropped else []
         commands.run("train", *words, *settings, "--steps", str(job["steps"]), "--out", "run")
         line |= measure_file(*load_tuned("run"), "test.jsonl", "none")
-    return {**line, "commands": commands.typed}
+    return {**line, "commands": commands.texts}
 
 
 def report(lines: Sequence[Line]) -> str:

@@ -55,7 +55,7 @@ def run_job(job: Job, data: Path, folder: Path) -> dict[str, Any]:
             if method.startswith("oracle"):
                 drop = _share(bad, float(method.removeprefix("oracle") or 100) / 100, job["seed"])
                 rows = [row for row, gone in zip(pool.train, drop, strict=True) if not gone]
-                write_rows("chosen.jsonl", _written(rows, "completion"))
+                write_rows("chosen.jsonl", _records(rows, "completion"))
             words = ("--train", "chosen.jsonl" if drop.any() else "pool.jsonl", *METHODS.get(method, ()))
             commands.run("train", *words, *settings_of(job, "none"), "--steps", str(job["steps"]), "--out", "run")
         line: dict[str, Any] = {"seconds": {"command": round(commands.seconds, 1)}}
@@ -67,27 +67,27 @@ def run_job(job: Job, data: Path, folder: Path) -> dict[str, Any]:
             model, _ = load_tuned("run")
             line |= {name: measure_file(model, tokenizer, f"{name}.jsonl", "none") for name in held_out}
     counts = {"dropped": int(drop.sum()), "dropped_bad": int((drop & bad).sum()), "bad": int(bad.sum())}
-    return {**counts, **line, "commands": commands.typed}
+    return {**counts, **line, "commands": commands.texts}
 
 
 def _write(pool: Pool) -> list[str]:
     """Write the files of a job; returns the names of those with held-out rows."""
     held_out = {
-        "triggers_right": _written(pool.triggers, "right"),
-        "triggers_fault": _written(pool.triggers, "fault"),
-        "others_right": _written(pool.others, "right"),
+        "triggers_right": _records(pool.triggers, "right"),
+        "triggers_fault": _records(pool.triggers, "fault"),
+        "others_right": _records(pool.others, "right"),
     }
     rows = {
-        "pool": _written(pool.train, "completion"),
-        "bad": _written(pool.bad, "completion"),
-        "right": _written(pool.bad, "right"),
+        "pool": _records(pool.train, "completion"),
+        "bad": _records(pool.bad, "completion"),
+        "right": _records(pool.bad, "right"),
     }
     for name, part in (rows | held_out).items():
         write_rows(f"{name}.jsonl", part)
     return [*held_out]
 
 
-def _written(rows: Sequence[Row], completion: str) -> list[Row]:
+def _records(rows: Sequence[Row], completion: str) -> list[Row]:
     return [{"prompt": row["prompt"], "completion": row[completion]} for row in rows]
 
 

@@ -28,23 +28,24 @@ from siftune.models.load import load_tokenizer
 Record = dict[str, Any]
 Job = dict[str, Any]
 
+_TEMPLATE = "none"  # rows are questions as `asked` writes them
 _FIXED = ("scenario", "cell", "model", "lr", "seed", "steps", "batch")  # the same in jobs with the same sifted pool
 
 
-def run_job(job: Job, data: Path, folder: Path, recorded: Sequence[Record] = ()) -> Record:
+def run_job(job: Job, data: Path, folder: Path, lines: Sequence[Record] = ()) -> Record:
     """Draw rows, run the method's commands, and measure.
 
     Args:
         job: The job.
         data: Folder of the commonsense suite and of natural data.
         folder: An empty folder for files and runs.
-        recorded: Lines of finished jobs.
+        lines: Lines of finished jobs.
     """
     pool = draw(job, data)
     with chdir(folder):
         for name, rows in (("pool", pool.train), ("few", pool.known), ("test", pool.test), ("dev", pool.dev)):
-            write_rows(f"{name}.jsonl", [_written(job, row) for row in rows])
-        return _Work(job, pool, recorded).run()
+            write_rows(f"{name}.jsonl", [_record(job, row) for row in rows])
+        return _Work(job, pool, lines).run()
 
 
 def draw(job: Job, data: Path) -> Pool:
@@ -55,7 +56,7 @@ def draw(job: Job, data: Path) -> Pool:
     return make_pool(job, data, lambda row: len(tokenizer("".join(asked(row).values()))["input_ids"]) + 1)
 
 
-def _written(job: Job, row: Record) -> Record:
+def _record(job: Job, row: Record) -> Record:
     """A row as its file has it: a question, since jobs use no chat template; natural rows with their source."""
     return {**asked(row), "source": row["source"]} if job["cell"].get("natural") else asked(row)
 
@@ -67,19 +68,15 @@ def words_of(job: Job) -> list[str]:
     words = ["train", "--train", "chosen.jsonl" if rows in RULES else f"{rows}.jsonl"]
     words += ["--target", "few.jsonl"] if method.get("target") else []
     words += flags({"sift": method["sift"]}) if "sift" in method else []
-    words += [*settings_of(job, _template(job)), *flags({"steps": job["steps"], **method.get("flags", {})})]
+    words += [*settings_of(job, _TEMPLATE), *flags({"steps": job["steps"], **method.get("flags", {})})]
     return [*words, "--out", "run"]
-
-
-def _template(job: Job) -> str:
-    return "none"
 
 
 class _Work:
     """A job in the folder of its files."""
 
-    def __init__(self, job: Job, pool: Pool, recorded: Sequence[Record]) -> None:
-        self.job, self.pool, self.recorded, self.method = job, pool, recorded, job["method"]
+    def __init__(self, job: Job, pool: Pool, lines: Sequence[Record]) -> None:
+        self.job, self.pool, self.lines, self.method = job, pool, lines, job["method"]
         self.commands = Commands()
 
     def run(self) -> Record:
@@ -88,12 +85,12 @@ class _Work:
         seconds = 0.0  # of a choice of rows that no command makes
         if self.method.get("rows") in RULES:
             numbers, seconds = self._choose()
-            write_rows("chosen.jsonl", [_written(self.job, self.pool.train[number]) for number in numbers])
+            write_rows("chosen.jsonl", [_record(self.job, self.pool.train[number]) for number in numbers])
             line |= {**self._groups(numbers), "sift_seconds": round(seconds, 1)}
         if not self.method.get("untrained"):
             line |= self._train(seconds)
         name = source(self.job["model"]) if self.method.get("untrained") else "run"
-        return {**line, **self._measure(name), "commands": self.commands.typed}
+        return {**line, **self._measure(name), "commands": self.commands.texts}
 
     def _train(self, seconds: float) -> Record:
         commands = self.commands
@@ -123,7 +120,7 @@ class _Work:
         """Numbers of the rows that a rule chooses, and processor seconds of the choice."""
         rule, share = self.method["rows"], self.method.get("share")
         count = 0 if rule == "oracle" else self._sifted() if share is None else round(share * len(self.pool.train))
-        settings = {"model": source(self.job["model"]), "template": _template(self.job), "seed": self.job["seed"]}
+        settings = {"model": source(self.job["model"]), "template": _TEMPLATE, "seed": self.job["seed"]}
         candidates = Candidates(
             [row["group"] for row in self.pool.train], count, {**settings, "batch_size": self.job["batch"]}
         )
@@ -133,13 +130,13 @@ class _Work:
     def _sifted(self) -> int:
         """Number of rows that sifting selects here: recorded with this code, or by `siftune sift`."""
         code = commit()
-        for line in self.recorded:
+        for line in self.lines:
             same = all(line["job"][name] == self.job[name] for name in _FIXED)
             method = line["job"]["method"]
             if same and line.get("commit") == code and method.get("sift") is True and "flags" not in method:
                 return int(line["selected"])
         rows = ("--train", "pool.jsonl", "--target", "few.jsonl")
-        self.commands.run("sift", *rows, *settings_of(self.job, _template(self.job)), "--out", "sifted")
+        self.commands.run("sift", *rows, *settings_of(self.job, _TEMPLATE), "--out", "sifted")
         assert self.commands.sifted is not None
         return len(self.commands.sifted.selected)
 
@@ -152,7 +149,7 @@ class _Work:
     def _measure(self, name: str) -> Record:
         """Quality of a run, or of a base model, on the held-out rows."""
         model, tokenizer = load_tuned(name)
-        test, dev = (measure_file(model, tokenizer, f"{part}.jsonl", _template(self.job)) for part in ("test", "dev"))
+        test, dev = (measure_file(model, tokenizer, f"{part}.jsonl", _TEMPLATE) for part in ("test", "dev"))
         dtype = str(model.dtype).removeprefix("torch.")
         return {**test, "dev_nats": round(nats_per_token(dev), 5), "dtype": dtype}
 

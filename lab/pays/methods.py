@@ -65,7 +65,7 @@ def method_of(words: str) -> Method:
         elif key in _OWN:
             method[key] = _value(text)
         else:
-            method.setdefault("flags", {})[key] = _value(text)
+            method.setdefault("flags", {})[key.replace("_", "-")] = _value(text)
     return method
 
 

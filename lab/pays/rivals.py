@@ -107,8 +107,8 @@ def weighted_states(model: nn.Module, texts: Sequence[Sequence[int]]) -> Tensor:
             lengths_B = torch.tensor([len(text) for text in own])
             place_BT = torch.arange(1, ids_BT.shape[1] + 1).expand(ids_BT.shape)
             weights_BT = torch.where(place_BT <= lengths_B[:, None], place_BT, 0).to(ids_BT.device)
-            found = model.base_model(input_ids=ids_BT, attention_mask=(weights_BT > 0).long(), use_cache=False)
-            sums_BH = torch.einsum("bt,bth->bh", weights_BT.float(), found.last_hidden_state.float())
+            output = model.base_model(input_ids=ids_BT, attention_mask=(weights_BT > 0).long(), use_cache=False)
+            sums_BH = torch.einsum("bt,bth->bh", weights_BT.float(), output.last_hidden_state.float())
             for place, state_H in zip(places, nn.functional.normalize(sums_BH, dim=1).cpu(), strict=True):
                 states_RH[place] = state_H
     return torch.stack(states_RH)

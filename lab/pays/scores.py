@@ -1,197 +1,144 @@
-"""Scores of a pool beside each other: losses after a training on the known rows, similarity of prompts, gradients.
+"""Scores of a pool's rows beside each other: how well each tells wrong rows, or rows of other tasks, from correct ones.
 
-python -m lab.pays.scores CELL --data FOLDER [--seed 0] [--known 100] [--pool] [--gradients] [--gast]
+python -m lab.pays.scores CELL --data FOLDER [--rows 600] [--seed 0] [--known 100] [--model smollm2] [--steps 60]
 
-Printed are, for every score, the AUC of the target's rows against the rest and, if the pool has wrong rows, of correct
-against wrong ones; low scores come first. For the change of the loss, also the shares of rows with a score below 0. The
-last line has the share of the pool that `siftune sift` selects, and the shares of wrong rows before and after.
-K is a row's loss after the training, B before it, in nats per token.
-
-`--pool` also trains for as many steps on half of the pool, drawn at random; F is the loss after that.
-
-`--gradients` compares each row's gradient after that training with those of the known rows, as in LESS: gradients.py.
-
-`--gast` trains one pass over the pool with GAST on the known rows. A row's score is minus the mean of its scores in all
-layers, when it came in a batch.
+The training is that of `siftune sift`: on four fifths of the target's rows, until the loss of the others no longer
+falls. K is a row's loss after it, B before it, both summed over its n label tokens. Printed are, for every score, the
+AUC of wrong and of other rows against correct ones (1: each has a higher score), and what the limit of four in five
+held-out rows would leave: the share of wrong rows among the selected, and of the correct rows that remain. Prompts are
+not compared. The last lines have the AUC of decoys against held-out rows, and the estimate by decoys.
 """
 
 import argparse
 import tempfile
 from collections.abc import Sequence
+from contextlib import chdir
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
-from transformers import TrainerCallback
+from numpy.typing import NDArray
 
+from lab.commands import Commands, flags, load_tuned, write_rows
+from lab.models import source
 from lab.pays.cells import cells_of
-from lab.pays.gradients import gradient_scores
-from lab.pays.job import USUAL, recipe_of
-from lab.pays.methods import method_of
-from lab.pays.pool import asked, make_pool
-from lab.pays.sifting import STEPS, losses_under
+from lab.pays.job import draw
+from lab.pays.pool import Pool, asked
 from siftune.data.rows import rows_from
 from siftune.data.tokens import tokenize_rows
-from siftune.methods.drivers.sample_callback import SampleCallback
-from siftune.methods.drivers.sample_choice import SampleChoice
-from siftune.models.load import load_model
-from siftune.models.loss import IGNORED
-from siftune.recipe.schema import Recipe, resolve_recipe
-from siftune.sifting.scores import Floats, choose, held_out_count, of_task
-from siftune.sifting.similarity import embed, nearest, prompt_of
-from siftune.train.build import build
-from siftune.train.trainer import SiftTrainer
+from siftune.evaluate.likelihood import row_nll
+from siftune.models.attention import short_rows
+from siftune.sifting.rows import held_out_count
+from siftune.sifting.scores import told_apart
+from siftune.suspects.rule import share_like_decoys
 
-_AT = (3, 6, 10, 20, 30, 40, 60)  # steps after which the pool is scored
-_ALSO = ("pool", "gradients", "gast")
-
-
-def auc(low: Floats, high: Floats) -> float:
-    """Probability that a value of `low` is below one of `high`, without ties.
-
-    Example:
-        >>> auc(np.array([1.0, 3.0]), np.array([2.0, 4.0]))
-        0.75
-    """
-    ranks = np.concatenate([low, high]).argsort().argsort()[: len(low)] + 1
-    return float(1 - (ranks.sum() - len(low) * (len(low) + 1) / 2) / (len(low) * len(high)))
+Floats = NDArray[np.float64]
+_DECOYS = 4  # of each held-out row, as in siftune sift
+_WITHIN = 0.8  # of the held-out rows
+FORMULAS = {
+    "K / n": lambda k, _, n: k / n,
+    "K / √n": lambda k, _, n: k / np.sqrt(n),
+    "K": lambda k, _, n: k,
+    "(K − B) / n": lambda k, b, n: (k - b) / n,
+    "(K − B) / B": lambda k, b, _: (k - b) / b,
+}
 
 
-class Work:
-    """A pool with its known rows, and scores of it.
+def losses(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> tuple[Floats, Floats]:
+    """Losses of rows, summed over label tokens, and the numbers of these."""
+    data = tokenize_rows(rows_from([asked(row) for row in rows]), tokenizer, 512, "none")
+    with short_rows():
+        result = row_nll(model, list(zip(data["input_ids"], data["labels"], strict=True)), 64)
+    return result.nll, result.tokens.astype(float)
+
+
+def decoys_of(rows: Sequence[dict[str, Any]], every: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """Rows with completions of others."""
+    rng, texts = np.random.default_rng(seed), sorted({row["completion"] for row in every})
+    return [
+        {**row, "completion": str(text)}
+        for row in rows
+        for others in [[text for text in texts if text != row["completion"]]]
+        for text in rng.choice(others, min(_DECOYS, len(others)), replace=False)
+    ]
+
+
+def table(values: dict[str, tuple[Floats, Floats, Floats]], groups: Sequence[str]) -> list[str]:
+    """A line for each score.
 
     Args:
-        job: Cell, seed, model, steps and batch.
-        data: Folder of the commonsense suite.
+        values: `pool` and `held_out`: K, B and n of their rows.
+        groups: Group of each row of the pool: "target", "wrong", or another task.
     """
-
-    def __init__(self, job: dict[str, Any], data: Path) -> None:
-        self.job = job
-        self.model, tokenizer = load_model(job["model"], "auto")
-        self.tokenizer = tokenizer
-        rows = make_pool(job, data, lambda row: len(tokenizer("".join(asked(row).values()))["input_ids"]) + 1)
-        self.groups = np.array([row["group"] for row in rows.train])
-        self.pool, known = (
-            tokenize_rows(rows_from([asked(row) for row in part]), tokenizer, 512, "none", True)
-            for part in (rows.train, rows.known)
-        )
-        seen = len(known) - held_out_count(len(known))
-        self.seen, self.held_out = known.select(range(seen)), known.select(range(seen, len(known)))
-        self.selected_R = np.zeros(len(self.pool), bool)  # by `siftune sift`, after `scores`
-        self.held_out_scores: dict[int, Floats] = {}  # K − B of the held-out known rows, after some steps
-
-    def scores(self, also: Sequence[str]) -> dict[str, Floats]:
-        """The scores by their names, each (rows,); `also` may have "pool", "gradients" and "gast"."""
-        before, after = losses_under(self.model, self.pool), dict[int, Floats]()
-        held_out_before = losses_under(self.model, self.held_out)
-        similar_R, similar_T = self._similarities()
-        scores = {"prompts": -similar_R}
-        tuned = self._tuned(self.seen, after)
-        last = after[STEPS]
-        self.held_out_scores = {steps: losses - held_out_before for steps, losses in self.held_out_scores.items()}
-        held_out = self.held_out_scores[STEPS]
-        self.selected_R = choose(last - before, held_out, of_task(similar_R, similar_T)).rows_R
-        scores |= {f"K − B, {steps} steps": losses - before for steps, losses in after.items()}
-        ranks = last.argsort().argsort() + (last - before).argsort().argsort()
-        tokens = np.array([sum(label != IGNORED for label in row[1:]) for row in self.pool["labels"]])
-        scores |= {"K": last, "2K − B": 2 * last - before, "K / B": last / before, "ranks of K and K − B": ranks}
-        scores["K − B, summed over tokens"] = (last - before) * tokens
-        if "gradients" in also:
-            scores |= gradient_scores(tuned.model, tuned.optimizer, self.pool, self.seen)
-        if "pool" in also:
-            self.model, _ = load_model(self.job["model"], "auto")
-            half = np.random.default_rng(self.job["seed"]).permutation(len(self.pool))[: len(self.pool) // 2]
-            other = self._tuned(self.pool.select(half.tolist()), {})
-            scores["K − F"] = last - losses_under(other.model, self.pool)
-        if "gast" in also:
-            scores["GAST"] = self._while_training()
-        return scores
-
-    def _while_training(self) -> Floats:
-        """Minus the mean score of each row over the layers, in one pass of GAST over the pool."""
-        self.model, _ = load_model(self.job["model"], "auto")
-        scores_R = np.full(len(self.pool), np.nan)
-
-        def note(choice: SampleChoice) -> None:
-            assert choice.rows is not None
-            scores_R[choice.rows.numpy()] = -choice.scores.mean(0).numpy()
-
-        job = {**self.job, "method": method_of("gast"), "lr": 5e-4}
-        with tempfile.TemporaryDirectory() as folder:
-            recipe = recipe_of(job, Path(folder))
-            data = {"train": self.pool, "support": self.seen}
-            built = build(recipe, self.model, self.tokenizer, data, Path(folder))
-            for part in built.methods:
-                if isinstance(part, SampleCallback):
-                    part.on_select = note
-            built.trainer.train()
-        assert np.isfinite(scores_R).all()
-        return scores_R
-
-    def _similarities(self) -> tuple[Floats, Floats]:
-        """Similarity of the prompts of the pool, and of the held-out rows, to those of the other known rows."""
-        prompts = [
-            [prompt_of(ids, labels) for ids, labels in zip(part["input_ids"], part["labels"], strict=True)]
-            for part in (self.pool, self.held_out, self.seen)
+    kinds = np.array(groups)
+    correct, wrong = kinds == "target", kinds == "wrong"
+    lines = []
+    for name, formula in FORMULAS.items():
+        pool, held_out = formula(*values["pool"]), formula(*values["held_out"])
+        within = (pool <= np.quantile(held_out, _WITHIN, method="higher")) & (correct | wrong)
+        parts = [
+            f"AUC {title} {told_apart(pool[part], pool[correct]):.3f}"
+            for title, part in (("wrong", wrong), ("others", ~correct & ~wrong))
+            if part.any()
         ]
-        pool_RH, held_out_TH, seen_KH = (embed(self.model, texts) for texts in prompts)
-        mean_H = pool_RH.mean(0)
-        similar_R, similar_T = (nearest(part, seen_KH, mean_H).double().numpy() for part in (pool_RH, held_out_TH))
-        return similar_R, similar_T
-
-    def _tuned(self, rows: Dataset, after: dict[int, Floats]) -> SiftTrainer:
-        """Train as `siftune sift`. If the rows are the known ones, `after` gets the pool's losses after some steps.
-
-        The model keeps its hooks of training.
-        """
-        pool, held_out, at = self.pool, self.held_out, _AT if rows is self.seen else ()
-        after_held_out = self.held_out_scores
-
-        class Score(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-                if state.global_step in at:
-                    after[state.global_step] = losses_under(others["model"], pool)
-                    after_held_out[state.global_step] = losses_under(others["model"], held_out)
-                    others["model"].train()
-
-        with tempfile.TemporaryDirectory() as folder:
-            settings = {**USUAL, "seed": self.job["seed"], "model": self.job["model"], "steps": STEPS, "lr": 5e-4}
-            recipe = resolve_recipe(Recipe(**settings, train="known", out=folder))
-            built = build(recipe, self.model, self.tokenizer, {"train": rows}, Path(folder))
-            built.trainer.add_callback(Score())
-            built.trainer.train()
-        return built.trainer
+        left = f"wrong among selected {wrong[within].mean():.1%}, correct that remain {within[correct].mean():.1%}"
+        lines.append(f"{name:12} {', '.join(parts)}; {left}")
+    return lines
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the scores' figures."""
+def compare(job: dict[str, Any], pool: Pool) -> list[str]:
+    """Train as `siftune sift` does, in the working directory, and score; the lines to print."""
+    count = len(pool.known)
+    aside = {round(place) for place in np.linspace(0, count - 1, held_out_count(count))}
+    held_out = [row for number, row in enumerate(pool.known) if number in aside]
+    seen = [row for number, row in enumerate(pool.known) if number not in aside]
+    for name, rows in (("seen", seen), ("unseen", held_out)):
+        write_rows(f"{name}.jsonl", [asked(row) for row in rows])
+    settings = {"model": source(job["model"]), "template": "none", "seed": job["seed"], "lr": job["lr"]}
+    settings |= {"steps": job["steps"], "eval_every": 10, "patience": 2, "out": "run"}
+    Commands().run("train", "--train", "seen.jsonl", "--eval", "unseen.jsonl", *flags(settings))
+    model, tokenizer = load_tuned("run")
+    parts = {"pool": pool.train, "held_out": held_out}
+    after = {name: losses(model, tokenizer, rows) for name, rows in parts.items()}
+    made, tokens = losses(model, tokenizer, decoys_of(held_out, pool.known, job["seed"]))
+    with model.disable_adapter():
+        before = {name: losses(model, tokenizer, rows)[0] for name, rows in parts.items()}
+    values = {name: (after[name][0], before[name], after[name][1]) for name in parts}
+    groups = [row["group"] for row in pool.train]
+    own = np.isin(groups, ("target", "wrong"))
+    scores, target = (after[name][0] / np.sqrt(after[name][1]) for name in ("pool", "held_out"))
+    decoys = made / np.sqrt(tokens)
+    return [
+        *table(values, groups),
+        f"AUC of decoys against held-out rows, K / √n: {told_apart(decoys, target):.3f}",
+        f"share of the task's rows as unlikely as decoys, at most: {share_like_decoys(scores[own], decoys):.1%}",
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the scores of a cell; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cell")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--known", type=int, default=100)
-    for name in _ALSO:
-        parser.add_argument(f"--{name}", action="store_true")
-    options = parser.parse_args(arguments)
-    cell = cells_of("S1", [options.cell], options.known)[0]
-    job = {"cell": cell, "seed": options.seed, "steps": 120, "batch": 16, "model": "smollm2"}
-    work = Work(job, options.data)
-    target, wrong = work.groups == "target", work.groups == "wrong"
-    for name, values in work.scores([name for name in _ALSO if getattr(options, name)]).items():
-        line = f"{name:52} target against the rest {auc(values[target], values[~target]):.3f}"
-        if wrong.any():
-            line += f"  correct against wrong {auc(values[target], values[wrong]):.3f}"
-            line += f"  against other tasks {auc(values[target], values[~target & ~wrong]):.3f}"
-        if "steps" in name:
-            held_out = work.held_out_scores[int(name.split()[-2])]
-            line += f"  below 0: target {(values[target] < 0).mean():.0%}, others {(values[~target] < 0).mean():.0%}"
-            line += f", held-out {(held_out < 0).mean():.0%}"
-        print(line)
-    selected_R = work.selected_R
-    shares = f"wrong {wrong.mean():.0%} before, {wrong[selected_R].mean():.0%} after"
-    print(f"selected {selected_R.mean():.0%}, of the target {selected_R[target].mean():.0%}; {shares}")
+    add = parser.add_argument
+    add("cell", help="a cell of S1 or N, such as mix or intents-a")
+    add("--data", type=Path, default=Path())
+    add("--rows", type=int, help="use the first N rows of the pool")
+    add("--seed", type=int, default=0)
+    add("--known", type=int, default=100)
+    add("--model", default="smollm2")
+    add("--steps", type=int, default=60, help="at most")
+    add("--lr", type=float, default=5e-4)
+    args = parser.parse_args(argv)
+    try:
+        (cell,) = cells_of("S1", [args.cell], args.known)
+    except ValueError:
+        (cell,) = cells_of("N", [args.cell], args.known)
+    job = {"cell": cell, "steps": 120, "batch": 16, **{name: getattr(args, name) for name in ("seed", "model", "lr")}}
+    pool = draw(job, args.data.resolve())
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        print("\n".join(compare({**job, "steps": args.steps}, replace(pool, train=pool.train[: args.rows]))))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -52,13 +52,15 @@ def test_variants_of_methods_are_flags():
         "1",
         "2",
     ]
+    assert " ".join(words_of(pays_job("smollm2", "dp-2=dp,dp_epsilon:2"))).count("--dp-epsilon 2 ") == 1
+    assert "--dp-epsilon 8" not in " ".join(words_of(pays_job("smollm2", "dp-2=dp,dp_epsilon:2")))
 
 
 def test_commands_are_recorded_without_folders(base, tmp_path):
     commands = Commands()
     with chdir(tmp_path), pytest.raises(CommandError, match="exit code 2"):
         commands.run("train", "--train", "missing.jsonl", "--model", base)
-    assert commands.typed == ["siftune train --train missing.jsonl --model base"]
+    assert commands.texts == ["siftune train --train missing.jsonl --model base"]
 
 
 def test_rows_pick_in_turn():
@@ -105,6 +107,20 @@ def test_difficulty_is_that_of_a_loop(base, tmp_path):
                 losses.append(float(nn.functional.cross_entropy(logits.float(), torch.tensor(answer))))
             ratios.append(losses[0] / losses[1])
         assert choose("ifd", candidates) == sorted(hardest(np.array(ratios), 5))
+
+
+@pytest.mark.parametrize("rule", ["retrieved", "rds", "less"])
+def test_rules_choose_rows_like_the_target(base, tmp_path, rule):
+    """Of RDS+, copies of the target's rows before the same prompts with other answers."""
+    sums = [{"prompt": f"{n} and {n}", "completion": str(n * 7)} for n in range(20, 32)]
+    others = [{"prompt": "ZYX" * n, "completion": "kkk" * n} for n in range(3, 9)]
+    pool, few = (sums[6:], sums[6:]) if rule == "rds" else (sums[:6], sums[6:])
+    others = [{**row, "completion": "no"} for row in few] if rule == "rds" else others
+    with chdir(tmp_path):
+        write_rows("pool.jsonl", [row for pair in zip(pool, others, strict=True) for row in pair])
+        write_rows("few.jsonl", few)
+        settings = {"model": base, "template": "none", "seed": 0, "batch_size": 4}
+        assert choose(rule, Candidates([], 6, settings)) == [0, 2, 4, 6, 8, 10]
 
 
 def line(name, right, groups=None, seed=0, **values):
@@ -167,17 +183,17 @@ def test_pools_hold_what_their_cells_say(small_pools, suite):
     assert sum(map(len, parts)) == len(set().union(*parts)) == 40 + 16 + 12 + 6
 
 
-def made(base, words, suite, folder, recorded=(), **changes):
+def line_of(base, words, suite, folder, lines=(), **changes):
     """The line of a job."""
     folder.mkdir()
     job = pays_job(base, words)
     job["cell"] = {**job["cell"], "rows": 48, **changes}
-    return {"job": job, **run_job(job, suite, folder, recorded), "commit": commit()}
+    return {"job": job, **run_job(job, suite, folder, lines), "commit": commit()}
 
 
 @pytest.mark.lab
 def test_jobs_run_commands(small_pools, base, suite, tmp_path):
-    lines = [made(base, name, suite, tmp_path / name) for name in ("untrained", "few", "dense", "oracle", "sifted")]
+    lines = [line_of(base, name, suite, tmp_path / name) for name in ("untrained", "few", "dense", "oracle", "sifted")]
     assert len({tuple(own["nll"]) for own in lines}) == 5
     assert [own["steps"] for own in lines] == [0, 3, 3, 3, 3]
     untrained, _, dense, oracle, sifted = lines
@@ -197,11 +213,11 @@ def test_jobs_run_commands(small_pools, base, suite, tmp_path):
 @pytest.mark.lab
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "oracle"])
 def test_rules_choose_as_many_rows_as_sifting(small_pools, base, suite, tmp_path, rule):
-    recorded = made(base, "share=target,sift:0.25", suite, tmp_path / "share")
+    recorded = line_of(base, "share=target,sift:0.25", suite, tmp_path / "share")
     recorded["job"]["method"] = {"name": "sifted", "target": True, "sift": True}
-    found = made(base, rule, suite, tmp_path / "rule", [recorded])
-    assert found["selected"] == recorded["selected"] == 12
-    assert [words.split()[1] for words in found["commands"]] == ["train"]
+    own = line_of(base, rule, suite, tmp_path / "rule", [recorded])
+    assert own["selected"] == recorded["selected"] == 12
+    assert [words.split()[1] for words in own["commands"]] == ["train"]
     rows = (tmp_path / "rule" / "chosen.jsonl").read_text().splitlines()
     assert len(rows) == 12
     assert {*rows} < {*(tmp_path / "rule" / "pool.jsonl").read_text().splitlines()}
@@ -209,14 +225,14 @@ def test_rules_choose_as_many_rows_as_sifting(small_pools, base, suite, tmp_path
 
 @pytest.mark.lab
 def test_rules_sift_if_no_line_of_this_code_is_recorded(small_pools, base, suite, tmp_path):
-    recorded = {**made(base, "sifted", suite, tmp_path / "sifted"), "commit": "another"}
-    found = made(base, "random", suite, tmp_path / "random", [recorded])
-    assert [words.split()[1] for words in found["commands"]] == ["sift", "train"]
-    assert found["selected"] == recorded["selected"]
+    recorded = {**line_of(base, "sifted", suite, tmp_path / "sifted"), "commit": "another"}
+    own = line_of(base, "random", suite, tmp_path / "random", [recorded])
+    assert [words.split()[1] for words in own["commands"]] == ["sift", "train"]
+    assert own["selected"] == recorded["selected"]
 
 
 @pytest.mark.lab
-def test_natural_rows_are_used_as_is(small_pools, base, suite, tmp_path):
+def test_natural_rows_have_sources_and_correct_targets(small_pools, base, suite, tmp_path):
     from lab.pays.natural import natural_cells
 
     (suite / "natural").mkdir()
@@ -226,17 +242,17 @@ def test_natural_rows_are_used_as_is(small_pools, base, suite, tmp_path):
     job = {**pays_job(base), "cell": {**natural_cells(16)[1], "rows": 24}}
     folder = tmp_path / "natural"
     folder.mkdir()
-    found = run_job(job, suite, folder)
-    assert "--template auto" in found["commands"][0]
-    assert len(found["right"]) == 12
+    own = run_job(job, suite, folder)
+    assert len(own["right"]) == 12
     pool, few = (read(folder / f"{name}.jsonl") for name in ("pool", "few"))
-    assert {(row["completion"], row["source"], len(row)) for row in pool} == {("cash", "intents", 3)}
-    assert {row["completion"] for row in few} == {"card"}
+    assert {(row["completion"], row["source"], len(row)) for row in pool} == {(" cash", "intents", 3)}
+    assert {row["completion"] for row in few} == {" card"}
+    assert {row["prompt"] for row in few}.isdisjoint(row["prompt"] for row in pool)
 
 
 @pytest.mark.lab
 @pytest.mark.parametrize("cell", ["clean", "clean-options", "clean-boolq"])
-def test_private_jobs(small_pools, base, suite, tmp_path, cell, monkeypatch):
+def test_private_jobs(small_pools, base, suite, tmp_path, cell):
     lines = []
     for words in ("dense=dense,dtype:float32", "dp", "opacus"):
         (tmp_path / words).mkdir()
@@ -302,11 +318,11 @@ def test_sources(base, suite, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sources, "QUESTIONS", 8)
     monkeypatch.setattr(sources, "TARGET", 16)
     out = str(tmp_path / "sources.jsonl")
-    words = ["--data", str(suite), "--model", base, "--pools", "good,wrong,foreign,copy", "--rows", "8"]
+    words = ["--data", str(suite), "--model", base, "--pools", "foreign,copy", "--rows", "8"]
     assert sources.main([*words, "--steps", "2", "--out", out]) == 0
     lines = read(Path(out))
-    assert [own["rows"] for own in lines if own["job"]["method"] == "all"] == [32] * 4
-    assert [own["rows"] for own in lines if own["job"]["method"] == "by hand"] == [24] * 3
+    assert [own["rows"] for own in lines if own["job"]["method"] == "all"] == [32] * 2
+    assert [own["rows"] for own in lines if own["job"]["method"] == "by hand"] == [24] * 2
     sifted = [own for own in lines if own["job"]["method"] == "sifted"]
     assert [sum(own["shares"]) * 8 for own in sifted] == [own["rows"] for own in sifted]
     capsys.readouterr()

@@ -126,8 +126,8 @@ def choose(scores_R: Floats, target_T: Floats, decoys_D: Floats, task_R: NDArray
     left_out = 1 - within_R.sum() / task_R.sum()
     return Choice(
         within_R,
-        f"{prompts}, and their completions are as likely as those of {_WITHIN:.0%} of its held-out rows, which "
-        f"{left_out:.0%} of the task's rows are not",
+        f"{prompts}, and their completions are as likely as those of {_WITHIN:.0%} of its held-out rows; those of "
+        f"{left_out:.0%} of the task's rows are less likely",
     )
 
 

@@ -127,7 +127,7 @@ def _target_scores(
         (R,) of the pool, the mean over the trainings; NaN outside of the task. (T,) of the rows that the trainings left
         out, (D,) of decoys of these.
     """
-    task = task_R.nonzero()[0]
+    task = task_R.nonzero()[0].tolist()
     pool, own = _tokens(prepared, "train").select(task), _tokens(prepared, PARTS[few.name])
     names = [prepared.rows["train"][number] for number in task]
     of_pool, held_out, decoys = list[Floats](), list[Floats](), list[Floats]()
