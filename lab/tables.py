@@ -98,15 +98,16 @@ NOTES = {
     "methods other than `dense`, `oracle` and `right late` are scores. They support docs/avoid.md, which is quoted in "
     "README.md and docs/which_method.md.",
     "pays.jsonl": "Lines without `commit` are of earlier code, which had second implementations of `--target` and "
-    "`--sift`, and methods that are gone. `late-known` is now `target`, `late-gast-half` `target-gast`, `known-alone` "
-    "`few`, and `oracle` replaces `ceiling`. They support docs/sifting.md; target rows and selection of layers in "
-    "docs/measured.md; docs/which_method.md; rates in docs/guide.md; and the table and the chart of README.md.",
+    "`--sift`, an earlier score of rows, and methods that are gone. `late-known` is now `target`, `late-gast-half` "
+    "`target-gast`, `known-alone` `few`, and `oracle` replaces `ceiling`. They support target rows and selection of "
+    "layers in docs/measured.md; docs/which_method.md; rates in docs/guide.md; and the table and the chart of "
+    "README.md, but no figure of sifting.",
     "private.jsonl": "Lines without `commit` are of an earlier script on the same training path. They support "
     "docs/privacy.md.",
     "quality.jsonl": "Recorded with an earlier script. It supports the quality of GAST in docs/measured.md, which "
     "docs/which_method.md quotes, and the chart of README.md.",
-    "sources.jsonl": "Lines without `commit` are of an earlier script, which also had the method `by file`. They "
-    "support the table of files in docs/sifting.md.",
+    "sources.jsonl": "Lines without `commit` are of an earlier script, which also had the method `by file`. No "
+    "figure of the documentation is theirs.",
 }
 
 

@@ -30,7 +30,7 @@ from siftune.data.tokens import tokenize_rows
 from siftune.evaluate.likelihood import row_nll
 from siftune.models.attention import short_rows
 from siftune.sifting.rows import held_out_count
-from siftune.sifting.scores import told_apart
+from siftune.sifting.scores import separation
 from siftune.suspects.rule import share_like_decoys
 
 Floats = NDArray[np.float64]
@@ -78,7 +78,7 @@ def table(values: dict[str, tuple[Floats, Floats, Floats]], groups: Sequence[str
         pool, held_out = formula(*values["pool"]), formula(*values["held_out"])
         within = (pool <= np.quantile(held_out, _WITHIN, method="higher")) & (correct | wrong)
         parts = [
-            f"AUC {title} {told_apart(pool[part], pool[correct]):.3f}"
+            f"AUC {title} {separation(pool[part], pool[correct]):.3f}"
             for title, part in (("wrong", wrong), ("others", ~correct & ~wrong))
             if part.any()
         ]
@@ -111,8 +111,8 @@ def compare(job: dict[str, Any], pool: Pool) -> list[str]:
     decoys = made / np.sqrt(tokens)
     return [
         *table(values, groups),
-        f"AUC of decoys against held-out rows, K / √n: {told_apart(decoys, target):.3f}",
-        f"share of the task's rows as unlikely as decoys, at most: {share_like_decoys(scores[own], decoys):.1%}",
+        f"AUC of decoys against held-out rows, K / √n: {separation(decoys, target):.3f}",
+        f"share of the task's rows as unlikely as decoys, at most: {share_like_decoys(scores[own], decoys, least=8):.1%}",
     ]
 
 

@@ -4,6 +4,7 @@ Rows of the target, and bad rows, are left out of the training on them: their lo
 of the pool would have. Of a small target, two trainings leave out one half each, so that all its rows are measured.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,7 +128,10 @@ def _few(name: str, file: str, rows: Sequence[Row], pool: dict[str, bytes]) -> F
         raise DataError(f"{file} has {found}, but {advice[name]}")
     in_pool = [place for place, text in pool.items() if text in own]
     if name == "target" and len(different) < _SMALL:
-        return Few(name, file, different, [different[::2], different[1::2]], copies, in_pool)
+        mixed = sorted(own, key=lambda text: hashlib.sha256(text).digest())  # classes may alternate in the file
+        halves = [{*mixed[start::2]} for start in (0, 1)]
+        unseen = [[row for text, row in own.items() if text in half] for half in halves]
+        return Few(name, file, different, unseen, copies, in_pool)
     numbers = np.linspace(0, len(different) - 1, held_out_count(len(different))).round()  # evenly: it may be sorted
     return Few(name, file, different, [[different[int(number)] for number in numbers]], copies, in_pool)
 

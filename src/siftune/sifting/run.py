@@ -52,25 +52,15 @@ from siftune.recipe.schema import SCORING, Recipe, method_of, new_folder, resolv
 from siftune.records.rows import Read, absolute_place, digest_of, text_of
 from siftune.sifting.rows import PARTS, Few, Rows, check_sifting, count_of, read_all
 from siftune.sifting.scores import Floats
-from siftune.sifting.scoring import (
-    AVOID,
-    LOSSES,
-    POOL,
-    PROMPTS,
-    SIMILAR,
-    TUNING,
-    Work,
-    choose_by_bad_rows,
-    choose_by_target,
-    csv_text,
-    prefix,
-)
+from siftune.sifting.scoring import AVOID, POOL, choose_by_bad_rows, choose_by_target, csv_text, prefix
+from siftune.sifting.work import LOSSES, PROMPTS, SIMILAR, TUNING, Work
 from siftune.train.folder.run import SIFT, RunFolder
 from siftune.train.prepare import NAMED, ModelSource, Prepared, Source, bad_lines, prepare
 from siftune.train.resume import find_checkpoint
 
 STEPS = 60  # of the training on the target's rows, at most (ours: docs/sifting.md)
 SCORES, DROPPED, SIFTED, RECORD = "scores.csv", "dropped.csv", "sifted.jsonl", "sift.json"
+TEMPLATE = "template.jinja"  # a copy of the file, if the recipe names one
 _SHOWN = 300  # characters of a text in scores.csv
 
 
@@ -182,6 +172,8 @@ def sift(
         if rank() == 0:
             stack.enter_context(folder.begin(_facts(recipe, rows, steps, source.identity)))
             stack.enter_context(only_process(folder.path))
+        if isinstance(recipe.template, Path):  # a training that continues compares the path, not the content
+            recipe = replace(recipe, template=from_first(partial(_own_template, folder, recipe.template)))
         try:
             return _sift(Work(recipe, rows, steps, folder, console, source_of), prepared, count)
         except KeyboardInterrupt as stop:
@@ -240,6 +232,12 @@ def _dense(recipe: Recipe) -> Recipe:
         recipe = replace(recipe, lr=None)
     recipe = replace(recipe, method="dense", target_share=0.0, target_last=None)
     return resolve_recipe(replace(recipe, out=recipe.out or new_folder("sift")))
+
+
+def _own_template(folder: WorkFolder, file: Path) -> Path:
+    """A copy of a chat template in the folder."""
+    folder.write(TEMPLATE, file.read_text(encoding="utf-8"))
+    return folder.path / TEMPLATE
 
 
 def _facts(recipe: Recipe, rows: Rows, steps: int, identity: Mapping[str, str]) -> dict[str, Any]:

@@ -67,60 +67,63 @@ class Choice(NamedTuple):
 
 
 _WITHIN = 0.8  # share of the held-out rows that the limit retains (ours)
-_TOLD_APART = 0.6  # share of pairs in which a decoy has a higher score than a held-out row, at least (ours)
+_SEPARATION = 0.6  # of decoys from held-out rows, at least (ours)
 _WRONG = 0.05  # share of the task's rows that are as unlikely as decoys, at least (ours)
+_DECOYS = 8  # at least (ours)
 
 
-def told_apart(decoys_D: Floats, target_T: Floats) -> float:
+def separation(decoys_D: Floats, target_T: Floats) -> float:
     """Share of pairs of a decoy and a held-out row in which the decoy has the higher score; ties count half.
 
-    This is the area under the ROC curve. 0.5 if there are no decoys: nothing can be told then.
+    This is the area under the ROC curve. 0.5 without decoys: nothing is compared.
 
     Example:
-        >>> told_apart(np.array([3.0, 1.0]), np.array([1.0, 2.0]))
+        >>> separation(np.array([3.0, 1.0]), np.array([1.0, 2.0]))
         0.625
     """
     if not len(decoys_D):
         return 0.5
-    above_DT, equal_DT = (compare(decoys_D[:, None], target_T) for compare in (np.greater, np.equal))
-    return float((above_DT + 0.5 * equal_DT).mean())
+    below = [np.searchsorted(np.sort(target_T), decoys_D, side) for side in ("left", "right")]
+    return float(np.mean(below) / len(target_T))
 
 
 def choose(scores_R: Floats, target_T: Floats, decoys_D: Floats, task_R: NDArray[np.bool_]) -> Choice:
     """Select the rows of the target's task without those that contradict the target (ours).
 
     Rows above the score that four in five held-out rows do not exceed are left out. All rows of the task are selected
-    if the model cannot tell decoys from held-out rows, or if less than 5 % of the rows are as unlikely as decoys.
+    if there are fewer than 8 decoys, if less than 60 % of the pairs of a decoy and a held-out row are in order, or if
+    less than 5 % of the rows are as unlikely as decoys.
 
     Args:
-        scores_R: Scores of the pool; only those of rows of the task count.
+        scores_R: Scores of the pool; only those of rows of the task count, of which there must be one.
         target_T: Scores of the target's held-out rows.
         decoys_D: Scores of decoys of these.
         task_R: Rows of the pool that are of the task, by `of_task`.
 
     Example:
         >>> pool, task = np.array([0.2, 3.0, 2.5, 0.1]), np.array([True, True, True, False])
-        >>> choose(pool, np.array([0.1, 0.3]), np.array([2.0, 4.0]), task).rows_R.tolist()
+        >>> choose(pool, np.array([0.1, 0.3]), np.repeat([2.0, 4.0], 4), task).rows_R.tolist()
         [True, False, False, False]
-        >>> choose(pool, np.array([0.1, 4.0]), np.array([0.2, 3.0]), task).rows_R.tolist()
+        >>> choose(pool, np.array([0.1, 4.0]), np.repeat([0.2, 3.0], 4), task).rows_R.tolist()
         [True, True, True, False]
     """
     prompts = "their prompts are like the target's"
-    apart = told_apart(decoys_D, target_T)
-    if apart < _TOLD_APART:
+    if len(decoys_D) < _DECOYS:
+        reason = "completions are not compared, since the target has too few prompts with different completions"
+        return Choice(task_R, f"{prompts}; {reason}")
+    in_order = separation(decoys_D, target_T)
+    if in_order < _SEPARATION:
         return Choice(
             task_R,
-            f"{prompts}; the model cannot tell wrong completions: of the held-out rows of the target, only {apart:.0%} "
-            "are more likely than the same prompt with another completion",
+            f"{prompts}; the model cannot tell wrong completions: it prefers a held-out row of the target to a prompt "
+            f"with the completion of another row in only {in_order:.1%} of all pairs",
         )
-    if not task_R.any():
-        return Choice(task_R, "no prompt of the pool is like those of the target")
-    wrong = share_like_decoys(scores_R[task_R], decoys_D)
+    wrong = share_like_decoys(scores_R[task_R], decoys_D, _DECOYS)
     if wrong < _WRONG:
         return Choice(
             task_R,
-            f"{prompts}; the model cannot tell wrong completions, or there are none: {wrong:.0%} of the rows are as "
-            "unlikely as rows of the target with another completion",
+            f"{prompts}; the model cannot tell wrong completions, or there are none: {wrong:.1%} of the rows are as "
+            "unlikely as prompts of the target with the completion of another row",
         )
     within_R = task_R & (scores_R <= np.quantile(target_T, _WITHIN, method="higher"))
     left_out = 1 - within_R.sum() / task_R.sum()

@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from siftune.base.files import Progress
 from siftune.base.numerics import widened
 from siftune.data.batches import by_length
 from siftune.models.loss import IGNORED, find_output_embeddings, logits_at
@@ -43,16 +42,13 @@ def prompt_of(ids: Sequence[int], labels: Sequence[int]) -> Sequence[int]:
     return ids[: first if first > 0 else len(ids)]
 
 
-def embed(
-    model: nn.Module, texts: Sequence[Sequence[int]], batch_size: int = 64, progress: Progress | None = None
-) -> Tensor:
+def embed(model: nn.Module, texts: Sequence[Sequence[int]], batch_size: int = 64) -> Tensor:
     """Embed texts.
 
     Args:
         model: A causal language model, PEFT-wrapped or not; it is put into eval mode and back.
         texts: Token ids of each text, at least one.
         batch_size: Texts per forward pass.
-        progress: Receives the number of embedded texts.
 
     Raises:
         LayerError: The model has no output embeddings.
@@ -60,7 +56,7 @@ def embed(
     Returns:
         (R, H), each of length 1, float32, or float64 if the model is; on the CPU.
     """
-    found_RH, done = torch.empty(0), 0
+    texts_RH: Tensor | None = None
     states: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -83,14 +79,13 @@ def embed(
                 weights_BT1 = seen_BT.to(states_BTH)[:, :, None]
                 mean_BH = (states_BTH * weights_BT1).sum(1) / weights_BT1.sum(1)
                 mean_BH = nn.functional.normalize(mean_BH, dim=1).cpu()
-                found_RH = found_RH if done else mean_BH.new_empty(len(texts), mean_BH.shape[1])
-                found_RH[places] = mean_BH
-                done += len(places)
-                if progress is not None:
-                    progress("similarity of the prompts", done, len(texts))
+                if texts_RH is None:
+                    texts_RH = mean_BH.new_empty(len(texts), mean_BH.shape[1])
+                texts_RH[places] = mean_BH
     finally:
         handle.remove()
-    return found_RH
+    assert texts_RH is not None
+    return texts_RH
 
 
 def nearest(texts_RH: Tensor, target_KH: Tensor, mean_H: Tensor) -> Tensor:
@@ -112,17 +107,22 @@ def nearest(texts_RH: Tensor, target_KH: Tensor, mean_H: Tensor) -> Tensor:
 
 
 def nearest_other(target_KH: Tensor, mean_H: Tensor) -> Tensor:
-    """Similarity of each text of the target to the nearest other one; (K,), from -1 to 1. At least two texts.
+    """Similarity of each text of the target to the nearest other one; (K,), from -1 to 1; 1 for a single text.
+
+    Texts must differ: a text that is there twice would be its own nearest one.
 
     Example:
         >>> nearest_other(torch.tensor([[1.6, 1.8], [2.0, 1.0], [1.0, 2.0]]), torch.ones(2))
         tensor([0.8000, 0.6000, 0.8000])
     """
+    if len(target_KH) == 1:
+        return torch.ones(1)
     target_KH = nn.functional.normalize(target_KH - mean_H, dim=1)
     return (target_KH @ target_KH.T).fill_diagonal_(-torch.inf).amax(1)
 
 
-_OUTSIDE = 0.05  # share of the target's own rows that may be outside of its task (ours)
+_OUTSIDE = 0.05  # share of the target's own prompts that may be outside of its task (ours)
+_ROUNDING = 1e-3  # of the similarity of equal prompts in different batches (ours)
 
 
 def of_task(similar_R: Floats, similar_K: Floats) -> NDArray[np.bool_]:
@@ -137,4 +137,4 @@ def of_task(similar_R: Floats, similar_K: Floats) -> NDArray[np.bool_]:
         >>> of_task(np.array([0.9, 0.8, 0.2]), np.array([0.8, 0.1, 0.9])).tolist()
         [True, True, False]
     """
-    return similar_R >= np.quantile(similar_K, _OUTSIDE, method="higher")
+    return similar_R >= min(np.quantile(similar_K, _OUTSIDE, method="higher"), 1 - _ROUNDING)

@@ -103,13 +103,13 @@ def judge(rows: Scores, decoys: Scores) -> Verdict:
 
 def _least_loss(rows: Scores, decoys: Scores) -> float:
     """Loss from which the rows of a source are suspect; infinite if none is."""
-    share = share_like_decoys(rows.loss, decoys.loss)
+    share = share_like_decoys(rows.loss, decoys.loss, _DECOYS)
     if not _LEAST <= share <= _MOST:
         return np.inf
     if (
         rows.gain is not None
         and decoys.gain is not None
-        and share_like_decoys(-rows.gain, -decoys.gain) < _AGREE * share
+        and share_like_decoys(-rows.gain, -decoys.gain, _DECOYS) < _AGREE * share
     ):
         return np.inf
     losses, wrong = np.sort(rows.loss), np.sort(decoys.loss)
@@ -118,19 +118,20 @@ def _least_loss(rows: Scores, decoys: Scores) -> float:
     return float(losses[enough.argmax()]) if enough.any() else np.inf
 
 
-def share_like_decoys(rows: NDArray[np.floating], decoys: NDArray[np.floating]) -> float:
+def share_like_decoys(rows: NDArray[np.floating], decoys: NDArray[np.floating], least: int) -> float:
     """Upper bound of the share of wrong rows, if these have scores like decoys; infinite if there are too few decoys.
 
     Args:
         rows: (R,) scores that are high for wrong rows; NaN where not measured.
         decoys: (D,) scores of decoys.
+        least: Number of decoys that are needed.
 
     Example:
-        >>> share_like_decoys(np.repeat([0.1, 8.0], [80, 20]), np.linspace(7.0, 8.0, 50))
+        >>> share_like_decoys(np.repeat([0.1, 8.0], [80, 20]), np.linspace(7.0, 8.0, 50), least=30)
         0.2
     """
     rows, decoys = (np.sort(scores[~np.isnan(scores)]) for scores in (rows, decoys))
-    if len(decoys) < _DECOYS or not len(rows):
+    if len(decoys) < least or not len(rows):
         return np.inf
     middle = decoys[round(_MIDDLE[0] * len(decoys)) : round(_MIDDLE[1] * len(decoys))]
     reaching, wrong = (1 - np.searchsorted(scores, middle) / len(scores) for scores in (rows, decoys))

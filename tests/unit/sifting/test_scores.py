@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siftune.sifting.rows import held_out_count
-from siftune.sifting.scores import choose, lowest, told_apart, unlike
+from siftune.sifting.scores import choose, lowest, separation, unlike
 
 LOSSES = st.floats(-20, 20, width=32)
 MANY = st.lists(LOSSES, min_size=1, max_size=60)
@@ -28,43 +28,44 @@ def test_the_lowest_are_those_of_the_task_and_the_first_of_equal_ones(rows, coun
     assert chosen == sorted(sorted(range(len(rows)), key=lambda i: (not task[i], values[i], i))[:count])
 
 
-@given(SCORED, FEW, st.lists(LOSSES, min_size=1, max_size=60))
+OF_TASK = SCORED.filter(lambda rows: any(of_it for _, of_it in rows))
+
+
+@given(OF_TASK, FEW, st.lists(LOSSES, max_size=60))
 def test_the_choice_is_that_of_exact_arithmetic(rows, target, decoys):
     values, task = parts(rows)
     own = [value for value, of_it in zip(values, task, strict=True) if of_it]
     limit = next(each for each in sorted(target) if sum(v <= each for v in target) >= 0.8 * (len(target) - 1) + 1)
     pairs = [Fraction(1) if d > t else Fraction(1, 2) if d == t else Fraction(0) for d in decoys for t in target]
     middle = sorted(decoys)[round(0.3 * len(decoys)) : round(0.7 * len(decoys))]
-    ratios = [
-        Fraction(sum(v >= t for v in own) * len(decoys), len(own) * sum(d >= t for d in decoys))
-        for t in (middle if len(decoys) >= 30 and own else ())
-    ]
+    ratios = [Fraction(sum(v >= t for v in own) * len(decoys), len(own) * sum(d >= t for d in decoys)) for t in middle]
     expected = list(task)
-    if sum(pairs) / len(pairs) >= Fraction(3, 5) and min(ratios, default=1) >= Fraction(1, 20):
+    if len(decoys) >= 8 and sum(pairs) / len(pairs) >= Fraction(3, 5) and min(ratios) >= Fraction(1, 20):
         expected = [of_it and value <= limit for value, of_it in zip(values, task, strict=True)]
     assert choose(values, np.array(target), np.array(decoys), task).rows_R.tolist() == expected
 
 
 def test_rows_above_the_limit_are_left_out_if_rows_are_as_unlikely_as_decoys():
-    target, decoys, task = np.array([0.1] * 8 + [0.5, 3.0]), np.full(40, 4.0), np.ones(100, bool)
+    target, decoys, task = np.array([0.1] * 8 + [0.5, 3.0]), np.full(8, 4.0), np.ones(100, bool)
     for unlikely, left_out in ((5, 6), (4, 0)):
         pool = np.repeat([0.2, 0.5, 0.6, 4.0], [90, 9 - unlikely, 1, unlikely])
         assert (~choose(pool, target, decoys, task).rows_R).sum() == left_out
 
 
-def test_nothing_is_left_out_if_decoys_are_as_likely_as_held_out_rows():
+def test_nothing_is_left_out_if_decoys_are_few_or_as_likely_as_held_out_rows():
     target, pool, task = np.array([0.1] * 8 + [0.5, 3.0]), np.array([0.2] * 5 + [9.0] * 5), np.ones(10, bool)
-    assert "cannot tell" in choose(pool, target, np.array([0.1, 0.1]), task).reason
-    for decoys in ([0.1, 0.1], []):
-        assert choose(pool, target, np.array(decoys), task).rows_R.all()
-    assert not choose(pool, target, np.array([2.0, 9.0]), task).rows_R.all()
+    assert "cannot tell" in choose(pool, target, np.full(8, 0.1), task).reason
+    assert "too few" in choose(pool, target, np.full(7, 9.0), task).reason
+    for decoys in (np.full(8, 0.1), np.full(7, 9.0), np.empty(0)):
+        assert choose(pool, target, decoys, task).rows_R.all()
+    assert not choose(pool, target, np.full(8, 9.0), task).rows_R.all()
 
 
 @given(FEW, st.lists(LOSSES, max_size=20))
 def test_pairs_in_order_are_counted_one_by_one(target, decoys):
     pairs = [(d > t) + (d == t) / 2 for d in decoys for t in target]
     expected = sum(pairs) / len(pairs) if pairs else 0.5
-    assert told_apart(np.array(decoys), np.array(target)) == pytest.approx(expected, abs=1e-12)
+    assert separation(np.array(decoys), np.array(target)) == pytest.approx(expected, abs=1e-12)
 
 
 @given(st.integers(8, 10_000))

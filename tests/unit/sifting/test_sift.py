@@ -24,6 +24,7 @@ from siftune import sift
 from siftune.base.errors import DataError, InputError, RecipeError
 from siftune.recipe.schema import Recipe
 from siftune.records.rows import named_rows, read_rows
+from siftune.sifting import prompts
 from siftune.sifting import scoring as module
 from siftune.sifting.scores import Choice, choose
 from siftune.train.folder.run import RunFolder
@@ -74,9 +75,11 @@ def by_hand(given, tmp_path, number, **settings):
 def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, task):
     """A target of fewer than 64 rows is halved: each training leaves out one half."""
     sifted = sift(**given, console=QUIET)
-    halves = [records(tmp_path / "sifted" / name) for name in ("unseen.jsonl", "1-unseen.jsonl")]
-    assert halves == [task.target[::2], task.target[1::2]]
-    assert records(tmp_path / "sifted" / "seen.jsonl") == task.target[1::2]
+    halves = halves_of(tmp_path / "sifted")
+    assert [len(half) for half in halves] == [6, 6]
+    assert sorted(halves[0] + halves[1], key=str) == sorted(task.target, key=str)
+    for seen, half in zip(("1-seen.jsonl", "seen.jsonl"), halves, strict=True):
+        assert records(tmp_path / "sifted" / seen) == half == [row for row in task.target if row in half]
     tokenizer, plain = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
     prompts = np.stack([mean_state(plain, tokenizer, row["prompt"]) for row in (*task.pool, *task.target)])
     after, held_out = [], []
@@ -104,6 +107,57 @@ def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, 
     assert sifted.selected == chosen == [n for n, line in enumerate(found) if line["selected"] == "1"]
 
 
+def halves_of(folder):
+    """The rows that either training leaves out."""
+    return [records(folder / name) for name in ("unseen.jsonl", "1-unseen.jsonl")]
+
+
+def test_classes_that_alternate_are_in_both_halves(given, tmp_path):
+    rows = [{"prompt": f"{i}?", "completion": "no" if i % 2 else "yes"} for i in range(20)]
+    given["target"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sift(**given, share=9, console=QUIET)
+    assert all({row["completion"] for row in half} == {"yes", "no"} for half in halves_of(tmp_path / "sifted"))
+
+
+def test_several_answers_to_one_prompt_do_not_narrow_the_task(given, task):
+    twice = [{**row, "completion": text} for row in task.target for text in (row["completion"], "0")]
+    given["target"].write_text("".join(json.dumps(row) + "\n" for row in twice))
+    sifted = sift(**given, share=12, console=QUIET)
+    sums = [number for number, row in enumerate(task.pool) if row["source"] == "sums"]
+    assert np.isfinite(sifted.scores[sums]).sum() >= 9
+
+
+def test_rows_with_other_columns_in_one_file_are_refused(given, task):
+    """The first row determines the columns of all, but it is in one of the halves alone."""
+    others = [{**row, "instruction": f"{row['prompt']}!", "output": "y"} for row in task.target]
+    mixed = [{"instruction": "0+0?", "output": "0"}, *others]
+    given["target"].write_text("".join(json.dumps(row) + "\n" for row in mixed))
+    with pytest.raises(DataError, match="different columns"):
+        sift(**given, share=9, console=QUIET)
+
+
+def test_hidden_states_that_are_not_finite_name_their_row(given, monkeypatch):
+    original = prompts.embed
+
+    def broken(model, texts, size):
+        states = original(model, texts, size)
+        if len(texts) == 16:
+            states[3] = np.nan
+        return states
+
+    monkeypatch.setattr(prompts, "embed", broken)
+    with pytest.raises(DataError, match=r"pool\.jsonl:4 are not finite"):
+        sift(**given, share=9, console=QUIET)
+
+
+def test_a_prompt_longer_than_a_row_may_be_is_compared_if_all_tokens_count(given, task):
+    long = {"prompt": "x" * 70, "completion": "y"}
+    given["train"].write_text("".join(json.dumps(row) + "\n" for row in [*task.pool, long]))
+    sifted = sift(**given, completion_only=False, share=9, console=QUIET)
+    assert len(sifted.places) == 37
+    assert np.isfinite(sifted.similar).all()
+
+
 def decoys_by_hand(folder):
     """Scores of the last rows of either training: four decoys of each of its six held-out rows."""
     found = []
@@ -120,7 +174,7 @@ def test_decoys_have_the_prompts_of_held_out_rows_and_completions_of_others(give
     sift(**given, console=QUIET)
     assert [len(rows) for rows in seen] == [24, 24]
     texts = {row["prompt"]: row["completion"] for row in task.target}
-    for half, rows in zip((task.target[::2], task.target[1::2]), seen, strict=True):
+    for half, rows in zip(halves_of(Path(given["out"])), seen, strict=True):
         assert [row.prompt[0].content for row in rows] == [row["prompt"] for row in half for _ in range(4)]
         assert all(row.completion in texts.values() for row in rows)
         assert all(row.completion != texts[row.prompt[0].content] for row in rows)
@@ -261,6 +315,16 @@ def test_a_template_file_counts_by_its_content(given, tmp_path):
         sift(**{**given, "template": file}, share=5, console=QUIET)
 
 
+def test_an_interrupted_training_continues_after_its_template_moved(given, tmp_path, interfere, monkeypatch):
+    file = tmp_path / "a.jinja"
+    file.write_text("{% for m in messages %}{{ m.content }}|{% endfor %}")
+    interfere(At("on_step_begin", 1, lambda _: os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        sift(**{**given, "template": file}, share=5, console=QUIET)
+    monkeypatch.undo()
+    assert len(sift(**{**given, "template": file.rename(tmp_path / "b.jinja")}, share=5, console=QUIET).selected) == 5
+
+
 def test_prompts_are_compared_without_completions_if_all_tokens_count(given):
     only = sift(**given, share=5, console=QUIET).similar
     every = sift(**{**given, "out": given["out"] + " all", "completion_only": False}, share=5, console=QUIET).similar
@@ -357,7 +421,7 @@ def test_rows_of_the_target_and_copies_are_counted(given, task, tmp_path):
     dropped = named_rows(str(sifted.dropped))
     assert {f"{given['train']}:{number}" for number in (1, 38, 39)} <= set(dropped)
     seen, unseen = (records(tmp_path / "sifted" / name) for name in ("seen.jsonl", "unseen.jsonl"))
-    assert [*seen, *unseen] == [*task.target[1::2], *task.target[::2]]  # copies are in neither
+    assert sorted([*seen, *unseen], key=str) == sorted(task.target, key=str)  # copies are in neither
 
 
 def test_copies_of_the_target_are_dropped_although_all_others_are_selected(given, task):
@@ -391,7 +455,7 @@ def test_rows_of_the_target_that_are_too_long_are_not_held_out(given, task):
     given["target"].write_text("".join(json.dumps(row) + "\n" for row in rows))
     sifted = sift(**given, bad_rows="drop", share=6, console=QUIET)
     assert "12 rows left out" in sifted.notes[0]
-    assert records(sifted.folder / "unseen.jsonl") == task.target[::2]
+    assert all(row in task.target for half in halves_of(sifted.folder) for row in half)
 
 
 def test_texts_are_compared_after_a_token_that_begins_all_of_them(given, base, tmp_path):

@@ -42,6 +42,14 @@ def test_similarity_of_the_targets_own_texts_leaves_each_text_itself_out():
     torch.testing.assert_close(nearest_other(target, mean), torch.tensor([0.6, 1.0, 0.8, 1.0]))
 
 
+def test_a_single_text_of_the_target_is_like_itself():
+    assert nearest_other(torch.tensor([[0.6, 0.8]]), torch.zeros(2)).tolist() == [1.0]
+
+
+def test_equal_prompts_are_of_the_task_up_to_rounding():
+    assert of_task(np.array([1 - 1e-6, 0.99]), np.array([1.0, 1.0])).tolist() == [True, False]
+
+
 @pytest.mark.parametrize(("count", "outside"), [(8, 1), (20, 1), (21, 1), (22, 2), (100, 5)])
 def test_a_twentieth_of_the_targets_rows_and_at_least_one_do_not_set_the_limit(count, outside):
     own = np.linspace(0.5, 0.9, count)

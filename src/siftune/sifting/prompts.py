@@ -1,0 +1,114 @@
+"""Similarity of a pool's prompts to those of the target, under the base model.
+
+Embeddings of the pool are kept in a file until all of them are there, since the mean of all is subtracted from each. An
+interrupted call continues after the last chunk of them.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from siftune.base.errors import DataError
+from siftune.base.stages import stages
+from siftune.data.rows import Row
+from siftune.data.tokens import tokens_of
+from siftune.engine.ranks import from_first, mean_over_ranks, rank, wait_for_all, world_size
+from siftune.models.attention import short_rows
+from siftune.models.modules import model_device
+from siftune.sifting.similarity import Floats, embed, nearest, nearest_other, prompt_of
+from siftune.sifting.work import PROMPTS, SIMILAR, Work, base_model, form_of, rows_at_once
+from siftune.train.guards.memory import free
+from siftune.train.prepare import Prepared
+
+_CHUNK = 512  # prompts that are embedded before their file grows
+
+
+def similarities(work: Work, prepared: Prepared, part: str) -> tuple[Floats, Floats]:
+    """Compare the prompts of the pool with those of the target.
+
+    Args:
+        work: The sifting.
+        prepared: The rows.
+        part: Name of the target's part of them.
+
+    Returns:
+        (R,) similarity of each row of the pool to the nearest prompt of the target, and (K,) of each different prompt
+        of the target to the nearest other one.
+
+    Raises:
+        DataError: An embedding is not finite.
+    """
+    lines = from_first(lambda: list(work.folder.lines(SIMILAR)))
+    if not lines:
+        model, rows = base_model(work), prepared.rows[part]
+        texts = _prompts(work, prepared, part, slice(0, len(rows)))
+        different = dict(zip(map(tuple, texts), rows, strict=True))
+        few_KH = embed(model, [*different], rows_at_once(work.recipe))
+        _refuse_broken(few_KH, [*different.values()])
+        _embed_pool(work, prepared, model, few_KH.shape[1])
+        del model
+        free()
+        if rank() == 0:
+            work.folder.append(SIMILAR, _compared(work, len(prepared.rows["train"]), few_KH.float()))
+        wait_for_all()
+        lines = from_first(lambda: list(work.folder.lines(SIMILAR)))
+    if rank() == 0:
+        (work.folder.path / PROMPTS).unlink(missing_ok=True)
+    return np.array(lines[0]["pool"], np.float64), np.array(lines[0]["target"], np.float64)
+
+
+def _embed_pool(work: Work, prepared: Prepared, model: torch.nn.Module, width: int) -> None:
+    """Add the embeddings of the pool's prompts to their file, chunk by chunk, after those that are there."""
+    rows, path = prepared.rows["train"], work.folder.path / PROMPTS
+    bytes_of_row = width * np.dtype(np.float32).itemsize
+    begin = from_first(lambda: path.stat().st_size // bytes_of_row // _CHUNK * _CHUNK if path.exists() else 0)
+    if rank() == 0:
+        with path.open("ab") as file:
+            file.truncate(begin * bytes_of_row)
+    with short_rows(), stages(work.console) as progress:
+        for start in range(begin, len(rows), _CHUNK):
+            progress("similarity of the prompts", start, len(rows))
+            chunk = slice(start, min(start + _CHUNK, len(rows)))
+            texts = _prompts(work, prepared, "train", chunk)
+            own = slice(rank(), None, world_size())  # each rank has a part of the texts
+            part_RH = torch.zeros(len(texts), width, dtype=torch.float64)
+            if texts[own]:
+                part_RH[own] = embed(model, texts[own], rows_at_once(work.recipe)).double()
+            part_RH = mean_over_ranks(part_RH, model_device(model)) * world_size()
+            _refuse_broken(part_RH, rows[chunk])
+            if rank() == 0:
+                with path.open("ab") as file:
+                    file.write(part_RH.float().numpy().tobytes())
+
+
+def _refuse_broken(states_RH: torch.Tensor, rows: Sequence[Row]) -> None:
+    finite_R = states_RH.isfinite().all(1)
+    if not bool(finite_R.all()):
+        place = rows[int(finite_R.int().argmin())].origin
+        raise DataError(f"the hidden states of {place} are not finite: leave the row out, or give --dtype float32")
+
+
+def _compared(work: Work, count: int, few_KH: torch.Tensor) -> dict[str, list[float]]:
+    """The similarities, as a line of their file."""
+    pool_RH: NDArray[np.float32] = np.memmap(
+        work.folder.path / PROMPTS, np.float32, "r", shape=(count, few_KH.shape[1])
+    )
+    chunks = [slice(start, start + _CHUNK) for start in range(0, count, _CHUNK)]
+    sum_H = sum((pool_RH[chunk].sum(0, dtype=np.float64) for chunk in chunks), np.zeros(few_KH.shape[1]))
+    mean_H = torch.from_numpy(sum_H / count).float()
+    similar = [nearest(torch.tensor(pool_RH[chunk]), few_KH, mean_H) for chunk in chunks]
+    return {"pool": torch.cat(similar).tolist(), "target": nearest_other(few_KH, mean_H).tolist()}
+
+
+def _prompts(work: Work, prepared: Prepared, part: str, chunk: slice) -> list[Sequence[int]]:
+    """Token ids of the prompts of rows; all token ids of a row of text, which may begin without a label."""
+    rows, columns = prepared.rows[part][chunk], prepared.data[part][chunk]
+    ids, labels = columns["input_ids"], columns["labels"]
+    if not work.recipe.completion_only:  # prompts have labels, too
+        tokens = tokens_of(rows, form_of(work, completion_only=True))
+        own = iter(tokens.data["labels"])
+        # --max-length may cut a row within its prompt, and then it has no label
+        labels = [[] if place in tokens.bad else next(own) for place in range(len(rows))]
+    return [prompt_of(*pair) if row.prompt else pair[0] for row, *pair in zip(rows, ids, labels, strict=True)]

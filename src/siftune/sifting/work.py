@@ -1,0 +1,53 @@
+"""A sifting at work: its recipe, rows and folder, the files in it, and the base model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from siftune.base.work_folder import WorkFolder
+from siftune.data.tokens import Form
+from siftune.engine.ranks import first_rank_first
+from siftune.models.load import use_attention
+from siftune.recipe.schema import Recipe
+from siftune.sifting.rows import Rows
+from siftune.train.prepare import Source
+
+LOSSES, PROMPTS, SIMILAR, TUNING = "losses.jsonl", "prompts.f32", "similar.jsonl", "tuning"
+_WIDER = 4  # times the rows of a training step in a forward pass, unless the step saves no activations
+
+
+@dataclass(frozen=True)
+class Work:
+    """A sifting: its recipe, rows and folder."""
+
+    recipe: Recipe
+    rows: Rows
+    steps: int
+    folder: WorkFolder
+    console: Console
+    source_of: Callable[[str], Source]
+
+
+def base_model(work: Work) -> Any:
+    """Load the model."""
+    recipe, source = work.recipe, work.source_of(work.recipe.model)
+    with first_rank_first():
+        model, _ = source.load(recipe.dtype, recipe.quantize)
+    use_attention(model, recipe.attention)
+    if torch.accelerator.is_available() and recipe.quantize is None:  # quantized weights are there already
+        model = model.to(torch.accelerator.current_accelerator())
+    return model
+
+
+def form_of(work: Work, completion_only: bool) -> Form:
+    """How rows become tokens."""
+    recipe = work.recipe
+    return Form(work.source_of(recipe.model).tokenizer(), recipe.max_length, recipe.template, completion_only)
+
+
+def rows_at_once(recipe: Recipe) -> int:
+    """Rows in a forward pass, which saves no activations, as a step with checkpointing hardly does."""
+    return (1 if recipe.checkpointing else _WIDER) * recipe.batch_size
