@@ -83,6 +83,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gast_sweep.jsonl": _costs,
     "keep.jsonl": lambda path: keep.report(read(path)),
     "keep_epyc.jsonl": lambda path: keep.report(read(path)),
+    "natural.jsonl": lambda path: pays.report(read(path)),
     "lira_epsilon.jsonl": lambda path: lira_epsilon.report(read(path)),
     **dict.fromkeys(_OFFSITE, lambda path: offsite.report(read(path))),
     "pays.jsonl": _pays,
@@ -94,6 +95,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
 
 # results of earlier code, and the figures that they support
 NOTES = {
+    "natural.jsonl": "It supports docs/sifting.md, which README.md quotes. `afbc9681+changes` is the code of 73d6ed86 "
+    "before its commit.",
     "avoid.jsonl": "Lines without `commit` are of earlier code, which had a second implementation of `--avoid`; their "
     "methods other than `dense`, `oracle` and `right late` are scores. They support docs/avoid.md, which is quoted in "
     "README.md and docs/which_method.md.",

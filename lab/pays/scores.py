@@ -112,7 +112,7 @@ def compare(job: dict[str, Any], pool: Pool) -> list[str]:
     return [
         *table(values, groups),
         f"AUC of decoys against held-out rows, K / √n: {separation(decoys, target):.3f}",
-        f"share of the task's rows as unlikely as decoys: {share_like_decoys(scores[own], decoys, least=8):.1%} or less",
+        f"task's rows as unlikely as decoys: {share_like_decoys(scores[own], decoys, least=8):.1%} or less",
     ]
 
 

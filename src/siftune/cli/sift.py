@@ -27,9 +27,10 @@ PoolShare = Count | Annotated[float, Field(gt=0, lt=1)]
 class Options(Validated):
     """Select the rows of a pool that are like a few correct rows of your task, and write them for any trainer.
 
-    Rows with prompts like those of the correct rows are of the task. A short training on the correct rows makes rows
-    that contradict them less likely, and these are left out. With --avoid, rows like bad ones are left out. The same
-    command continues after an interruption. `siftune train --sift` and `siftune train --avoid` do this before training.
+    Rows with prompts like those of the correct rows are of the task. After a short training on most of the correct
+    rows, rows of the task that are less likely than four in five of the others are left out. With --avoid, rows like
+    bad ones are left out. The same command continues after an interruption. `siftune train --sift` and `siftune train
+    --avoid` do this before training.
     """
 
     model: str = Recipe.model
@@ -41,7 +42,7 @@ class Options(Validated):
     avoid: str | None = None
     """At least 8 rows with answers that the model must not give: a file or hub id. Rows like them are left out."""
     share: PoolShare | None = None
-    """Rows to select: a share of the pool below 1, or a number. Default: those of the task without contradiction."""
+    """Rows to select: a share of the pool below 1, or a number. Default: those of the task within the limit."""
     steps: Count = 60
     """At most N optimizer steps of the training on the target's rows; its held-out rows determine when it stops."""
     lr: Positive | None = Recipe.lr

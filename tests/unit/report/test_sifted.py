@@ -76,6 +76,8 @@ def test_rows_next_to_the_limit_are_shown_first(run):
     assert column(examples, 0)[10:] == [*map(str, (1, 2, 3, 4, 5, 56, 57, 58, 59, 60))]
     page = make_page([str(run)]).html
     assert "10 more rows" in page
+    table = page.partition("First the last rows")[2].partition("</table>")[0]
+    assert re.findall(r'<tr( class="later")?>\s*<td', table) == [""] * 10 + [' class="later"'] * 10
 
 
 def test_the_limit_divides_the_scores(run):
