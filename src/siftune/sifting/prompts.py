@@ -16,7 +16,7 @@ from siftune.data.rows import Row
 from siftune.data.tokens import tokens_of
 from siftune.engine.ranks import from_first, mean_over_ranks, rank, wait_for_all, world_size
 from siftune.models.attention import short_rows
-from siftune.models.modules import model_device
+from siftune.models.modules import check_window, model_device
 from siftune.sifting.similarity import Floats, embed, nearest, nearest_other, prompt_of
 from siftune.sifting.work import PROMPTS, SIMILAR, Work, base_model, form_of, rows_at_once
 from siftune.train.guards.memory import free
@@ -43,6 +43,8 @@ def similarities(work: Work, prepared: Prepared, part: str) -> tuple[Floats, Flo
     lines = from_first(lambda: list(work.folder.lines(SIMILAR)))
     if not lines:
         model, rows = base_model(work), prepared.rows[part]
+        longest = max(max(prepared.data[name]["length"]) for name in ("train", part))
+        check_window(model, longest, "a row of the pool or the target")
         texts = _prompts(work, prepared, part, slice(0, len(rows)))
         different = dict(zip(map(tuple, texts), rows, strict=True))
         few_KH = embed(model, [*different], rows_at_once(work.recipe))
