@@ -295,9 +295,9 @@ def _shares(sources: Sequence[str], selected_R: NDArray[np.bool_]) -> dict[str, 
 _FEW = 50  # completions that are reported one by one
 
 
-def _completions(rows: Sequence[Row], selected_R: NDArray[np.bool_], losses_R: Floats | None) -> dict[str, float]:
+def _completions(rows: Sequence[Row], selected_R: NDArray[np.bool_], scores_R: Floats | None) -> dict[str, float]:
     """Selected share of the task's rows with each completion, if these are few."""
-    task = [] if losses_R is None else np.isfinite(losses_R).nonzero()[0].tolist()
+    task = [] if scores_R is None else np.isfinite(scores_R).nonzero()[0].tolist()
     texts = [rows[number].completion.strip() for number in task]
     return _shares(texts, selected_R[task]) if 1 < len(set(texts)) <= min(_FEW, len(task) // 4) else {}
 
