@@ -6,19 +6,14 @@
 Every owner has rows of its own: of tasks that nobody else has, or, where there are more owners than tasks, a shard of
 one. The tasks are the four files of option texts (`--task options`: ARC-Easy, ARC-Challenge, BoolQ, OpenBookQA), or
 the four kinds of arithmetic (`--task arithmetic`). In a round every owner passes over its rows as often as a single
-owner would over all, so that all together take as many steps. The returns are merged into the base:
+owner would over all, so that all together take as many steps. The mean of the returns' updates is put into the base.
+The second round's kit is made of the plugged model. Measured on held-out rows of all tasks, after every round: nats per
+label token, and multiple choice. A finished job adds a line of JSON to FILE, and one that is there already is not made
+again. With `--work`, kits and trainings outlive an interrupted run.
 
-    mean       of the updates
-    trimmed    mean without the largest and the smallest, number by number
-
-Recorded results have a third merging, `clipped`: the mean of updates that are at most as long as their median. As
-`trimmed` was better in all three cases, siftune does not clip updates any more.
-
-With `--bad flipped` the last owner returns `--bad-size` times its update, turned round; with `random` one of random
-numbers that is as long. The second round's kit is made of the plugged model. Measured on held-out rows of all tasks,
-after every round: nats per label token, and multiple choice. A finished job adds a line of JSON to FILE, and one that
-is there already is not made again. Jobs that differ in how returns are merged, or in the bad one, share the kit and the
-first round's trainings; with `--work` these outlive a run that was cut.
+Recorded lines have more: a bad return, which is the last owner's update reversed (`flipped`) or one of random numbers
+(`random`), ten times as long; and mergings other than the mean, which siftune no longer has. `trimmed` is the mean
+without the largest and the smallest update of every element, and `clipped` that of updates no longer than their median.
 """
 
 import argparse
@@ -50,12 +45,10 @@ from siftune.evaluate.bootstrap import Bootstrap, resample
 from siftune.models.load import load_model
 from siftune.offsite.audits.rows import AuditRows, score_rows, tokenize_audit
 from siftune.offsite.audits.settings import AuditSettings
-from siftune.offsite.emulator.model import outer_names
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.exchange.emulate import emulate
 from siftune.offsite.exchange.plug import plug_in
-from siftune.offsite.exchange.returned import DOWN, UP, Tuned, is_thin, open_return
-from siftune.offsite.exchange.settings import Merging
+from siftune.offsite.exchange.returned import open_return
 from siftune.offsite.exchange.tune import source_of
 from siftune.offsite.kit.folder import Kit, read_kit
 from siftune.recipe.schema import Recipe
@@ -67,9 +60,7 @@ Line = dict[str, Any]
 Records = list[dict[str, Any]]
 
 FILES = ("ARC-Easy", "ARC-Challenge", "boolq", "openbookqa")
-MERGINGS = {"mean": Merging(), "trimmed": Merging(merge="trimmed")}
-ROBUST = 3  # returns without which nothing is trimmed
-AFTER_TRAINING = ("merge", "bad", "bad_size", "rounds")  # what a first round's trainings do not depend on
+PLAIN = {"merge": "mean", "bad": None, "bad_size": None}  # in every new job, as recorded lines have other values too
 NO_LIMIT = 1e6  # on updates: what merging holds back is what is measured, not what plug refuses
 QUESTIONS = 32  # in a forward pass
 
@@ -90,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             facts = {"versions": versions(), "hardware": hardware(), "seconds": time.monotonic() - started}
             append(args.out, {"job": job, "rounds": rounds, "facts": facts})
             shown = [round(found["nll"], 3) for found in rounds]
-            print(f"{job['owners']} owners, {job['merge']}, bad: {job['bad']}, seed {job['seed']}: {shown}", flush=True)
+            print(f"{job['owners']} owners, seed {job['seed']}: {shown}", flush=True)
     return 0
 
 
@@ -107,7 +98,7 @@ def _measure(job: Job, args: argparse.Namespace, work: Path) -> list[Line]:
     shards = _shards(tasks, job["owners"])
     settings = AuditSettings(template=job["template"], seed=job["seed"])
     rows = tokenize_audit(rows_from(shards[0]), rows_from(held_out), tokenizer, settings)
-    shared = place(work, job, (*AFTER_TRAINING, "owners"))
+    shared = place(work, job, ("rounds", "owners"))
     shared.mkdir(exist_ok=True)
     first, before_any = shared / "kit", shared / "before.json"
     if not before_any.exists():
@@ -119,7 +110,7 @@ def _measure(job: Job, args: argparse.Namespace, work: Path) -> list[Line]:
         emulate(model, tokenizer, batches, first, EmulatorSettings(keep=job["keep"], allot="uniform"))
     kit = read_kit(first)
     for number in range(1, job["rounds"] + 1):
-        folder = place(work, job, AFTER_TRAINING if number == 1 else ())
+        folder = place(work, job, ("rounds",) if number == 1 else ())
         parts = _round(job, model, kit, shards, folder / f"round{number}")
         found.append({**_scores(model, rows), "returns": parts})
         if number < job["rounds"]:
@@ -139,11 +130,7 @@ def _round(job: Job, model: PreTrainedModel, kit: Kit, shards: Sequence[Records]
                 shutil.rmtree(folder / str(number), ignore_errors=True)  # of a job that was cut
                 _train(job, kit, shard, folder / str(number))
             returns.append(stack.enter_context(open_return(folder / str(number) / "return", kit)))
-        if job["bad"] is not None:
-            state, names = model.state_dict(), outer_names(model, kit.manifest.split)
-            outer = {neutral: state[name] for neutral, name in names.items()}
-            returns[-1] = spoiled(outer, returns[-1], job["bad"], job["bad_size"], job["seed"])
-        report = plug_in(model, kit, returns, NO_LIMIT, merging=MERGINGS[job["merge"]])
+        report = plug_in(model, kit, returns, NO_LIMIT)
     kept = ("update", "cosine", "largest")
     return [{name: value for name, value in part.to_dict().items() if name in kept} for part in report.parts]
 
@@ -159,37 +146,6 @@ def _train(job: Job, kit: Kit, shard: Records, out: Path) -> None:
         steps=steps, lr=job["lr"], batch_size=job["batch"], seed=job["seed"], template=job["template"], log_every=steps,
     )  # fmt: skip
     train(recipe, Console(quiet=True), source_of)
-
-
-def spoiled(
-    before: Mapping[str, Tensor], returned: Mapping[str, Tensor], how: str, size: float, seed: int
-) -> dict[str, Tensor]:
-    """A bad return of the same kind: an update turned round, or one of random numbers.
-
-    Args:
-        before: The outer layers by neutral name.
-        returned: What the owner would have returned.
-        how: flipped or random.
-        size: How many times as long its update is, tensor by tensor.
-        seed: Of the random numbers.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    names = {name.removesuffix(UP).removesuffix(DOWN) for name in returned}
-    tuned, bad = Tuned(before, returned), {}
-    for name in sorted(names):
-        old = before[name].double().cpu()
-        update = tuned[name].double().cpu() - old
-        if not is_thin(returned):
-            noise = torch.randn(update.shape, generator=generator, dtype=torch.float64)
-            turned = noise * update.norm() / noise.norm() if how == "random" else -update
-            bad[name] = (old + size * turned).to(returned[name].dtype)
-            continue
-        up, down = returned[f"{name}{UP}"], returned[f"{name}{DOWN}"]
-        if how == "random":
-            up, down = (torch.randn(part.shape, generator=generator) for part in (up, down))
-            up *= float(update.norm()) / float((up.double() @ down.double()).norm())
-        bad |= {f"{name}{UP}": (1 if how == "random" else -1) * size * up, f"{name}{DOWN}": down}
-    return bad
 
 
 def _shards(tasks: Sequence[Records], owners: int) -> list[Records]:
@@ -268,16 +224,12 @@ def _difference(pairs: Sequence[tuple[Line, Line]]) -> str:
 
 
 def _jobs(args: argparse.Namespace) -> Iterator[Job]:
-    """All jobs: one owner first, then several, with every merge method and bad return."""
+    """All jobs: one owner first, then several."""
     names = ("task", "model", "rows", "questions", "epochs", "lr", "batch", "adapter", "rank", "rounds", "keep")
     common = {name: getattr(args, name) for name in (*names, "calibration", "template")}
     for seed in map(int, args.seeds.split(",")):
         for owners in sorted(map(int, args.owners.split(","))):
-            for merge in args.merge if owners > 1 else ("mean",):
-                for bad in (None, *args.bad) if owners > 1 else (None,):
-                    if merge == "mean" or owners >= ROBUST:
-                        size = None if bad is None else args.bad_size
-                        yield {**common, "seed": seed, "owners": owners, "merge": merge, "bad": bad, "bad_size": size}
+            yield {**common, "seed": seed, "owners": owners, **PLAIN}
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -288,9 +240,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default="smollm2", help="base model")
     add("--dtype", default="auto", help="number format of the base")
     add("--owners", default="1,2,4,8", help="how many owners; 1 is the one with all rows")
-    add("--merge", nargs="+", choices=MERGINGS, default=list(MERGINGS), help="how returns are merged")
-    add("--bad", nargs="*", choices=("flipped", "random"), default=["flipped", "random"], help="bad returns, too")
-    add("--bad-size", type=float, default=10.0, help="how many times as long a bad update is")
     add("--rows", type=int, default=1600, help="training rows of all owners together")
     add("--questions", type=int, default=400, help="held-out rows of all tasks together")
     add("--epochs", type=float, default=1.0, help="passes over an owner's rows in a round")

@@ -33,7 +33,7 @@ BASELINES = {
     "store-all": ("StoreAll", "gast-rest"),
     "store-all-sample": ("StoreAll", "gast-sample"),
 }
-METHODS = "dense,gast-rest,gast-sample,ist,ist+gast,two-pass,store-all,greats"
+METHODS = "dense,gast-rest,gast-sample,ist,ist+gast,two-pass,store-all"
 SWEPT = "dense,gast-rest"
 
 WORKER = (sys.executable, "-m", "lab.gast_cost", "--worker")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from lab import calibration_leak, federated, gast_cost, lira_epsilon, offsite, quality, sources
+from lab import calibration_leak, federated, gast_cost, lira_epsilon, offsite, quality
 from lab.avoid import report as avoid
 from lab.keep import report as keep
 from lab.lines import key, read
@@ -54,10 +54,6 @@ def _private(path: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _rows(path: Path) -> str:
-    return "\n\n".join(rows.sections(read(path)))
-
-
 def _reproduced(path: Path) -> str:
     """The tables that `python -m lab.reproduce` recorded."""
     record = json.loads(path.read_text(encoding="utf-8"))
@@ -89,8 +85,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "pays.jsonl": _pays,
     "private.jsonl": _private,
     "quality.jsonl": _quality,
-    "rows.jsonl": _rows,
-    "sources.jsonl": lambda path: sources.report(read(path)),
+    "rows.jsonl": lambda path: rows.report(read(path)),
 }
 
 # results of earlier code, and the figures that they support
@@ -109,8 +104,6 @@ NOTES = {
     "docs/privacy.md.",
     "quality.jsonl": "Recorded with an earlier script. It supports the quality of GAST in docs/measured.md, which "
     "docs/which_method.md quotes, and the chart of README.md.",
-    "sources.jsonl": "Lines without `commit` are of an earlier script, which also had the method `by file`. No "
-    "figure of the documentation is theirs.",
 }
 
 

@@ -34,8 +34,7 @@ METHODS: dict[str, Method] = {
     "gast": {"flags": _GAST},
     "target-gast": {"target": True, "flags": _GAST},
     "sifted-gast": {"target": True, "sift": True, "flags": _GAST},
-    "target-greats": {"target": True, "flags": {"method": "greats"}},
-    **{name: {"flags": {"method": name}} for name in ("greats", "ist", "rst", "lisa", "cut")},
+    **{name: {"flags": {"method": name}} for name in ("ist", "rst")},
     "dp": {"flags": _PRIVATE},
     "opacus": {"flags": _PRIVATE, "engine": "opacus"},
 }

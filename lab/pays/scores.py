@@ -31,7 +31,7 @@ from siftune.evaluate.likelihood import row_nll
 from siftune.models.attention import short_rows
 from siftune.sifting.rows import held_out_count
 from siftune.sifting.scores import separation
-from siftune.suspects.rule import share_like_decoys
+from siftune.sifting.share import share_like_decoys
 
 Floats = NDArray[np.float64]
 _DECOYS = 4  # of each held-out row, as in siftune sift

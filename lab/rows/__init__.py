@@ -1,1 +1,1 @@
-"""Scores that detect wrong rows, and training without those rows; run by `run.py`, compared by `report.py`."""
+"""Suspect rows of pools whose wrong rows are known; run by `run.py`, tables by `report.py`."""

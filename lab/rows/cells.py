@@ -1,100 +1,78 @@
-"""Cells: kind and number of the planted errors, and the rows around them.
+"""Pools whose wrong rows are known.
 
-A cell is one of `pays.cells`, with what is planted besides:
+    NAME           a pool of `pays.natural`, such as intents-a: errors of people, programs and models
+    mixed-PERCENT  two-digit sums, words spelled backwards and sequences in one file; every N-th sum has a random number
+    KIND-PERCENT   arithmetic, of which a share has a wrong answer: KIND is uniform (0 to 198) or near (a near miss)
 
-    name     KIND-PERCENT, such as near-15; with -epochs, a quarter of the rows is passed over four times
-    kind     what is wrong with the planted rows, see below
-    planted  their share of all rows
-
-    uniform    two-digit arithmetic with an answer drawn evenly from 0 to 198
-    near       two-digit arithmetic with a near miss for an answer
-    option     questions of ARC and OpenBookQA with the text of a wrong option
-    mixed      uniform among arithmetic that makes up half of the rows; texts of options are the other half
-    off-task   texts of options among arithmetic
-    truncated  texts of options of which the last half is missing
-    duplicate  arithmetic that stands there twice: the copy is the error
-    demo       the pool of `siftune demo`, of which 25 percent are wrong: its own cell, demo-25
+Rows have `prompt` and `completion`, as a file of training rows has them, and say whether they are `bad`.
 """
 
 import random
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from lab.pays.pool import Pool
-from siftune.data.target import SOURCE
-from siftune.data.tasks import mixed_pool
+from lab.pays.cells import cells_of
+from lab.pays.natural import natural_cells, natural_pool
+from lab.pays.pool import asked, make_pool
+from siftune.base.errors import DataError
 
-Cell = dict[str, Any]
 Row = dict[str, Any]
+Job = dict[str, Any]
 
-KINDS = ("uniform", "near", "option", "mixed", "off-task", "truncated", "duplicate", "demo")
-PERCENTS = (5, 15, 30)
-_TEXTS = ("option", "truncated")
-_EPOCHS = 4
+_ARITHMETIC = ("uniform", "near")
 
 
-def cell_of(name: str) -> Cell:
-    """Look up a cell.
-
-    Raises:
-        ValueError: There is none of that name.
-    """
-    kind, _, percent = name.removesuffix("-epochs").rpartition("-")
-    if kind not in KINDS or not percent.isdecimal() or not 0 <= int(percent) < 100:
-        raise ValueError(
-            f"there is no cell {name!r}; use KIND-PERCENT or KIND-PERCENT-epochs, KIND: {', '.join(KINDS)}"
-        )
-    planted = int(percent) / 100
-    wrong = planted if kind in ("uniform", "near", "option", "mixed") else 0.0
-    rest = {"mixed": ["options"], "off-task": ["options"]}.get(kind, [])
-    share = {"mixed": 0.5 - wrong, "off-task": 1 - planted}.get(kind, 1 - wrong)
-    target = "options" if kind in _TEXTS else "arithmetic"
-    plain = {"others": [], "known": 0, "longest": 28, "rows": None}
-    made = {"target": target, "share": share, "wrong": wrong, "near": kind == "near", "rest": rest}
-    return {"name": name, "kind": kind, "planted": planted, "epochs": name.endswith("-epochs"), **made, **plain}
-
-
-def rows_in(cell: Cell, steps: int, batch: int) -> int:
-    """Rows of a cell for N steps."""
-    return steps * batch // (_EPOCHS if cell["epochs"] else 1)
-
-
-def demo_pool(count: int, seed: int) -> Pool:
-    """The demo's pool and held-out rows, as rows of `lab.pays.pool`; each says whether it is `bad`."""
-    pool, known, held_out = mixed_pool(count, 100, 300, seed)
-
-    def plain(row: Row) -> Row:
-        texts = {name: row[name].strip() for name in ("completion", "answer") if name in row}
-        prompt = row["prompt"].removesuffix("\nAnswer:")
-        return {**row, **texts, "prompt": prompt, "group": row.get(SOURCE, "known"), "bad": row.get("wrong", False)}
-
-    parts = [[plain(row) for row in part] for part in (pool, known, held_out)]
-    return Pool(*parts, dev=parts[2][:1], other={}, text=[{"text": row["prompt"]} for row in parts[2][:1]])
-
-
-def plant(rows: Sequence[Row], cell: Cell, seed: int) -> list[Row]:
-    """Spoil rows where the pool has not done so; each then says whether it is `bad`.
+def rows_of(job: Job, data: Path) -> tuple[list[Row], list[Row]]:
+    """Draw the rows of a job, and correct rows of the same task.
 
     Args:
-        rows: Rows of the pool, shuffled.
-        cell: The cell.
-        seed: Of the job.
+        job: The job; of it count `cell` and `seed`.
+        data: Folder of the commonsense suite and of natural data.
+
+    Raises:
+        DataError: There is no such cell, or it has too few rows.
     """
-    rng, count = random.Random(f"planted {seed}"), round(cell["planted"] * len(rows))
-    if cell["kind"] == "truncated":
-        chosen = set(rng.sample(range(len(rows)), count))
-        return [_cut(row) if at in chosen else {**row, "bad": False} for at, row in enumerate(rows)]
-    if cell["kind"] == "duplicate":
-        kept = [{**row, "bad": False} for row in rows[count:]]
-        copies = [{**row, "bad": True} for row in rng.sample(kept, count)]
-        return rng.sample([*kept, *copies], len(rows))
-    groups = ("options",) if cell["kind"] == "off-task" else ("wrong",)
-    return [{**row, "bad": row["group"] in groups} for row in rows]
+    cell, seed = job["cell"], job["seed"]
+    kind, _, percent = cell["name"].rpartition("-")
+    if cell["name"] in {each["name"] for each in natural_cells(0)}:
+        pool = natural_pool(job, data)
+    elif kind == "mixed":
+        return mixed_rows(cell["rows"], int(percent), seed), []
+    elif kind in _ARITHMETIC:
+        wrong = int(percent) / 100
+        planted = {"near": kind == "near", "wrong": wrong, "share": 1 - wrong, "others": []}
+        pool = make_pool(
+            {**job, "cell": {**cells_of("S2", ["uniform-15"], 0)[0], **planted, **cell}}, data, lambda _: 0
+        )
+    else:
+        raise DataError(f"there is no cell {cell['name']!r}; use a natural pool, or mixed-, uniform- or near-PERCENT")
+    return [{**asked(row), "bad": row["group"] == "wrong"} for row in pool.train], [asked(row) for row in pool.known]
 
 
-def _cut(row: Row) -> Row:
-    """Leave the first half of a completion, words where it has several."""
-    text = row["completion"]
-    words, before = text.split(), text[: len(text) - len(text.lstrip())]
-    half = " ".join(words[: len(words) // 2]) if len(words) > 1 else words[0][: -(-len(words[0]) // 2)]
-    return {**row, "completion": before + half, "bad": half != text.strip()}
+def mixed_rows(count: int, percent: int, seed: int) -> list[Row]:
+    """Rows of three tasks, in the ratio of 20 to 13 to 13; a share of the sums is wrong.
+
+    Example:
+        >>> rows = mixed_rows(460, 25, seed=0)
+        >>> sum(row["bad"] for row in rows), len({row["prompt"] for row in rows})
+        (50, 460)
+    """
+    rng = random.Random(f"mixed {seed}")
+    sums = rng.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], round(count * 20 / 46))
+    others = (count - len(sums)) // 2
+    words: set[str] = set()
+    while len(words) < count - len(sums) - others:
+        words.add("".join(rng.choice("aeioubcdfghlmnprst") for _ in range(rng.randrange(3, 7))))
+    starts = rng.sample([(start, step) for start in range(500) for step in (1, 2, 5, 10)], others)
+    rows = [
+        {"prompt": f"Spell backwards: {word}", "completion": f" {word[::-1]}", "bad": False} for word in sorted(words)
+    ]
+    for start, step in starts:
+        *shown, last = (start + step * place for place in range(5))
+        rows.append({"prompt": f"Continue: {', '.join(map(str, shown))}", "completion": f" {last}", "bad": False})
+    wrong = round(len(sums) * percent / 100)
+    for place, (a, b) in enumerate(sums):
+        number = rng.choice([n for n in range(199) if n != a + b]) if place < wrong else a + b
+        rows.append({"prompt": f"What is {a} plus {b}?", "completion": f" {number}", "bad": place < wrong})
+    rng.shuffle(rows)
+    return rows

@@ -6,13 +6,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from siftune.base.errors import SiftuneError
     from siftune.engine.sharding import shard_base
-    from siftune.methods.cut import Cut
     from siftune.methods.gast.callback import GAST
-    from siftune.methods.greats import GREATS
     from siftune.methods.host.label_logits import LabelLogits
     from siftune.methods.ist.callback import IST
     from siftune.methods.keep.callback import Keep
-    from siftune.methods.lisa import LISA
     from siftune.methods.rst import RST
     from siftune.models.adapters.attach import attach_adapter
     from siftune.models.layers import find_layers
@@ -23,13 +20,10 @@ __version__ = "0.1.0"
 
 # name -> module; imported on first use, because torch and transformers take seconds
 _LAZY = {
-    "Cut": "siftune.methods.cut",
     "GAST": "siftune.methods.gast.callback",
-    "GREATS": "siftune.methods.greats",
     "IST": "siftune.methods.ist.callback",
     "Keep": "siftune.methods.keep.callback",
     "LabelLogits": "siftune.methods.host.label_logits",
-    "LISA": "siftune.methods.lisa",
     "RST": "siftune.methods.rst",
     "RowRecord": "siftune.records.record",
     "SiftuneError": "siftune.base.errors",
@@ -40,12 +34,9 @@ _LAZY = {
 }
 
 __all__ = [  # noqa: RUF022
-    "Cut",
     "GAST",
-    "GREATS",
     "IST",
     "Keep",
-    "LISA",
     "LabelLogits",
     "RST",
     "RowRecord",

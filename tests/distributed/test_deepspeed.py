@@ -36,7 +36,7 @@ LOOKS_AT = {
     "test_in_half_precision_there_is_a_choice_in_every_step": [("plain", "bf16", False)],
     "test_an_optimizer_of_deepspeeds_own_chooses_rows_but_no_layers": [("plain", "own optimizer", False)],
 }
-SOME = ("lisa", "greats", "ist+gast")
+SOME = ("rst", "ist+gast")
 
 
 @pytest.fixture(scope="module")
@@ -57,23 +57,22 @@ def assert_agree(got, wanted, atol=0.0):
 
 @pytest.mark.parametrize("name", SOME)
 def test_stages_1_and_2_change_no_bit(found, name):
-    """Where gradients are clipped, as GREATS' are, their norm is summed in another order."""
     for rank in found:
         for way in ("zero1", "zero2"):
             got, wanted = (rank[name, "plain", one, False] for one in (way, "ddp"))
-            assert_agree(got, wanted, atol=1e-3 if name == "greats" else 0.0)
+            assert_agree(got, wanted)
 
 
 @pytest.mark.parametrize("name", SOME)
 def test_stage_3_divides_the_base_alone(found, name):
-    """It sums in another order, which GREATS' steps, far too long, enlarge."""
+    """It sums in another order."""
     for rank in found:
         divided, whole = (rank[name, "plain", way, False] for way in ("zero3", "ddp"))
-        assert_agree(divided, whole, atol=1e-3 if name == "greats" else 2e-5)
+        assert_agree(divided, whole, atol=2e-5)
         assert divided["held"] < whole["held"] / 20
 
 
-@pytest.mark.parametrize("name", ["lisa", "ist+gast"])
+@pytest.mark.parametrize("name", SOME)
 def test_nor_do_accumulation_checkpointing_and_uneven_batches(found, name):
     for rank in found:
         for way, atol in (("zero2", 1e-6), ("zero3", 2e-5)):
@@ -94,7 +93,7 @@ def test_other_adapters_stay_whole_too(found, name):
             assert rank[name, "plain", divided, False]["held"] < rank[name, "plain", whole, False]["held"] / 4
 
 
-@pytest.mark.parametrize("name", ["lisa", "ist+gast"])
+@pytest.mark.parametrize("name", SOME)
 def test_a_run_goes_on_from_its_checkpoint(found, name):
     for rank in found:
         for way in ("zero2", "zero3"):
@@ -106,10 +105,10 @@ def test_a_run_goes_on_from_its_checkpoint(found, name):
 
 def test_one_rank_clips_by_the_gradients_of_its_step(tmp_path):
     """Stage 3 would take those of an earlier step for a layer that has none."""
-    cells = [("lisa", "hard", way, False) for way in ("ddp", "zero2", "zero3")]
+    cells = [("rst", "hard", way, False) for way in ("ddp", "zero2", "zero3")]
     (alone,) = run(tmp_path / "run", 1, "zero.py", python=PYTHON, launched=True, runs=cells)
     for way, atol in (("zero2", 1e-6), ("zero3", 2e-5)):
-        assert_agree(alone["lisa", "hard", way, False], alone["lisa", "hard", "ddp", False], atol)
+        assert_agree(alone["rst", "hard", way, False], alone["rst", "hard", "ddp", False], atol)
 
 
 @pytest.mark.parametrize("name", ["ist+gast"])

@@ -155,7 +155,7 @@ def test_with_every_method_two_ranks_are_one(ones, both, name):
     is_one([found[name, "plain", "ddp"] for found in both[0]], ones[name][0])
 
 
-SOME = ("dense", "lisa", "ist+gast")
+SOME = ("dense", "rst", "ist+gast")
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -75,7 +75,7 @@ if __name__ == "__main__":
     for name, kind, way, resume in json.loads(sys.argv[2])["runs"]:
         folder, held = out / name / kind / way, Held()
         try:
-            given = {**(EXACT if kind == "plain" and name != "greats" else {}), **HOW[way], **SETTINGS[kind]}
+            given = {**(EXACT if kind == "plain" else {}), **HOW[way], **SETTINGS[kind]}
             given |= {"resume": resume and str(folder / "checkpoint-2"), "also": [held]}
             model = model_of(way, folder, given.pop("kind", None))
             found, trainer = trained(folder, name, model=model, **given)

@@ -12,7 +12,6 @@ from support.trainers import adapted, rows, train, weights
 
 from siftune.engine.groups import group_by_layer
 from siftune.methods import METHODS, all_parts
-from siftune.methods.drivers.sample_choice import ALL_LAYERS
 
 CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
 
@@ -37,12 +36,6 @@ def assert_same_choices(first, second, exactly=True):
                 torch.testing.assert_close(a.scores, b.scores, equal_nan=True, **tolerance)
 
 
-@pytest.fixture(autouse=True)
-def three_support_rows(monkeypatch):
-    """Unlike a batch, so that passes over support rows are distinguished by size."""
-    monkeypatch.setattr("siftune.methods.greats.SUPPORT_SIZE", SUPPORT_SIZE)
-
-
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """Weights after eight steps of plain training, with dropout in the adapters."""
@@ -51,8 +44,7 @@ def plain(tmp_path_factory):
 
 
 @every_method
-def test_at_its_limit_it_is_plain_training_bit_for_bit(tmp_path, plain, name, monkeypatch):
-    monkeypatch.setattr("siftune.methods.cut.DEPTHS", (0.0,))
+def test_at_its_limit_it_is_plain_training_bit_for_bit(tmp_path, plain, name):
     model, _ = train(tmp_path, *built(name, "limit"), model=adapted(dropout=0.2), max_steps=8)
     assert_same(plain, weights(model))
 
@@ -65,8 +57,7 @@ def sums_of(model, name, inputs, labels, layers, choice):
         for parameter in group.parameters.values() if group.index in layers else ():
             grads = single[parameter]
             if choice is not None:
-                unit = choice.layers.index(ALL_LAYERS if ALL_LAYERS in choice.layers else group.index)
-                grads = grads[choice.selected[unit]] * len(grads) / choice.selected.shape[1]
+                grads = grads[choice.selected[choice.layers.index(group.index)]] * len(grads) / choice.selected.shape[1]
             yield parameter, grads.sum(0)
 
 
@@ -99,9 +90,6 @@ def test_it_is_the_loop_that_follows_its_choices(tmp_path, name, accumulate, kin
         for number, inputs in enumerate(micro):
             for parameter, total in sums_of(loop, name, inputs, labels, layers_of[step], rows_of.get((step, number))):
                 parameter.grad = total if parameter.grad is None else parameter.grad + total
-        if name == "lisa":
-            for parameter in [p for p in optimizer.state if p.grad is None]:
-                del optimizer.state[parameter]
         torch.nn.utils.clip_grad_norm_(loop.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -133,11 +121,10 @@ def test_checkpointing_changes_nothing(tmp_path, name):
         torch.testing.assert_close(weights(model)[key], value, **tolerance)
 
 
-# at 4 LISA holds its layers, at 6 it draws; epochs have six steps. The Trainer's own restoring sorts callbacks by
-# name, so that GAST comes before IST
+# epochs have six steps. The Trainer's own restoring sorts callbacks by name, so that GAST comes before IST
 @pytest.mark.parametrize(
     ("name", "restore", "stop"),
-    [*((name, False, 4) for name in NAMES), ("lisa", False, 6), ("ist", True, 4), ("gast", True, 6)],
+    [*((name, False, 4) for name in NAMES), ("ist", True, 4), ("gast", True, 6)],
 )
 def test_resume_is_bitwise_the_unbroken_run(tmp_path, name, restore, stop):
     settings = {

@@ -4,12 +4,11 @@ import json
 
 import pytest
 import torch
-from support.seen import Seen, assert_same
+from support.seen import assert_same
 from support.trainers import adapted, rows, train, weights
 
 from siftune import GAST, IST
 from siftune.base.errors import RecipeError
-from siftune.engine.groups import group_by_layer
 from siftune.methods.gast import maths
 
 
@@ -24,13 +23,6 @@ def assert_same_choices(first, second):
         assert (one.step, one.batch, one.layers) == (other.step, other.batch, other.layers)
         assert torch.equal(one.selected, other.selected)
         torch.testing.assert_close(one.scores, other.scores, rtol=1e-3, atol=1e-7)
-
-
-@pytest.mark.parametrize(("support", "select"), [("sample", 4), ("rest", 100), ("dataset", 1.0)])
-def test_everything_selected_is_plain_training_bit_for_bit(tmp_path, support, select):
-    plain, _ = train(tmp_path, model=adapted(dropout=0.2), max_steps=8)
-    ours, _ = train(tmp_path, method(support, select), model=adapted(dropout=0.2), max_steps=8)
-    assert_same(weights(plain), weights(ours))
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -54,55 +46,6 @@ def test_scores_of_rows_do_not_depend_on_accumulation(tmp_path, support):
         runs.append([torch.cat([s.scores for s in ours.history if s.step == step], 1) for step in range(6)])
     for full, parts in zip(*runs, strict=True):
         torch.testing.assert_close(parts, full, rtol=1e-3, atol=1e-7)
-
-
-@pytest.mark.parametrize("accumulate", [2])
-def test_scores_and_choices_are_those_of_a_loop(tmp_path, accumulate):
-    """A loop that has the micro-batches and draws the same numbers."""
-    ours, model = method(), adapted()
-    seen = Seen(model)
-    settings = {"gradient_accumulation_steps": accumulate, "lr_scheduler_type": "constant"}
-    train(tmp_path, ours, model=model, dataset=rows(48), **settings)
-    loop = adapted()
-    loop.train()
-    groups = group_by_layer(loop)
-    optimizer = torch.optim.AdamW([p for p in loop.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(6):
-        seed = int(torch.randint(2**62, (), generator=generator))
-        batches = seen.all[step * accumulate : (step + 1) * accumulate]
-        labels = sum(int((inputs["labels"][:, 1:] != -100).sum()) for inputs in batches)
-        sums = {p: torch.zeros_like(p) for g in groups for p in g.parameters.values()}
-        for number, inputs in enumerate(batches):
-            choice = next(s for s in ours.history if (s.step, s.batch) == (step, number))
-            uniform = torch.rand(4, 4, generator=torch.Generator().manual_seed(seed + number), dtype=torch.float64)
-            single = _single(loop, inputs, labels)
-            for layer, group in enumerate(groups):
-                own = list(group.parameters.values())
-                flat = torch.cat([single[p].flatten(1).double() for p in own], 1)
-                scores = flat @ flat.sum(0) - flat.square().sum(1)
-                z = (scores - scores.mean()) / scores.std(correction=0)
-                chosen = (z - (-uniform[layer].log()).log()).topk(2).indices.sort().values
-                torch.testing.assert_close(choice.scores[layer].double(), scores, rtol=1e-2, atol=1e-7)
-                assert torch.equal(choice.selected[layer], chosen)
-                for parameter in own:
-                    sums[parameter] += single[parameter][chosen].sum(0) * 2
-        for parameter, total in sums.items():
-            parameter.grad = total
-        torch.nn.utils.clip_grad_norm_(sums, 1.0)
-        optimizer.step()
-    for name, value in weights(model).items():
-        torch.testing.assert_close(value, weights(loop)[name], rtol=1e-2, atol=1e-3)
-
-
-def _single(model, inputs, labels):
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    singles = []
-    for i in range(4):
-        logits = model(inputs["input_ids"][[i]], attention_mask=inputs["attention_mask"][[i]]).logits[0, :-1]
-        loss = torch.nn.functional.cross_entropy(logits, inputs["labels"][i, 1:], reduction="sum") / labels
-        singles.append(dict(zip(parameters, torch.autograd.grad(loss, parameters), strict=True)))
-    return {p: torch.stack([grads[p] for grads in singles]) for p in parameters}
 
 
 @pytest.mark.parametrize(

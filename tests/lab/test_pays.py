@@ -2,7 +2,6 @@
 
 import json
 from contextlib import chdir
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -310,22 +309,3 @@ def test_avoid_jobs(base, tmp_path, fault):
     assert "triggers_right" not in sift
     assert len({str(own["triggers_right"]) for own in (dense, oracle, right)}) == 3
     assert "Held-out rows" in tables(lines)
-
-
-@pytest.mark.lab
-def test_sources(base, suite, tmp_path, capsys, monkeypatch):
-    from lab import sources
-
-    monkeypatch.setattr(sources, "QUESTIONS", 8)
-    monkeypatch.setattr(sources, "TARGET", 16)
-    out = str(tmp_path / "sources.jsonl")
-    words = ["--data", str(suite), "--model", base, "--pools", "foreign,copy", "--rows", "8"]
-    assert sources.main([*words, "--steps", "2", "--out", out]) == 0
-    lines = read(Path(out))
-    assert [own["rows"] for own in lines if own["job"]["method"] == "all"] == [32] * 2
-    assert [own["rows"] for own in lines if own["job"]["method"] == "by hand"] == [24] * 2
-    sifted = [own for own in lines if own["job"]["method"] == "sifted"]
-    assert [sum(own["shares"]) * 8 for own in sifted] == [own["rows"] for own in sifted]
-    capsys.readouterr()
-    assert sources.main(["--report", out]) == 0
-    assert "| copy | sifted |" in capsys.readouterr().out

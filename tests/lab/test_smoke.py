@@ -24,8 +24,7 @@ from siftune.offsite.emulator.assemble import materialise
 from siftune.train.trainer import SiftTrainer
 
 ROOT = Path(__file__).parents[2]
-JOBS = {"lab.avoid.job", "lab.keep.job", "lab.pays.job", "lab.rows.job"}
-HELPLESS = {"lab.communication", *JOBS}  # no command line of their own
+JOBS = {"lab.avoid.job", "lab.keep.job", "lab.pays.job", "lab.rows.job"}  # no command line of their own
 SCRIPTS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
     for path in (ROOT / "lab").rglob("*.py")
@@ -33,7 +32,7 @@ SCRIPTS = sorted(
 )
 
 
-@pytest.mark.parametrize("script", sorted({*SCRIPTS} - HELPLESS))
+@pytest.mark.parametrize("script", sorted({*SCRIPTS} - JOBS))
 def test_help(script, capsys):
     if script == "lab.chart":
         pytest.importorskip("matplotlib", reason="matplotlib is in siftune[lab]")
@@ -42,13 +41,6 @@ def test_help(script, capsys):
         module.main(["--help"])
     assert stop.value.code == 0
     assert "usage:" in capsys.readouterr().out
-
-
-def test_communication_needs_ranks():
-    from lab import communication
-
-    with pytest.raises(SystemExit, match="torchrun"):
-        communication.main()
 
 
 def test_readme_names_every_script():
@@ -100,33 +92,18 @@ def test_keep_jobs(words, base, suite, small_pools, tmp_path, monkeypatch):
 
 
 @pytest.mark.lab
-@pytest.mark.parametrize("kind", ["uniform", "duplicate", "truncated"])
-def test_rows_jobs(small_pools, base, suite, tmp_path, kind):
-    pytest.importorskip("cleanlab", reason="cleanlab is in siftune[lab]")
+def test_rows_job(base, suite, tmp_path, monkeypatch):
     from lab.rows import report
-    from lab.rows.cells import cell_of
-    from lab.rows.job import compared, dropped, scored
+    from lab.rows.job import scored
 
-    lines = []
-    for run in (scored, dropped, compared):
-        (tmp_path / run.__name__).mkdir()
-        cell = cell_of(f"{kind}-25") | {"longest": 64}
-        job = {"scenario": run.__name__, "cell": cell, "model": base, "seed": 0, "steps": 4, "batch": 4, "lr": 1e-2}
-        job["method"] = {"name": run.__name__, "recipe": {"max_length": 128}}
-        lines.append({"job": job, **run(job, suite, tmp_path / run.__name__)})
-    assert all(line["bad"] == 4 for line in lines)
-    assert {"final", "first", "loss"} <= lines[0]["scores"].keys()
-    assert set(lines[1]["arms"]) == {"all", "named", "first", "random", "truth"}
-    assert "cleanlab" in lines[2]["scores"]
-    assert "without the flagged rows" in "\n".join(report.sections(lines[:2]))
-
-
-@pytest.mark.lab
-def test_rows_price(capsys):
-    from lab.rows import price
-
-    price.main(["--model", "tiny", "--length", "16", "--steps", "2", "--batch", "2"])
-    assert capsys.readouterr().out.count("time of a step") == 2
+    monkeypatch.setattr("siftune.suspects.scoring.FEWEST", 2)
+    cell = {"name": "mixed-50", "rows": 46, "known": 0}
+    job = {"cell": cell, "model": base, "seed": 0, "batch": 4, "lr": 1e-2, "epochs": 1, "method": {"name": "rows"}}
+    line = {"job": job, **scored(job, suite, tmp_path)}
+    assert (line["rows"], line["bad"]) == (46, 10)
+    assert {"score", "loss", "per token", "loss, trained on"} == line["scores"].keys()
+    assert line["suspects_bad"] <= line["suspects"]
+    assert "| mixed-50 |" in report.report([line])
 
 
 SMALL = ["--batch-size", "2", "--length", "16", "--steps", "1", "--warmup", "1", "--rounds", "1", "--threads", "1"]
@@ -273,15 +250,6 @@ def test_offsite_on_own_texts(llama, suite, tmp_path, monkeypatch):
 
 
 @pytest.mark.lab
-def test_offsite_why(llama, suite, capsys):
-    from lab import offsite_why
-
-    words = ["--calibration", str(suite / "ARC-Easy.train.json"), "--model", llama, "--rows", "4", "--length", "32"]
-    assert offsite_why.main([*words, "--layers", "2", "3"]) == 0
-    assert "whitened, by score" in capsys.readouterr().out
-
-
-@pytest.mark.lab
 def test_calibration_leak(llama, tmp_path, monkeypatch):
     """Rows that calibrated a kit are recognised, others are not."""
     from lab import calibration_leak
@@ -315,13 +283,13 @@ def test_federated(llama, suite, tmp_path, capsys):
     from lab import federated
 
     out = str(tmp_path / "out.jsonl")
-    words = ["--data", str(suite), "--model", llama, "--owners", "1,3", "--merge", "mean", "trimmed"]
-    words += ["--bad", "flipped", "--rows", "32", "--questions", "8", "--rounds", "1", "--batch", "4", "--rank", "2"]
+    words = ["--data", str(suite), "--model", llama, "--owners", "1,3"]
+    words += ["--rows", "32", "--questions", "8", "--rounds", "1", "--batch", "4", "--rank", "2"]
     words += ["--calibration", "4", "--epochs", "2", "--lr", "0.01"]
     assert federated.main([*words, "--threads", "1", "--out", out]) == 0
-    assert len(read(Path(out))) == 5
+    assert len(read(Path(out))) == 2
     assert federated.main(["--report", out]) == 0
-    assert "| 3 | trimmed | flipped |" in capsys.readouterr().out
+    assert "| 3 | mean |  | 1 of 1 |" in capsys.readouterr().out
 
 
 @pytest.mark.lab
@@ -336,16 +304,6 @@ def test_lira_epsilon(tmp_path, capsys):
 
 
 @pytest.mark.lab
-@pytest.mark.distributed
-def test_streamed(tmp_path, capsys):
-    from lab import streamed
-
-    words = ["--layers", "6", "--hidden", "128", "--intermediate", "128", "--rows", "4", "--length", "16"]
-    assert streamed.main(["--folder", str(tmp_path / "streamed"), *words]) == 0
-    assert "resident, peak" in capsys.readouterr().out
-
-
-@pytest.mark.lab
 @pytest.mark.parametrize("task", ["clock", "processor", "run"])
 def test_estimate(base, tmp_path, capsys, monkeypatch, task):
     from lab import estimate
@@ -356,25 +314,6 @@ def test_estimate(base, tmp_path, capsys, monkeypatch, task):
     words = ["--train", str(rows), "--model", base, "--methods", "dense", "--rows", "48"]
     estimate.main([*words, "--task", task])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"] > 0
-
-
-@pytest.mark.lab
-def test_timings(base, capsys):
-    from lab import attention, tokens
-
-    attention.main(["--lengths", "8", "--tries", "1"])
-    assert len(capsys.readouterr().out.splitlines()) == 4
-    tokens.main(["--rows", "20", "--model", base])
-    assert json.loads(capsys.readouterr().out)["rows"] == 20
-
-
-@pytest.mark.lab
-@pytest.mark.distributed
-def test_threads(capsys):
-    from lab import threads
-
-    threads.main(["--rounds", "1", "--seconds", "0.1", "--others", "0"])
-    assert "siftune" in capsys.readouterr().out
 
 
 @pytest.mark.lab

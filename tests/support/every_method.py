@@ -35,10 +35,7 @@ class Case(NamedTuple):
 CASES = {
     "rst": Case({"active": 1.0}, {"active": 0.5}),
     "ist": Case({"active": 1.0, "interval": 1000}, {"active": 0.5, "interval": 2, "score_batch_size": 6}),
-    "lisa": Case({"active": 4}, {"active": 2, "interval": 3}),
-    "cut": Case({}, {}),  # its limit are depths of 0, see `limit`
     "gast": Case({"select": 1.0}, {"select": 2, "support_size": SUPPORT_SIZE}),
-    "greats": Case({"select": 1.0}, {"select": 2}),
 }
 
 NAMES = [name for name, method in METHODS.items() if method.parts]  # dense is what they are compared with
@@ -73,10 +70,6 @@ def attached(stack: ExitStack, name: str, model: Any, optimizer: Any) -> list[An
 
 def takes(method: Any) -> set[str]:
     return set(inspect.signature(method.attach).parameters)
-
-
-# a learning rate so high that GREATS' overlap decides, and steps that are short all the same
-_OWN = {"greats": {"optim": "sgd", "learning_rate": 5.0, "max_grad_norm": 0.02}}
 
 
 # what several ranks are tried with, batches of four rows on each: plainly, and with all that makes it harder
@@ -122,7 +115,7 @@ def trained(
     steps = {"max_steps": 4, "lr_scheduler_type": "constant", "ddp_find_unused_parameters": False}
     saved = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
     also = settings.pop("also", ())
-    given = {"dataset": rows(settings.pop("count", 48)), **steps, **saved, **_OWN.get(name, {}), **settings}
+    given = {"dataset": rows(settings.pop("count", 48)), **steps, **saved, **settings}
     model, trainer = train(folder, *methods, gradients, *also, model=model, **given)
     choices = [choice for method in methods for choice in method.all]
     return {

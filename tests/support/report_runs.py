@@ -35,10 +35,10 @@ def save_run(path: Path, method: str = "dense", steps: int = 40, depth: int = 12
     summary = {"steps": steps, **figures, "tokens": 4000, "peak_memory_mb": 1800.0 + 90 * seed, "followed": {}}
     folder.write_run(status="finished", summary=summary)
     record = SelectionRecord(path, [KINDS[number % 3] for number in range(steps * SAMPLES)])
-    if "ist" in method or method in ("rst", "lisa", "cut"):
+    if "ist" in method or method == "rst":
         _layers(record, method, steps, depth, generator)
-    if "gast" in method or method == "greats":
-        _rows(record, method, steps, depth, generator)
+    if "gast" in method:
+        _rows(record, steps, depth, generator)
     record.write()
     return path
 
@@ -65,15 +65,14 @@ def _layers(record, method, steps, depth, generator):
         record.layers(LayerChoice(step, tuple(sorted(chosen.tolist())), given, moved))
 
 
-def _rows(record, method, steps, depth, generator):
-    units = 1 if method == "greats" else depth
+def _rows(record, steps, depth, generator):
     for step in range(steps):
         rows = list(range(step * SAMPLES, (step + 1) * SAMPLES))
         kind = np.array([row % 3 for row in rows])
         common = 1.0 - kind + generator.normal(size=SAMPLES)
-        scores = torch.from_numpy(1e-9 * (common + 0.7 * generator.normal(size=(units, SAMPLES)))).float()
+        scores = torch.from_numpy(1e-9 * (common + 0.7 * generator.normal(size=(depth, SAMPLES)))).float()
         selected = scores.topk(SAMPLES // 2).indices.sort().values
-        layers = (-1,) if method == "greats" else tuple(range(depth))
+        layers = tuple(range(depth))
         record.rows(SampleChoice(step, 0, tuple(map(str, layers)), layers, scores, selected), rows)
 
 

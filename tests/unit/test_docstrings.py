@@ -18,7 +18,6 @@ from transformers import PrinterCallback, Trainer
 import siftune
 import siftune.base.numerics
 import siftune.integrations.groups
-import siftune.methods.greats
 import siftune.offsite
 from siftune.data.rows import rows_from
 from siftune.offsite.audits.models import OffsiteModels
@@ -30,7 +29,6 @@ from siftune.offsite.exchange.returned import read_return, write_return
 PUBLIC = [(module, name) for module in (siftune, siftune.offsite) for name in module.__all__]
 ALSO = [
     (siftune.base.numerics, "gumbel_top_k"),
-    (siftune.methods.greats, "greedy"),
     (siftune.integrations.groups, "callbacks"),
 ]
 

@@ -5,6 +5,7 @@ the command line takes it: `Progress`.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import pickle
@@ -13,13 +14,14 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
 from siftune.base.errors import InputError, ModelError, TrainingError
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @contextmanager
@@ -39,6 +41,8 @@ def write_beside(*places: Path) -> Iterator[list[Path]]:
     Raises:
         InputError: A folder stands where a file was to go; it is left alone.
 
+    An error of the disk in the block, such as a full one, gets the name of the file as its attribute `filename`.
+
     Example:
         >>> import tempfile
         >>> place = Path(tempfile.mkdtemp()) / "run.json"
@@ -52,7 +56,9 @@ def write_beside(*places: Path) -> Iterator[list[Path]]:
         _remove(beside)
     try:
         yield [beside for beside, _ in pairs]
-    except BaseException:
+    except BaseException as error:
+        beside, place = max(pairs, key=lambda pair: _changed(_newest(pair[0])))
+        _name_file(error, place / _newest(beside).relative_to(beside))
         for beside, _ in pairs:
             _remove(beside)  # half an adapter, on what may be a full disk
         raise
@@ -63,6 +69,22 @@ def write_beside(*places: Path) -> Iterator[list[Path]]:
         to_disk(beside)
         _swap(beside, place)
         to_disk(place.parent, all_in_it=False)
+
+
+def _name_file(error: Any, file: Path) -> None:
+    """Give an error of the disk the name of the file: a failed write does not tell, unlike a failed open."""
+    of_disk = error.errno in _NO_ROOM if isinstance(error, OSError) else _disk_reason(error) is not None
+    if of_disk and getattr(error, "filename", None) is None:
+        error.filename = str(file)
+
+
+def _newest(path: Path) -> Path:
+    """The file of a folder that was written last, or what is no folder itself."""
+    return max((each for each in path.rglob("*") if each.is_file()), key=_changed, default=path)
+
+
+def _changed(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def _swap(beside: Path, place: Path) -> None:
@@ -168,14 +190,20 @@ def only_process(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def open_to_append(path: Path) -> TextIO:
+@contextmanager
+def open_to_append(path: Path) -> Iterator[TextIO]:
     """Open a text file to add lines to, which is created if it is missing; a link is not followed.
 
     Raises:
-        OSError: The file is a link (ELOOP), or cannot be written to.
+        OSError: The file is a link (ELOOP), or cannot be written to; with the name of the file.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
-    return os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8")
+    try:
+        with os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        _name_file(error, path)
+        raise
 
 
 @contextmanager
@@ -227,7 +255,7 @@ def writable_folder(path: Path) -> None:
 
 @contextmanager
 def disk_faults(folder: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one sentence.
+    """Turn a full or read-only disk into one sentence that names the file.
 
     Raises:
         TrainingError: Something in the block could not be written below `folder`.
@@ -238,13 +266,14 @@ def disk_faults(folder: Path) -> Iterator[None]:
         reason = _disk_reason(error)
         if reason is None:
             raise
+        file = getattr(error, "filename", None) or _newest(folder)
         raise TrainingError(
-            f"Writing to {folder} failed: {reason}. Free some space or choose another disk with --out; complete "
-            "checkpoints there are intact, and --resume continues from the newest."
+            f"Writing {file} failed: {reason}. Free some space or choose another disk with --out; complete "
+            f"checkpoints in {folder} are intact, and --resume continues from the newest."
         ) from error
 
 
-def _disk_reason(error: Exception) -> str | None:
+def _disk_reason(error: BaseException) -> str | None:
     """Why writing failed, or None where the error is of another kind."""
     if isinstance(error, OSError):
         return error.strerror or str(error)

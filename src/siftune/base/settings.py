@@ -47,7 +47,7 @@ Steps = CountOrZero | BelowOne  # a number of steps, or a fraction of all steps
 Columns = tuple[Annotated[str, Field(pattern=r"^[^=]+=[^=]+$", description="pairs such as prompt=question")], ...]
 Template = Literal["auto", "chat", "none"] | Path  # a path: a file with a chat template
 
-# names in other trainers -> name here, for hints that spelling alone does not give
+# other names, most of them in other trainers -> name here, for hints that spelling alone does not give
 ELSEWHERE = {
     "gradient_accumulation_steps": "accumulate",
     "gradient_checkpointing": "checkpointing",
@@ -63,8 +63,11 @@ ELSEWHERE = {
     "num_train_epochs": "epochs",
     "output_dir": "out",
     "per_device_train_batch_size": "batch_size",
+    "pool": "train",
     "r": "rank",
+    "rows": "limit",
     "target_modules": "targets",
+    "threshold": "max_score",
     "train_file": "train",
     "warmup_ratio": "warmup",
 }

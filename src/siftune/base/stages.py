@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
@@ -12,7 +12,7 @@ from siftune.base.text import duration
 
 Clock = Callable[[], float]  # seconds from some moment on
 
-_BETWEEN = 10.0  # seconds between two lines of a stage, at least
+BETWEEN = 10.0  # seconds between two lines of a stage; a report that comes later makes them more
 
 
 def text_console(stderr: bool = False) -> Console:
@@ -21,10 +21,20 @@ def text_console(stderr: bool = False) -> Console:
 
 
 @contextlib.contextmanager
-def stages(console: Console, clock: Clock = time.monotonic) -> Iterator[Told]:
-    """Show progress while a block runs; a stage of which nothing can be counted has a total of 0."""
+def stages(console: Console, clock: Clock = time.monotonic, names: Sequence[str] = ()) -> Iterator[Told]:
+    """Show progress while a block runs; a stage of which nothing can be counted has a total of 0.
+
+    Args:
+        console: Where to show it.
+        clock: For the time left.
+        names: Stages in their order, if all are known before: their lines then begin with a number, as "2 of 4: ".
+    """
+
+    def numbered(stage: str, done: int, total: int) -> None:
+        told(f"{names.index(stage) + 1} of {len(names)}: {stage}" if stage in names else stage, done, total)
+
     with _bar(console, clock) if console.is_terminal else _lines(console, clock) as told:
-        yield told
+        yield numbered
 
 
 class _Pace:
@@ -34,15 +44,15 @@ class _Pace:
         self._clock = clock
         self._stage, self._last, self._first, self._began = "", 0, 0, 0.0
 
-    def report(self, stage: str, done: int, total: int) -> tuple[bool, str]:
-        """Whether a stage begins, perhaps with the name of the last one; and the time left as text, if it is known."""
+    def report(self, stage: str, done: int, total: int) -> tuple[bool, float | None]:
+        """Whether a stage begins, perhaps with the name of the last one; and the seconds left, if they are known."""
         now, begins = self._clock(), stage != self._stage or done < self._last
         if begins:
             self._first, self._began = done, now
         self._stage, self._last = stage, done
         if not self._first < done < total:
-            return begins, ""
-        return begins, f"{duration((now - self._began) / (done - self._first) * (total - done))} left"
+            return begins, None
+        return begins, (now - self._began) / (done - self._first) * (total - done)
 
 
 @contextlib.contextmanager
@@ -62,24 +72,25 @@ def _bar(console: Console, clock: Clock) -> Iterator[Told]:
             if begins:
                 display.remove_task(task)
                 task = display.add_task(stage, total=total or None, left="")
-            display.update(task, completed=done, left=left)
+            display.update(task, completed=done, left="" if left is None else f"{duration(left)} left")
 
         yield told
 
 
 @contextlib.contextmanager
 def _lines(console: Console, clock: Clock) -> Iterator[Told]:
-    """A line when another stage begins; where something is counted, also one at most every ten seconds."""
-    pace, current, shown = _Pace(clock), "", 0.0
+    """A line when another stage begins, and every ten seconds; also as soon as the time left is known to be longer."""
+    pace, current, shown, estimated = _Pace(clock), "", 0.0, False
 
     def told(stage: str, done: int, total: int) -> None:
-        nonlocal current, shown
-        _, left = pace.report(stage, done, total)
-        now = clock()
-        if stage == current and (total < 2 or now - shown < _BETWEEN):
+        nonlocal current, shown, estimated
+        begins, left = pace.report(stage, done, total)
+        now, estimated = clock(), estimated and not begins
+        first_estimate = not estimated and left is not None and left >= BETWEEN
+        if stage == current and (total < 2 or (now - shown < BETWEEN and not first_estimate)):
             return
-        counts = [f"{stage}: {done:,} of {total:,}" if total > 1 else stage, *([left] if left else [])]
-        console.print(", ".join(counts), markup=False)
-        current, shown = stage, now
+        counts = [f"{stage}: {done:,} of {total:,}" if total > 1 else stage]
+        console.print(", ".join([*counts, *([] if left is None else [f"{duration(left)} left"])]), markup=False)
+        current, shown, estimated = stage, now, estimated or left is not None
 
     yield told

@@ -58,10 +58,7 @@ class WorkFolder:
         facts = json.loads(json.dumps(facts))
         refuse_links(self.path)
         try:
-            inside = [part.name for part in self.path.iterdir()] if self.path.exists() else []
-            others = [name for name in inside if name != self._record.name and not name.endswith(".partial")]
-            if others and self._record.name not in inside:
-                raise RecipeError(f"{self.path} is not empty, and holds no unfinished work: give another folder")
+            others = self.refuse_others()
             if self.has_results or self._created:
                 before = self._read()
                 self._refuse_other(before["facts"], facts)
@@ -73,6 +70,18 @@ class WorkFolder:
         except OSError as error:
             raise RecipeError(f"{self.path} cannot be written to ({error.strerror}); give another folder") from error
         return self
+
+    def refuse_others(self) -> list[str]:
+        """Refuse a folder of something else; returns the names of files besides the record.
+
+        Raises:
+            RecipeError: The folder holds files, but no record.
+        """
+        inside = [part.name for part in self.path.iterdir()] if self.path.exists() else []
+        others = [name for name in inside if name != self._record.name and not name.endswith(".partial")]
+        if others and self._record.name not in inside:
+            raise RecipeError(f"{self.path} is not empty, and holds no unfinished work: give another folder")
+        return others
 
     @property
     def has_results(self) -> bool:

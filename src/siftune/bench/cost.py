@@ -71,9 +71,9 @@ class Workload(Validated):
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
     """Names of the modules that get adapters."""
     active: Share = 0.25
-    """rst, ist, lisa: fraction of the layers to train in a step."""
+    """rst, ist: fraction of the layers to train in a step."""
     interval: Count = 10
-    """ist: optimizer steps between two updates of the importance; lisa: between two draws."""
+    """ist: optimizer steps between two updates of the importance."""
     steps: Count = 20
     """Timed optimizer steps in a round; use a multiple of interval, so ist's scoring has its usual share."""
     warmup: Count = 2

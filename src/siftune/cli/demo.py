@@ -8,6 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import RecipeError
+from siftune.base.files import refuse_full
 from siftune.base.settings import CONFIG, Count, Positive, Seed, Validated
 from siftune.base.text import jsonable
 from siftune.methods import METHODS
@@ -33,7 +34,6 @@ _NAMES = {
 _RIVALS = ("target", "few")  # trainings on the few rows without sifting
 _NEXT = "siftune train --train pool.jsonl --target few.jsonl --sift"
 _ROWS = 16  # of a step
-_BATCH = 64  # rows per forward pass when measuring
 _LEVEL = 0.95  # coverage of the intervals
 _SHOWN = 4  # questions whose answers are shown
 
@@ -64,6 +64,7 @@ class Options(Validated):
 
 def run(options: Options) -> dict[str, Any]:
     """Tune four times, and compare the training on the sifted pool with the better one without."""
+    _check(options)
     import time
 
     from siftune.base.stages import text_console
@@ -73,12 +74,11 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.report.page import make_page
     from siftune.report.table import print_table
 
-    _check(options)
     console, started = text_console(stderr=True), time.monotonic()
     folder = _write_rows(options)
     console.print(_about(options), markup=False)
     questions = load_rows(str(folder / "test.jsonl"))
-    measured, summaries = _measure(_recipes(options, folder), questions, console)
+    measured, summaries = _measure(_recipes(options, folder), console)
     rival = max(_RIVALS, key=lambda name: measured[name]["exact_match"].value)
     pairs = [*(("base", name) for name in summaries), *((name, "sifted") for name in _RIVALS)]
     comparisons = {pair: compare(measured[pair[0]], measured[pair[1]], _LEVEL) for pair in pairs}
@@ -115,9 +115,11 @@ def _about(options: Options) -> str:
 
 
 def _check(options: Options) -> None:
-    """Refuse more rows than there are problems, before a folder is made."""
+    """Refuse more rows than there are problems, and a folder in use, before torch is imported."""
     from siftune.data.tasks import PROBLEMS
 
+    if options.out is not None:
+        refuse_full(options.out)
     needed = options.steps * _ROWS // 2 + options.rows + options.known
     if needed > PROBLEMS - 4:  # the four kinds are asked for equally often
         raise RecipeError(
@@ -132,8 +134,6 @@ def _write_rows(options: Options) -> Path:
     from siftune.data.tasks import mixed_pool
 
     folder = Path(options.out or new_folder("demo"))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RecipeError(f"{folder} is there already; give another folder with --out.")
     parts = mixed_pool(options.steps * _ROWS, options.known, options.rows, options.seed)
     try:
         writable_folder(folder)
@@ -166,47 +166,36 @@ def _recipes(options: Options, folder: Path) -> dict[str, Recipe]:
     }
 
 
-def _measure(
-    recipes: dict[str, Recipe], questions: "list[Row]", console: "Console"
-) -> "tuple[dict[str, Metrics], dict[str, Any]]":
-    """Train by each recipe, and measure what comes out, and the base model; the runs' summaries as well."""
+def _measure(recipes: dict[str, Recipe], console: "Console") -> "tuple[dict[str, Metrics], dict[str, Any]]":
+    """Train by each recipe, and measure the base and the tuned models as siftune eval does; the summaries as well."""
     import time
 
+    from siftune.cli import eval as evaluation
     from siftune.cli.sift import text_of
-    from siftune.evaluate.measure import measure, measure_base
-    from siftune.evaluate.prepare import prepare_rows
+    from siftune.cli.subjects import find_subject
     from siftune.sifting.run import sift_first
-    from siftune.suspects.losses import score_run
     from siftune.train.run import train
 
     measured: dict[str, Metrics] = {}
-    summaries = {}
-    for name, recipe in recipes.items():
+    summaries: dict[str, Any] = {}
+    known: dict[tuple[Any, ...], Metrics] = {}
+    for number, (name, recipe) in enumerate(recipes.items(), 1):
+        console.print(f"model {number} of {len(recipes)}, trained on: {_NAMES[name]}", markup=False)
         started = time.monotonic()
         if name == "sifted":
             recipe, sifted = sift_first(recipe, None, console)
             console.print(text_of(sifted), markup=False)
         tuned = train(recipe, console)
         summaries[name] = {**tuned.summary, "seconds_with_sifting": round(time.monotonic() - started, 1)}
-        if name == "pool":  # the page shows rows that may be wrong
-            score_run(Path(str(recipe.out)), tuned.model, tuned.tokenizer)
-        prepared = prepare_rows(questions, tuned.tokenizer, ("exact_match", "choices"), recipe.template)
-        console.print(f"measuring on {len(questions)} held-out questions")
-        if not measured:
-            measured["base"] = measure_base(tuned.model, prepared, _BATCH)
-        measured[name] = measure(tuned.model, prepared, _BATCH)
-        _keep(recipe, questions, measured["base"], measured[name])
+        run = str(recipe.out)
+        del tuned  # siftune eval loads the model again
+        options = evaluation.Options(runs=(run,), metrics=("exact_match", "choices"), level=_LEVEL)
+        job = evaluation.job_of(find_subject(run), options)
+        base, own = evaluation.measure_job(job, options, known)
+        assert own is not None  # there is an adapter
+        evaluation.record_job(job, base, own, options, shown=False)
+        measured |= {"base": base, name: own}
     return measured, summaries
-
-
-def _keep(recipe: Recipe, questions: "list[Row]", base: "Metrics", tuned: "Metrics") -> None:
-    """Keep figures and answers in the run's folder, as siftune eval does."""
-    from siftune.evaluate.measure import compare
-    from siftune.report.evals import Eval, answers_of, record_eval
-
-    answers = answers_of(questions, base, tuned)
-    found = Eval(str(recipe.eval), len(questions), _LEVEL, tuple(compare(base, tuned, _LEVEL)), answers)
-    record_eval(Path(str(recipe.out)), found)
 
 
 def _show_answers(console: "Console", questions: "list[Row]", measured: "dict[str, Metrics]") -> None:
@@ -252,6 +241,5 @@ def _section(options: Options, sentence: str, models: "Table", difference: "Tabl
     """The result, for the page."""
     from siftune.report.parts import Section, grid_of
 
-    return Section(
-        "demo", "Result of the demo", [_about(options), f"{sentence}."], tables=[*map(grid_of, (models, difference))]
-    )
+    words = [_about(options), f"{sentence}.", f"Next, with rows of your own: `{_NEXT}`"]
+    return Section("demo", "Result of the demo", words, tables=[*map(grid_of, (models, difference))])

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 from rich.console import Console
-from rich.text import Text
 
 from siftune.base.settings import CONFIG, NotNegative, Share
 from siftune.base.stages import text_console
@@ -92,20 +91,25 @@ def run(options: Options) -> dict[str, Any]:
 
     console = text_console(stderr=True)
     started = time.monotonic()
-    rows = calibration_rows(options)
-    with console.status(Text(f"loading {options.model}")):
+    rows, settings = calibration_rows(options), options.settings()
+    with stages(console, names=_stages(options, settings)) as progress:
+        progress(f"loading {options.model}", 0, 0)
         # to sample from files would read all of them for every token
         model, tokenizer = load_base(options, streamed=options.calibration != OWN)
-    dtype, settings = _kit_dtype(options, model), options.settings()
-    kit_options = KitOptions(dtype, getattr(torch, options.outer_dtype), options.sign)
-    check_base(model, tokenizer, settings, kit_options)  # sampling texts takes minutes
-    with stages(console) as progress:
+        kit_options = KitOptions(_kit_dtype(options, model), getattr(torch, options.outer_dtype), options.sign)
+        check_base(model, tokenizer, settings, kit_options)  # sampling texts takes minutes
         batches = calibration_batches(rows, model, tokenizer, options, progress)
         kit_options = replace(kit_options, calibration=calibration_facts(options, batches))
         kit = emulate(model, tokenizer, batches, options.out, settings, kit_options, progress)
     result = {**facts(kit), "seconds": round(time.monotonic() - started, 1)}
     _say(kit, result, options, console)
     return result
+
+
+def _stages(options: Options, settings: "EmulatorSettings") -> list[str]:
+    """Stages of the work after loading, in their order."""
+    own = ["sampling texts", "scoring texts"] if options.calibration == OWN else []
+    return [*own, "calibration", *(["costs"] if settings.measures else []), "compression"]
 
 
 def _say(kit: "Kit", result: dict[str, Any], options: Options, console: Console) -> None:

@@ -11,6 +11,7 @@ from siftune.base.errors import DataError, RecipeError
 from siftune.base.settings import CONFIG, Chance, Columns, Count, Seed, Template, Validated
 from siftune.base.text import jsonable
 from siftune.cli.options import Flag
+from siftune.cli.paths import refuse_unknown
 from siftune.recipe.schema import Recipe, train_files
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Options(Validated):
     base: str | None = None
     """Base of the runs, if it is not where they say: a folder, hub id, smollm2 or a kit."""
     batch_size: Count = 16
-    """Rows in a forward pass."""
+    """Rows in a forward pass; another number changes single answers by rounding (docs/troubleshooting.md)."""
     max_new_tokens: Count | None = None
     """exact_match: longest text to generate; a little over the longest right one if not given."""
     level: Chance = 0.95
@@ -59,7 +60,7 @@ class Options(Validated):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job:
+class Job:
     """One subject, its settings, its rows and what they are called."""
 
     subject: "Subject"
@@ -86,18 +87,20 @@ def run(options: Options) -> dict[str, Any]:
         raise RecipeError("nothing to measure: give a run folder, an adapter folder or a model")
     if not options.metrics:
         raise RecipeError("--metrics is empty: name at least one, or leave it out")
+    for name in options.runs:
+        refuse_unknown(name)  # before torch is imported
     from siftune.cli.subjects import find_subjects
 
     # everything that can be refused without loading a model comes first
     subjects = find_subjects(options.runs, options.public_key, options.base)
-    jobs = [_job(subject, options) for subject in subjects]
+    jobs = [job_of(subject, options) for subject in subjects]
     measured: dict[tuple[Any, ...], Metrics] = {}
-    pairs = [_measure(job, options, measured) for job in jobs]
+    pairs = [measure_job(job, options, measured) for job in jobs]
     comparable = (
         len(jobs) > 1
         and len({_tokens(tuned or base) for base, tuned in pairs}) == len({job.of_rows for job in jobs}) == 1
     )
-    runs = [_recorded(job, *pair, options, shown=not comparable) for job, pair in zip(jobs, pairs, strict=True)]
+    runs = [record_job(job, *pair, options, shown=not comparable) for job, pair in zip(jobs, pairs, strict=True)]
     if not comparable:
         if len(jobs) > 1:
             logger.warning(
@@ -107,22 +110,15 @@ def run(options: Options) -> dict[str, Any]:
     return {"runs": runs, "compared": _compared(jobs, pairs, options)}
 
 
-def _job(subject: "Subject", options: Options) -> _Job:
+def job_of(subject: "Subject", options: Options) -> Job:
     """Settle settings and read the rows: flags first, then the run's recipe, then defaults."""
-    from siftune.records.again import is_own
+    from siftune.cli.subjects import template_of
 
     recipe = subject.recipe or Recipe()
-    foreign = subject.recipe is not None and not is_own(Path(subject.name).expanduser())
-    if foreign and options.template is None and isinstance(recipe.template, Path):
-        raise RecipeError(
-            f"{subject.name} was not trained on this machine, so the chat template that its recipe names is not read: "
-            "give --template auto, chat, none or FILE"
-        )
-    dtype, template, columns = (
-        getattr(options, name) or getattr(recipe, name) for name in ("dtype", "template", "columns")
-    )
+    dtype, columns = options.dtype or recipe.dtype, options.columns or recipe.columns
+    template = template_of(subject, options.template)
     data, rows = _rows(subject, options, columns)
-    return _Job(subject, dtype, template, columns, data, rows)
+    return Job(subject, dtype, template, columns, data, rows)
 
 
 def _rows(subject: "Subject", options: Options, columns: tuple[str, ...]) -> "tuple[str, list[Row]]":
@@ -151,7 +147,7 @@ def _rows(subject: "Subject", options: Options, columns: tuple[str, ...]) -> "tu
     raise RecipeError(f"the recipe of {subject.name} names no held-out rows: give --data FILE")
 
 
-def _recorded(job: _Job, base: "Metrics", tuned: "Metrics | None", options: Options, shown: bool) -> dict[str, Any]:
+def record_job(job: Job, base: "Metrics", tuned: "Metrics | None", options: Options, shown: bool) -> dict[str, Any]:
     """Keep the result in the run's folder, and show its table if asked."""
     from siftune.base.stages import text_console
     from siftune.evaluate.measure import compare
@@ -175,7 +171,7 @@ def _tokens(metrics: "Metrics") -> tuple[tuple[str, bytes], ...]:
 
 
 def _compared(
-    jobs: "list[_Job]", pairs: "list[tuple[Metrics, Metrics | None]]", options: Options
+    jobs: "list[Job]", pairs: "list[tuple[Metrics, Metrics | None]]", options: Options
 ) -> list[dict[str, Any]]:
     """Show the values of all models, and each model against the first, paired by rows."""
     from siftune.base.stages import text_console
@@ -201,23 +197,29 @@ def _compared(
     return found
 
 
-def _measure(job: _Job, options: Options, known: "dict[tuple[Any, ...], Metrics]") -> "tuple[Metrics, Metrics | None]":
+def measure_job(
+    job: Job, options: Options, known: "dict[tuple[Any, ...], Metrics]"
+) -> "tuple[Metrics, Metrics | None]":
     """Measure the base, unless it's known, and the tuned model, if something was trained."""
-    from rich.console import Console
-    from rich.text import Text
-
+    from siftune.base.stages import stages, text_console
     from siftune.cli.subjects import load_base, put_on
     from siftune.evaluate.measure import measure
     from siftune.evaluate.prepare import prepare_rows
 
     subject = job.subject
-    with Console(stderr=True).status(Text(f"loading {subject.name}")) as status:
+    with stages(text_console(stderr=True)) as progress:
+
+        def measured(model: Any, name: str) -> "Metrics":
+            def report(stage: str, done: int, total: int) -> None:
+                progress(f"{name}: {stage}", done, total)
+
+            return measure(model, prepared, options.batch_size, report)
+
+        progress(f"loading {subject.name}", 0, 0)
         model, tokenizer = load_base(subject, job.dtype)
         prepared = prepare_rows(job.rows, tokenizer, options.metrics, job.template, options.max_new_tokens)
         if job.of_base not in known:
-            status.update(Text(f"measuring {subject.base}"))
-            known[job.of_base] = measure(model, prepared, options.batch_size)
+            known[job.of_base] = measured(model, subject.base)
         if subject.adapter is None:
             return known[job.of_base], None
-        status.update(Text(f"measuring {subject.name}"))
-        return known[job.of_base], measure(put_on(model, subject), prepared, options.batch_size)
+        return known[job.of_base], measured(put_on(model, subject), subject.name)

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import AdapterError, ModelError
+from siftune.base.files import new_folder, refuse_full
 from siftune.base.settings import CONFIG, Validated
 from siftune.cli.options import Flag
+from siftune.cli.paths import refuse_unknown
 
 if TYPE_CHECKING:
     from siftune.cli.subjects import Subject
@@ -29,11 +31,13 @@ class Options(Validated):
 
 def run(options: Options) -> dict[str, Any]:
     """Merge and save."""
+    refuse_unknown(options.run)  # this and the folder, before torch is imported
+    out = Path(options.out or Path(options.run) / "merged").expanduser()
+    refuse_full(out)
     import logging
 
     from siftune.base.environment import ran_out
-    from siftune.base.files import new_folder
-    from siftune.cli.subjects import find_subject, is_of_kit, load_subject
+    from siftune.cli.subjects import find_subject, is_of_kit, load_subject, take_template
     from siftune.models.load import quiet_bars
     from siftune.models.save import save_model, save_tokenizer
 
@@ -45,11 +49,10 @@ def run(options: Options) -> dict[str, Any]:
         )
     if subject.adapter is None:
         raise ModelError(f"{options.run} holds no adapter; give a run folder, or a folder in PEFT's format.")
-    out = Path(options.out or Path(options.run) / "merged").expanduser()
     with new_folder(out) as partial:
         model, tokenizer = load_subject(subject, options.dtype, exact=True)
         _refuse_unmergeable(model, subject)
-        _take_template(subject.adapter / "chat_template.jinja", tokenizer)
+        take_template(subject.adapter, tokenizer)
         try:
             # layers that were tuned themselves are in place already
             merged = model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
@@ -63,16 +66,6 @@ def run(options: Options) -> dict[str, Any]:
         _write_papers(subject, tokenizer, partial, out)
     logging.getLogger("siftune").info("merged model in %s", out)
     return {"model": out, "adapter": subject.adapter}
-
-
-def _take_template(path: Path, tokenizer: Any) -> None:
-    """Give the tokenizer the chat template of the training, if there is a file of it beside the adapter."""
-    from siftune.data.encode import use_template
-
-    if path.is_symlink():  # of another party, it could have any file copied
-        raise AdapterError(f"{path} is a link: copy the file there, or remove it.")
-    if path.is_file():
-        use_template(path, tokenizer)
 
 
 def _refuse_unmergeable(model: Any, subject: "Subject") -> None:

@@ -9,7 +9,9 @@ from pydantic.dataclasses import dataclass
 
 from siftune.base.settings import CONFIG
 from siftune.base.text import counted
+from siftune.base.work_folder import WorkFolder
 from siftune.recipe.schema import Recipe, new_folder
+from siftune.train.rates.grid import RECORD, grid_of, recipes_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,16 +43,19 @@ class Options(Recipe):
 
 def run(options: Options) -> dict[str, Any]:
     """Train and measure what is missing; write and show the table."""
+    started = time.monotonic()
+    recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
+    grid = grid_of(recipe, options.methods, options.rates, options.seeds)
+    recipes_of(recipe, grid.methods)  # checks them; this and the folder, before torch is imported
+    if options.out is not None:
+        WorkFolder(options.out, RECORD).refuse_others()
     from siftune.base.stages import text_console
     from siftune.offsite.exchange.tune import source_of
     from siftune.report.rates import advice, before, table, write_report
     from siftune.report.table import print_table
-    from siftune.train.rates.grid import grid_of
     from siftune.train.rates.sweep import open_sweep
 
-    console, started = text_console(stderr=True), time.monotonic()
-    recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
-    grid = grid_of(recipe, options.methods, options.rates, options.seeds)
+    console = text_console(stderr=True)
     source = partial(source_of, public_key=options.public_key)
     sweep = open_sweep(recipe, grid, options.out or new_folder("find-lr"), source)
     _work_off(sweep, console)

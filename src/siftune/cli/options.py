@@ -21,6 +21,12 @@ T = TypeVar("T")
 
 _DATA = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
 _ALL = "--help-all"
+# a name that is no option of a command -> an option that the command has, or None for any; and what to do instead
+_INSTEAD: dict[str, tuple[str | None, str]] = {
+    "share": ("sift", "`--sift 0.5` trains on half of the pool"),
+    "threshold": ("sift", "`siftune sift` has --max-score, and --drop-rows takes its file of dropped rows"),
+    "processes": (None, "start several processes with `torchrun --nproc_per_node 2 -m siftune …`"),
+}
 _WIDE = 28  # characters of choices that stand beside an option; longer ones stand in its help
 
 
@@ -254,6 +260,9 @@ def _unexpected(rest: Sequence[str], options: dict[str, _Option], program: str) 
         key = flag.removeprefix("--").replace("-", "_")
         if key == "seed":
             return f"{flag}: `{program}` takes no seed"
+        needed, advice = _INSTEAD.get(key, (None, ""))
+        if advice and (needed is None or needed in options):
+            return f"unknown option {flag} of `{program}`; {advice}"
         names = {option.name.removeprefix("--").replace("-", "_"): option.name for option in options.values()}
         close = nearest(key.removeprefix("no_"), [*names, *(k for k in options if k not in names)])
         flags = " or ".join(names.get(one) or options[one].name for one in close.split(" or ")) if close else None

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from siftune.base.errors import KitError, ModelError, RecipeError
-from siftune.data.read import check_columns, check_source
+from siftune.data.read import check_columns, check_source, read_template
 from siftune.methods.options import OWN
 from siftune.models.smollm2 import NAME as SMOLLM2
-from siftune.models.source import resolve, similar_folder
+from siftune.models.source import resolve, similar_folder, why_missing
 
 _DATA = (
     "train",
@@ -31,11 +31,13 @@ _ROWS = ("train", "eval", "target", "avoid")  # in the columns that a recipe nam
 _FOLDERS = ("kit", "returned", "path", "folders")
 _RUNS = ("run", "runs")  # run folders, or names of models
 _FILES = ("public_key", "sign", "drop_rows")
+_MODELS = ("model", "base")
+_SIGNS = ("recipe.yaml", "adapter_config.json", "tuned_layers.json", "config.json")  # of run, adapter, layers, model
 _LONGEST = 2**24  # bytes of a manifest; its keys are sorted, so the one that names its kind comes late
 
 
 def check_paths(options: Any) -> None:
-    """Refuse options that name a file or folder that does not exist, and a kit in the place of a return.
+    """Refuse options that name a file or folder that does not exist, a folder that holds no model, and swapped kits.
 
     Args:
         options: Options of a command.
@@ -51,9 +53,11 @@ def check_paths(options: Any) -> None:
     if getattr(options, "bad_rows", None) == "stop":
         for source in (each for name in _ROWS for each in given.get(name, ())):
             check_columns(source, options.columns)
-    for model in given.get("model", ()):
-        if model and model != SMOLLM2 and not Path(model).expanduser().is_dir():
+    for model in (each for name in _MODELS for each in given.get(name, ())):
+        if model != SMOLLM2 and not _manifest_of(model):
             resolve(model)
+    if isinstance(template := getattr(options, "template", None), Path):
+        read_template(template)
     for name in _FOLDERS:
         for path in given.get(name, ()):
             if not Path(path).expanduser().exists():
@@ -83,6 +87,28 @@ def _check_exchange(kits: Sequence[str], returns: Sequence[str]) -> None:
         beside = next((each / "return" for each in (path, path.parent) if _manifest_of(each / "return")), None)
         if not _manifest_of(returned) and beside:
             raise KitError(f"--return {returned} is no return: give {beside}")
+
+
+def refuse_unknown(source: str) -> None:
+    """Refuse a name of no folder and no model.
+
+    Raises:
+        ModelError: There is neither; the message names a folder of a similar name.
+    """
+    if Path(source).expanduser().exists() or source == SMOLLM2:
+        return
+    try:
+        name = resolve(source)
+        why = why_missing(name) if isinstance(name, str) else None
+    except ModelError:
+        why = "that is no hub id"
+    if why is not None:
+        similar = similar_folder(source, lambda path: any((path / name).is_file() for name in _SIGNS))
+        guess = f"; did you mean {similar}?" if similar else ""
+        raise ModelError(
+            f"there is no run {source}: no such folder (working directory: {Path.cwd()}), and no model of that name "
+            f"({why}){guess}"
+        )
 
 
 def _manifest_of(folder: str | Path) -> str:

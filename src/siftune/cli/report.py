@@ -1,4 +1,4 @@
-"""`siftune report`: one page on runs and sweeps of learning rates."""
+"""`siftune report`: one page on runs, sifted pools, sweeps of learning rates, and lists of rows."""
 
 from typing import Annotated, Any
 
@@ -10,15 +10,18 @@ from siftune.cli.options import Flag
 
 @dataclass(config=CONFIG)
 class Options(Validated):
-    """Write one page on runs and sweeps of learning rates: a single file for any browser, without network access.
+    """Write one page on runs, sifted pools or sweeps: a single file for any browser, without network access.
 
-    Unfinished runs are shown as well.
+    Unfinished runs are shown as well. On the page of a sifted pool, or of a list of siftune rows, rows can be kept or
+    dropped, and completions corrected; it saves files for siftune train.
     """
 
     folders: Annotated[tuple[str, ...], Flag("folder", positional=True)]
-    """Folders of siftune train, demo or find-lr; several runs are compared with each other."""
+    """Folders of siftune train, sift, demo or find-lr, or CSV files of siftune rows. Several runs are compared."""
     out: Annotated[str, Flag(short="-o")] = "report.html"
     """File to write; an existing one is replaced."""
+    files: tuple[str, ...] = ()
+    """Files of the rows, if somebody else wrote the list, or on another machine: only files that you name are read."""
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -27,6 +30,6 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.report.page import make_page
 
     console = text_console(stderr=True)
-    page = make_page(options.folders).write(options.out)
+    page = make_page(options.folders, files=options.files).write(options.out)
     console.print(f"report in {page} ({page.stat().st_size / 1000:,.0f} kB): open it in a browser", markup=False)
     return {"report": page, "bytes": page.stat().st_size}

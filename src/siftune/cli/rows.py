@@ -16,18 +16,19 @@ if TYPE_CHECKING:
 
 @dataclass(config=CONFIG)
 class Options(Validated):
-    """List the training rows of a run that may be wrong: their losses are like those of answers to other rows.
+    """List the training rows of a run that may be wrong: an answer of a similar row is ten times as likely.
 
-    Scores all rows with the final model first, which takes a third of an epoch; the scores stay in the run folder. Read
-    the rows before you drop any: rare rows have high losses, too. `siftune train --drop-rows FILE` trains without the
-    rows of a list.
+    Two short trainings take half of the rows each, and score the other half, so that no model scores rows that it was
+    trained on. That takes nearly as long as two passes over the rows. The scores stay in the run folder, and the same
+    command continues after an interruption. Read the rows before you drop any. `siftune train --drop-rows FILE` trains
+    without the rows of a list.
     """
 
     run: Annotated[str, Flag("run", positional=True)]
     """Run folder."""
     top: Count | None = None
     """Report at most N rows; if not given, 10 on the screen and all in the file. If the losses do not tell which rows
-    are wrong, the N largest."""
+    are wrong, the N with the highest scores."""
     files: tuple[str, ...] = ()
     """Files of the rows, if somebody else trained, or on another machine: only files that you name are read."""
     csv: Path | None = None
@@ -37,7 +38,7 @@ class Options(Validated):
 
 
 _SHOWN = 10
-NOTE = "Their losses are like those of answers to other rows. A fifth or more may be correct: read before you drop any."
+NOTE = "The answer of a similar row is at least ten times as likely. A fifth may be correct: read before you drop any."
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def run(options: Options) -> dict[str, Any]:
     count = rows.suspects or options.top or 0
     listed = rows.highest(min(count, options.top or count))
     title = f"{rows.suspects:,} of {counted(len(rows.rows), 'row')} of {options.run} may be wrong"
-    title += "" if rows.suspects else "; highest losses:"
+    title += "" if rows.suspects else "; highest scores:"
     shown, note = listed[: options.top or _SHOWN], rows.doubt or NOTE
     if shown:
         text_console().print(plain_table(table(shown, title)), markup=False)
@@ -71,31 +72,34 @@ def run(options: Options) -> dict[str, Any]:
     advice = f"\n{more}`siftune train --drop-rows FILE` trains without the rows of a list" if rows.suspects else ""
     errors.print(f"{note}{advice}", markup=False)
     if options.csv is not None:
-        _write(options.csv, to_csv(listed))
+        _write(options.csv, to_csv(listed, selected=not rows.suspects))
     return {"run": folder, "rows": len(rows.rows), "suspects": rows.suspects, "listed": listed}
 
 
 def _score(options: Options, folder: Path, console: "Console") -> None:
-    """Load the model of a run, and score its rows."""
-    from siftune.base.stages import stages
-    from siftune.cli.subjects import find_subject, load_subject
+    """Score the rows of a run."""
+    from siftune.offsite.exchange.tune import source_of
+    from siftune.recipe.read import load_recipe
+    from siftune.recipe.schema import Recipe
     from siftune.records.again import is_own
-    from siftune.suspects.losses import score_run, trained_rows
+    from siftune.suspects.scoring import score_run
 
-    trained_rows(folder, options.files)  # whatever is wrong with them shows before the model is loaded
-    if options.base is None and not is_own(folder):
-        raise RecipeError(f"this user has not trained {options.run} on this machine: name its base model with --base.")
-    subject = find_subject(options.run, base=options.base)
-    with stages(console) as progress:
-        progress(f"loading {options.run}", 0, 0)
-        model, tokenizer = load_subject(subject, subject.recipe.dtype if subject.recipe else "auto")
-        score_run(folder, model, tokenizer, options.files, progress)
+    recipe: Recipe = load_recipe(folder / "recipe.yaml")
+    if not is_own(folder):
+        other = f"this user has not trained {options.run} on this machine"
+        if options.base is None:
+            raise RecipeError(f"{other}: name its base model with --base.")
+        if isinstance(recipe.template, Path):
+            raise RecipeError(f"{other}, so its chat template {recipe.template} is not read: train by its recipe here.")
+    score_run(folder, options.files, options.base, console, source_of)
 
 
 def _write(path: Path, text: str) -> None:
     from siftune.base.files import write_beside
+    from siftune.records.again import note_file
 
     path = path.expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_beside(path) as [beside]:
         beside.write_text(text, encoding="utf-8")
+    note_file(path)  # report pages may read the rows that it names

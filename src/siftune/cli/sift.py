@@ -11,7 +11,10 @@ from pydantic.dataclasses import dataclass
 from siftune.base.environment import launch_rank
 from siftune.base.settings import CONFIG, Count, Positive, Validated
 from siftune.base.text import one_line
+from siftune.base.work_folder import WorkFolder
 from siftune.recipe.schema import SCORING, Recipe, with_settings
+from siftune.sifting.checks import RECORD, check_sifting
+from siftune.sifting.scores import Limits
 
 if TYPE_CHECKING:
     from siftune.sifting.run import Sifted
@@ -42,9 +45,13 @@ class Options(Validated):
     avoid: str | None = None
     """At least 8 rows with answers that the model must not give: a file or hub id. Rows like them are left out."""
     share: PoolShare | None = None
-    """Rows to select: a share of the pool below 1, or a number. Default: those of the task within the limit."""
+    """Rows to select: a share of the pool below 1, or a number. Default: those of the task within the limits."""
+    max_score: Annotated[float, Field(ge=0)] | None = None
+    """Select rows of the task up to this score. Default: the limit of the target's held-out rows."""
+    min_similarity: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """Rows are of the task from this similarity of their prompts. Default: the limit of the target's own prompts."""
     steps: Count = 60
-    """At most N optimizer steps of the training on the target's rows; its held-out rows determine when it stops."""
+    """At most N optimizer steps on the pool, and half of them on the target's rows, of which some determine the end."""
     lr: Positive | None = Recipe.lr
     """Peak learning rate of the training on the target's rows. Default: 5e-4."""
     batch_size: Count = Recipe.batch_size
@@ -53,11 +60,19 @@ class Options(Validated):
     """Folder to write. Default: runs/DATE-sift."""
 
 
-_OWN = ("avoid", "share", "steps", "out")  # settings that a training on the selected rows does not share
+# settings that a training on the selected rows does not share
+_OWN = ("avoid", "share", "max_score", "min_similarity", "steps", "out")
 
 
 def run(options: Options) -> dict[str, Any]:
     """Sift, and report what is where."""
+    recipe, limits = (
+        Recipe(train=options.train, target=options.target),
+        Limits(options.max_score, options.min_similarity),
+    )
+    check_sifting(recipe, options.share, options.avoid, limits)  # this and the folder, before torch is imported
+    if options.out is not None:
+        WorkFolder(options.out, RECORD).refuse_others()
     from siftune.base.stages import text_console
     from siftune.offsite.exchange.tune import source_of
     from siftune.sifting.run import sift
@@ -71,6 +86,7 @@ def run(options: Options) -> dict[str, Any]:
     console.print(
         f"selected rows in {sifted.rows}, all rows with scores in {sifted.folder / 'scores.csv'}\n"
         f"{_again(options, sifted)}"
+        f"look: `siftune report {shlex.quote(str(sifted.folder))}`\n"
         f"next: `{_next(options, sifted)}`",
         markup=False,
     )
@@ -80,6 +96,8 @@ def run(options: Options) -> dict[str, Any]:
         "dropped": sifted.dropped,
         "pool": len(sifted.places),
         "selected": len(sifted.selected),
+        "score_limit": sifted.score_limit,
+        "similarity_limit": sifted.similarity_limit,
         "shares": sifted.shares,
         "seconds": sifted.seconds,
     }
@@ -103,9 +121,11 @@ def _as_flag(name: str, value: Any) -> list[str]:
 
 
 def _again(options: Options, sifted: "Sifted") -> str:
-    """How to select again, as a line; empty without a target, which is what a share refers to."""
+    """How to select again, as a line; empty without a target, which limits and a share refer to."""
     folder = "" if options.out else f"--out {shlex.quote(str(sifted.folder))} and "
-    line = f"the same command with {folder}another --share selects again without computing\n"
+    share, limits = ("another --share", "computing"), ("--max-score, --min-similarity or --share", "training")
+    other, work = share if options.share else limits  # a lower similarity may reach rows without a loss
+    line = f"the same command with {folder}{other} selects again without {work}\n"
     return line if options.target else ""
 
 
@@ -118,7 +138,15 @@ def text_of(sifted: "Sifted") -> str:
     lowest = _shares(dict(sorted(sifted.completions.items(), key=lambda item: item[1])[:_LOWEST]))
     completions = [f"lowest selected shares by completion: {', '.join(lowest)}"] if lowest else []
     reason = f"selected {what} in {sifted.seconds:.0f} s: {sifted.reason}"
-    return "\n".join([*sifted.notes, reason, *shares, *completions])
+    return "\n".join([*sifted.notes, reason, *_limits(sifted), *shares, *completions])
+
+
+def _limits(sifted: "Sifted") -> list[str]:
+    """The limits by which rows were selected, as a line; none with a share or without a target."""
+    if sifted.similarity_limit is None:
+        return []
+    score = "none on the score" if sifted.score_limit is None else f"score at most {sifted.score_limit}"
+    return [f"limits: {score}, similarity of the prompt at least {sifted.similarity_limit}"]
 
 
 def _shares(shares: Mapping[str, float]) -> list[str]:

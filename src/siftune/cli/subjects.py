@@ -1,4 +1,4 @@
-"""Subjects of `eval` and `export`: run folders, adapter folders, kits and models."""
+"""Subjects of `eval`, `ask` and `export`: run folders, adapter folders, kits and models."""
 
 import functools
 import logging
@@ -9,22 +9,22 @@ from typing import Any
 
 import torch
 
-from siftune.base.errors import AdapterError, KitError, ModelError
+from siftune.base.errors import AdapterError, KitError, ModelError, RecipeError
 from siftune.base.text import parsed
+from siftune.cli.paths import refuse_unknown
+from siftune.data.encode import use_template
 from siftune.models.adapters.attach import load_adapter
-from siftune.models.smollm2 import NAME as SMOLLM2
-from siftune.models.source import resolve, similar_folder, why_missing
 from siftune.offsite.exchange.returned import open_return
 from siftune.offsite.exchange.tune import KitSource, find_kit, put_in_return
 from siftune.offsite.kit.folder import Kit
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
+from siftune.records.again import is_own
 from siftune.train.folder.checkpoints import step_of, whole_checkpoints
 from siftune.train.folder.weights import holds_tuned, put_in, read_about, read_tuned
 from siftune.train.prepare import ModelSource
 
 logger = logging.getLogger(__name__)
-_SIGNS = ("recipe.yaml", "adapter_config.json", "tuned_layers.json", "config.json")  # of run, adapter, layers, model
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _subject(source: str) -> Subject:
         return Subject(source, _base_of(path), path)
     if holds_tuned(path):
         return Subject(source, read_about(path).base, path)
-    _refuse_unknown(source)
+    refuse_unknown(source)
     return Subject(source, source)
 
 
@@ -112,24 +112,6 @@ def _refuse_gone(subject: Subject) -> None:
     if place.is_absolute() and not place.exists():
         raise ModelError(
             f"{subject.name} was trained on {subject.base}, which is not there: say with --base where it is."
-        )
-
-
-def _refuse_unknown(source: str) -> None:
-    """Refuse a name of no folder and no model."""
-    if Path(source).expanduser().exists() or source == SMOLLM2:
-        return
-    try:
-        name = resolve(source)
-        why = why_missing(name) if isinstance(name, str) else None
-    except ModelError:
-        why = "that is no hub id"
-    if why is not None:
-        similar = similar_folder(source, lambda path: any((path / name).is_file() for name in _SIGNS))
-        guess = f"; did you mean {similar}?" if similar else ""
-        raise ModelError(
-            f"there is no run {source}: no such folder (working directory: {Path.cwd()}), and no model of that name "
-            f"({why}){guess}"
         )
 
 
@@ -181,6 +163,37 @@ def put_on(model: Any, subject: Subject, exact: bool = False) -> Any:
     else:
         model = load_adapter(model, folder, subject.base, exact)
     return model.eval()
+
+
+def template_of(subject: Subject, template: str | Path | None) -> str | Path:
+    """Chat template for a subject: the one that the user gives, or else that of the run's recipe, or auto.
+
+    Raises:
+        RecipeError: The recipe names a file, and this user has not trained by it on this machine.
+    """
+    if template is not None:
+        return template
+    recipe = subject.recipe or Recipe()
+    if isinstance(recipe.template, Path) and not is_own(Path(subject.name).expanduser()):
+        raise RecipeError(
+            f"{subject.name} was not trained on this machine, so the chat template that its recipe names is not read: "
+            "give --template auto, chat, none or FILE"
+        )
+    return recipe.template
+
+
+def take_template(folder: Path, tokenizer: Any) -> None:
+    """Give a tokenizer the chat template of the training, if a file of it is in the folder of what was trained.
+
+    Raises:
+        AdapterError: The file is a link.
+        RecipeError: It cannot be read.
+    """
+    path = folder / "chat_template.jinja"
+    if path.is_symlink():  # of another party, it could have any file copied
+        raise AdapterError(f"{path} is a link: copy the file there, or remove it.")
+    if path.is_file():
+        use_template(path, tokenizer)
 
 
 def is_of_kit(subject: Subject) -> bool:

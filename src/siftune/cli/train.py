@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic.dataclasses import dataclass
@@ -14,6 +15,9 @@ from siftune.base.text import visible
 from siftune.cli.sift import PoolShare
 from siftune.recipe.checks import check
 from siftune.recipe.schema import Recipe, train_files
+from siftune.sifting.checks import check_sifting
+from siftune.train.folder.checkpoints import named_checkpoint
+from siftune.train.folder.run import RunFolder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +48,7 @@ class Options(Recipe):
 def run(options: Options) -> dict[str, Any]:
     """Train, and say what is where."""
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
-    check(recipe)  # before torch is imported
+    _check(options, recipe)
     if options.dry_run:
         return _try(options, recipe)
 
@@ -72,22 +76,38 @@ def run(options: Options) -> dict[str, Any]:
     return {"run": path, **{name: folder for name, folder in left.items() if folder.exists()}, **summary}
 
 
+def _check(options: Options, recipe: Recipe) -> None:
+    """Check what needs neither rows nor model, before torch is imported."""
+    check(recipe)
+    if _sifts(options, recipe):
+        check_sifting(recipe, _share(options), options.avoid)
+    if isinstance(recipe.resume, str):
+        named_checkpoint(recipe.resume, hashes=False)
+    if recipe.out is not None and not options.dry_run:
+        RunFolder(Path(recipe.out).expanduser(), create=False).refuse_results(recipe.resume is not False)
+
+
 def _sifted(options: Options, recipe: Recipe, console: "Console", source_of: "Callable[[str], Source]") -> Recipe:
-    """The recipe without the rows that sifting leaves out. A run that is resumed has left them out already."""
+    """The recipe without the rows that sifting leaves out."""
     from siftune.cli.sift import text_of
     from siftune.sifting.run import sift_first
 
-    if not _sifts(options) or (recipe.drop_rows is not None and recipe.resume):
+    if not _sifts(options, recipe):
         return recipe
-    share, by_target = None if isinstance(options.sift, bool) else options.sift, options.sift is not False
-    recipe, sifted = sift_first(recipe, share, console, source_of, options.avoid, by_target)
+    recipe, sifted = sift_first(recipe, _share(options), console, source_of, options.avoid, options.sift is not False)
     if not launch_rank():
         console.print(text_of(sifted), markup=False)
     return recipe
 
 
-def _sifts(options: Options) -> bool:
-    return options.sift is not False or options.avoid is not None
+def _sifts(options: Options, recipe: Recipe) -> bool:
+    """Whether to sift. A run that is resumed has done so already, and its recipe names the rows to leave out."""
+    asked = options.sift is not False or options.avoid is not None
+    return asked and not (recipe.drop_rows is not None and recipe.resume)
+
+
+def _share(options: Options) -> int | float | None:
+    return None if isinstance(options.sift, bool) else options.sift
 
 
 def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
@@ -100,10 +120,7 @@ def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
     if launch_size() > 1:
         raise RecipeError("a dry run is of one process: start it without torchrun")
     console = text_console(stderr=True)
-    if _sifts(options):
-        from siftune.sifting.rows import check_sifting
-
-        check_sifting(recipe, avoid=options.avoid)
+    if _sifts(options, recipe):
         console.print("a dry run does not sift: rows, steps and time are those of the complete pool")
     found = dry_run(recipe, console, partial(source_of, public_key=options.public_key))
     console.print(shown(found))
@@ -141,7 +158,7 @@ def _whereabouts(finished: "Run", recipe: Recipe) -> str:
     lines = [f"adapter in {adapter}"] if adapter.exists() else []
     if not returned.exists():
         rows = " --data FILE" if finished.summary["eval_loss"] is None else ""
-        commands = (f"eval {path}{rows}", f"report {path}", f"export {path}")
+        commands = (f"eval {path}{rows}", f"report {path}", f"export {path}", f"ask {path} PROMPT")
         return "\n".join([*lines, f"next: {', '.join(f'`siftune {command}`' for command in commands)}"])
     return "\n".join(
         [

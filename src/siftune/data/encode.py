@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from siftune.base.errors import DataError, KitError, ModelError, RecipeError
 from siftune.base.text import one_line
-from siftune.data.rows import Message, Row
+from siftune.data.read import read_template
+from siftune.data.rows import Row
+from siftune.data.turns import Message
 from siftune.models.loss import IGNORED
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ _REOPENED = (
     "the chat template changes the prompt once it is answered; the completion directly follows the prompt of "
     "generation time"
 )
-_LONGEST = 2**18  # characters of a chat template
 _REWRITTEN = "the chat template rewrites earlier turns; only the last turn has labels"
 
 
@@ -348,16 +349,7 @@ def use_template(template: str | Path, tokenizer: PreTrainedTokenizerBase) -> No
     """
     if str(template) in ("auto", "chat", "none"):
         return
-    try:
-        with Path(template).expanduser().open(encoding="utf-8-sig") as file:
-            text = file.read(_LONGEST + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"template {template} cannot be read ({one_line(str(error))}); give auto, chat, none, or a text file with "
-            "a chat template."
-        ) from error
-    if len(text) > _LONGEST:
-        raise RecipeError(f"template {template} has more than {_LONGEST:,} characters: give a chat template.")
+    text = read_template(Path(template))
     if hasattr(tokenizer, "chats"):  # of `offsite.kit.tokenizer`
         raise RecipeError(f"a kit has its own chat template: leave out --template {template}.")
     tokenizer.chat_template = text

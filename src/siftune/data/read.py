@@ -1,4 +1,4 @@
-"""Read rows from JSONL, JSON, CSV, text and Parquet files and from the hub.
+"""Read rows from JSONL, JSON, CSV, text and Parquet files and from the hub, and chat templates from files.
 
 JSONL, JSON, CSV and text are read by our own strict readers, so that every error names the file and the line.
 """
@@ -15,13 +15,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from siftune.base.errors import DataError
+from siftune.base.errors import DataError, RecipeError
 from siftune.base.text import counted, one_line, path_and_split
-from siftune.data.rows import Row, kind_of, no_garbage, parse_rows
+from siftune.data.rows import Row, no_garbage, parse_rows
+from siftune.data.turns import kind_of
 
 logger = logging.getLogger(__name__)
 
 _PLACES = 3  # of rows with the same fault
+_LONGEST = 2**18  # characters of a chat template
 _PLACE = re.compile(r"(.*?(?::\d+| row \d+)): ")
 
 Records = Iterator[tuple[str, Any]]  # origin; the record, or a DataError if it cannot be read
@@ -33,8 +35,9 @@ def load_rows(
     limit: int | None = None,
     columns: Sequence[str] = (),
     bad: list[DataError] | None = None,
+    questions: bool = False,
 ) -> list[Row]:
-    """Read the rows of a file or a hub data set.
+    """Read the rows of a file or a hub data set. Turns of the user without an answer are counted in a warning.
 
     Args:
         source: path of a `.jsonl`, `.ndjson`, `.json`, `.csv`, `.parquet` or `.txt` file, or of a folder of
@@ -44,6 +47,7 @@ def load_rows(
         limit: largest number of rows to read; None reads all.
         columns: other names of columns, in pairs such as `prompt=question`.
         bad: list for the errors of bad rows, which are then left out; there may be no other rows.
+        questions: read prompts to answer, as `rows.parse_question`; rows need no completions.
 
     Returns:
         The rows in the order of the source, at least one.
@@ -55,10 +59,15 @@ def load_rows(
     if limit is not None and limit < 1:
         raise DataError(f"the limit on rows is {limit}; give at least 1, or leave it out to read all rows.")
     with no_garbage():
-        rows = parse_rows(islice(_open(source, split), limit), columns, bad)
+        rows = parse_rows(islice(_open(source, split), limit), columns, bad, questions)
     if not rows and not bad:
         raise DataError(f"{source} is empty: no rows found; give a file with at least one row.")
     logger.info("%s: %s", source, counted(len(rows), "row"))
+    if unanswered := sum(row.unanswered > 0 for row in rows):
+        logger.warning(
+            "%s: %d of %d rows end with a turn of the user, which has no answer and is left out",
+            *(source, unanswered, len(rows)),
+        )
     return rows
 
 
@@ -351,3 +360,22 @@ def _parse_json(text: str, source: str, line: int | None = None) -> Any:
         raise DataError(f"{source}:{at}: invalid JSON ({reason}); mend the line.") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
         raise DataError(f"{source}:{line or 1}: invalid JSON ({error}); mend the line.") from error
+
+
+def read_template(path: Path) -> str:
+    """Read a chat template from a text file.
+
+    Raises:
+        RecipeError: It cannot be read, or is too long.
+    """
+    try:
+        with path.expanduser().open(encoding="utf-8-sig") as file:
+            text = file.read(_LONGEST + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"template {path} cannot be read ({one_line(str(error))}); give auto, chat, none, or a text file with a "
+            "chat template."
+        ) from error
+    if len(text) > _LONGEST:
+        raise RecipeError(f"template {path} has more than {_LONGEST:,} characters: give a chat template.")
+    return text

@@ -10,6 +10,8 @@
 A conversation is a list of `{role, content}`, or of `{from, value}` with the roles human and gpt, as in ShareGPT. Pairs
 such as `prompt=question` give the names of columns in the data. All other columns are in `Row.extra`. Among these,
 `weight` is the row's weight in training. A turn of the assistant with `weight` 0 has no labels, as in OpenAI's format.
+
+A conversation ends with its last turn of the assistant: turns of the user after it have no answer and are left out.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any, Literal
 
 from siftune.base.errors import DataError, RecipeError
 from siftune.base.text import one_line
+from siftune.data.turns import Message, kind_of, string_of, turns_of
 
 WEIGHT = "weight"  # column of a row's weight in training
 
@@ -40,22 +43,6 @@ _REQUIRED: dict[Format, tuple[str, ...]] = {
 }
 _OPTIONAL: dict[Format, tuple[str, ...]] = {"messages": ("conversations",), "alpaca": ("input",)}
 _SUPPORTED = "prompt + completion; messages or conversations; instruction (+ input) + output; text"
-_SHAREGPT = {"human": "user", "gpt": "assistant"}  # other roles are the same
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation.
-
-    Attributes:
-        role: speaker, as in the chat template: system, user, assistant, tool.
-        content: text.
-        learned: whether its tokens are label tokens; those of the last turn of a row always are.
-    """
-
-    role: str
-    content: str
-    learned: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +56,7 @@ class Row:
         origin: place of the row, for messages: `data/rows.jsonl:17`.
         extra: columns outside the format, such as `answer` and `choices`.
         of_target: whether the row is one of the target's, among the training rows.
+        unanswered: number of turns of the user after the completion, which are left out.
     """
 
     prompt: tuple[Message, ...]
@@ -76,6 +64,7 @@ class Row:
     origin: str
     extra: Record = field(default_factory=dict)
     of_target: bool = False
+    unanswered: int = 0
 
     @property
     def weight(self) -> float:
@@ -103,7 +92,10 @@ def rows_from(records: Iterable[Record], name: str = "row", columns: Sequence[st
 
 
 def parse_rows(
-    records: Iterable[tuple[str, Any]], columns: Sequence[str] = (), bad: list[DataError] | None = None
+    records: Iterable[tuple[str, Any]],
+    columns: Sequence[str] = (),
+    bad: list[DataError] | None = None,
+    questions: bool = False,
 ) -> list[Row]:
     """Turn pairs of an origin and a record into rows. The columns of the first row determine the format.
 
@@ -112,10 +104,12 @@ def parse_rows(
         columns: pairs such as `prompt=question`: the name here, and the name of the column. The format is then one
             that has the former.
         bad: list for the errors of bad rows, which are then left out.
+        questions: read prompts to answer, as `parse_question`.
 
     Raises:
         DataError, RecipeError: as `rows_from`.
     """
+    parse = parse_question if questions else parse_row
     names = _pairs(columns)
     chosen: Format | None = None
     rows: list[Row] = []
@@ -123,7 +117,7 @@ def parse_rows(
         try:
             renamed = _renamed(_columns(record, origin), names, origin)
             chosen = chosen or detect_format(renamed, origin, names)
-            rows.append(parse_row(renamed, origin, chosen))
+            rows.append(parse(renamed, origin, chosen))
         except DataError as error:
             if bad is None:
                 raise
@@ -211,10 +205,15 @@ def detect_format(record: Record, origin: str, named: Collection[str] = ()) -> F
 def _advice(record: Record) -> str:
     """The option that reads a row of an unknown format."""
     if "chosen" in record and "rejected" in record:
-        best = "messages=chosen" if isinstance(record["chosen"], list) else "text=chosen"
-        best = "completion=chosen" if "prompt" in record else best
-        advice = "preference pairs are for TRL's DPOTrainer with our callbacks"
-        return f"{advice}; or train on the better texts with --columns {best}"
+        turns = isinstance(record["chosen"], list)
+        if "prompt" in record and turns == isinstance(record["prompt"], list):
+            best = "completion=chosen"
+        else:  # a conversation beside a prompt as text repeats the prompt
+            best = "messages=chosen" if turns else "text=chosen"
+        return (
+            f"preference pairs are for TRL's DPOTrainer with our callbacks; to sift or train on the chosen texts, give "
+            f"--columns {best}"
+        )
     texts = [name for name, value in record.items() if isinstance(value, str)]
     if len(texts) == 2 and all(re.fullmatch(r"\w{1,40}", str(name)) for name in texts):
         return f"give --columns prompt={texts[0]} completion={texts[1]}, or the columns of a format: {_SUPPORTED}"
@@ -230,32 +229,64 @@ def parse_row(record: Record, origin: str, format: Format) -> Row:
     return _PARSERS[format](record, origin)
 
 
+def parse_question(record: Record, origin: str, format: Format) -> Row:
+    """Read one dictionary as a prompt to answer; completions are not read.
+
+    Returns:
+        A row with an empty completion. Its prompt is the column `prompt`, the conversation without the assistant's turn
+        at its end, or instruction and input; a text is a turn of the user.
+
+    Raises:
+        DataError: as `parse_row`.
+    """
+    if format == "messages":
+        column = _messages_in(record)
+        turns = turns_of(record, column, origin)
+        prompt = turns[:-1] if turns[-1].role == "assistant" else turns
+        if not prompt:
+            raise DataError(f"{origin}: {column!r} has no turn to answer; add the user's turn, or remove the row.")
+    elif format == "prompt" and isinstance(record.get("prompt"), list):
+        prompt = turns_of(record, "prompt", origin)
+    else:
+        text = _instruction(record, origin) if format == "alpaca" else _text(record, format, origin)
+        prompt = (Message("user", text),)
+    return Row(tuple(replace(turn, learned=False) for turn in prompt), "", origin)
+
+
 def _parse_prompt(record: Record, origin: str) -> Row:
     prompt, completion = record.get("prompt"), record.get("completion")
     extra = _without(record, "prompt", "completion")
     if not isinstance(prompt, list):
         turn = Message("user", _text(record, "prompt", origin))
         return Row((turn,), _text(record, "completion", origin), origin, extra)
-    before = tuple(replace(m, learned=False) for m in _turns(prompt, "prompt", origin))
+    before = tuple(replace(m, learned=False) for m in turns_of(record, "prompt", origin))
     if not isinstance(completion, list):
         return Row(before, _text(record, "completion", origin), origin, extra)
-    return _conversation(before + _turns(completion, "completion", origin), "completion", origin, extra)
+    return _conversation(before, turns_of(record, "completion", origin), "completion", origin, extra)
 
 
 def _parse_messages(record: Record, origin: str) -> Row:
-    column = "messages" if "messages" in record else "conversations"
-    turns = _turns(record.get(column), column, origin)
-    return _conversation(turns, column, origin, _without(record, column))
+    column = _messages_in(record)
+    return _conversation((), turns_of(record, column, origin), column, origin, _without(record, column))
+
+
+def _messages_in(record: Record) -> str:
+    """The column of the conversation."""
+    return "messages" if "messages" in record else "conversations"
 
 
 def _parse_alpaca(record: Record, origin: str) -> Row:
+    turn = Message("user", _instruction(record, origin))
+    extra = _without(record, "instruction", "input", "output")
+    return Row((turn,), _text(record, "output", origin), origin, extra)
+
+
+def _instruction(record: Record, origin: str) -> str:
     parts = [_text(record, "instruction", origin)]
     given = record.get("input")
     if given is not None and (not isinstance(given, str) or given.strip()):
         parts.append(_text(record, "input", origin))
-    turn = Message("user", "\n\n".join(parts))
-    extra = _without(record, "instruction", "input", "output")
-    return Row((turn,), _text(record, "output", origin), origin, extra)
+    return "\n\n".join(parts)
 
 
 def _parse_text(record: Record, origin: str) -> Row:
@@ -270,55 +301,41 @@ _PARSERS: dict[Format, Callable[[Record, str], Row]] = {
 }
 
 
-def _conversation(turns: tuple[Message, ...], column: str, origin: str, extra: Record) -> Row:
-    """Make a row of a conversation, which must end with the assistant's turn."""
-    if extra.get("tools"):
+def _conversation(
+    before: tuple[Message, ...], turns: tuple[Message, ...], column: str, origin: str, extra: Record
+) -> Row:
+    """Make a row of a conversation, without turns of the user after the last one of the assistant.
+
+    Args:
+        before: turns of another column that come first.
+        turns: turns of `column`, with the completion.
+        column: name of the column, for messages.
+        origin: place of the row.
+        extra: other columns.
+    """
+    if all(turn.role != "assistant" for turn in turns):
         raise DataError(
-            f"{origin}: the column 'tools' is not supported; write the tools into a system turn, and remove the column."
+            f"{origin}: {column!r} has no turn of the assistant, so the row has no completion; add one, or remove "
+            "the row."
         )
-    *before, last = turns
-    if last.role == "assistant" and not last.learned:
-        raise DataError(
-            f"{origin}: the last turn of {column!r} has the weight 0, so the row has no completion; end the row with a "
-            "turn to learn, or remove it."
-        )
+    end = max(number for number, turn in enumerate(turns, 1) if turn.role != "user")
+    *earlier, last = (*before, *turns[:end])
     if last.role != "assistant":
         raise DataError(
             f"{origin}: {column!r} ends with a turn of the role {last.role!r}, so the row has no completion; "
             "end it with the assistant's turn, or remove the row."
         )
-    if not before:
+    if not last.learned:
+        raise DataError(
+            f"{origin}: the last turn of {column!r} has the weight 0, so the row has no completion; end the row with a "
+            "turn to learn, or remove it."
+        )
+    if not earlier:
         raise DataError(
             f"{origin}: {column!r} has only the assistant's turn and nothing before it; add the user's turn, "
             "or give the row as 'text'."
         )
-    return Row(tuple(before), last.content, origin, extra)
-
-
-def _turns(value: Any, column: str, origin: str) -> tuple[Message, ...]:
-    """Read a list of `{role, content}`; the assistant's turns are marked as learned."""
-    if not isinstance(value, list) or not value:
-        kind = "an empty list" if value == [] else kind_of(value)
-        raise DataError(f"{origin}: {column!r} is {kind}; give a list of {{role, content}} objects.")
-    return tuple(_turn(turn, f"{origin}: turn {i} of {column!r}") for i, turn in enumerate(value, 1))
-
-
-def _turn(turn: Any, where: str) -> Message:
-    if not isinstance(turn, dict):
-        raise DataError(f"{where} is {kind_of(turn)}; give an object with 'role' and 'content'.")
-    if "from" in turn and "role" not in turn:
-        role = turn["from"]
-        turn = {"role": _SHAREGPT.get(role, role) if isinstance(role, str) else role, "content": turn.get("value")}
-    role = turn.get("role")
-    if not isinstance(role, str) or not role:
-        raise DataError(f"{where} has no role (found {kind_of(role)}); use system, user, assistant or tool.")
-    if turn.get("tool_calls"):
-        raise DataError(f"{where} has tool_calls, which are not supported; write them into 'content'.")
-    assistant, weight = role == "assistant", turn.get(WEIGHT)
-    if weight not in (None, 0, 1):
-        raise DataError(f"{where} has the weight {weight!r}; give 0 or 1, or remove it.")
-    content = _string(turn.get("content"), f"{where}: 'content'", may_be_empty=not assistant)
-    return Message(role, content, learned=assistant and weight != 0)
+    return Row(tuple(earlier), last.content, origin, extra, unanswered=len(turns) - end)
 
 
 def _weight(value: Any, origin: str) -> float:
@@ -348,31 +365,7 @@ def _text(record: Record, column: str, origin: str) -> str:
         raise DataError(
             f"{origin}: the column {column!r} is missing (found: {_names(record)}); add it or remove the row."
         )
-    return _string(record[column], f"{origin}: {column!r}", may_be_empty=False)
-
-
-def _string(value: Any, where: str, may_be_empty: bool) -> str:
-    if value is None and not may_be_empty:
-        raise DataError(f"{where} is empty (null); fill it in or remove the row.")
-    if not isinstance(value, str):
-        raise DataError(f"{where} is {kind_of(value)}; give a string.")
-    if not may_be_empty and not value.strip():
-        raise DataError(f"{where} is empty; fill it in or remove the row.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # no tokenizer takes half of a surrogate pair
-        raise DataError(
-            f"{where} holds an unpaired surrogate ({value[error.start]!r}) at character {error.start}; "
-            "write the whole character or remove it."
-        ) from None
-    return value
-
-
-def kind_of(value: Any) -> str:
-    """Name the JSON type of a value, with its article."""
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
-    names |= {list: "a list", dict: "an object", type(None): "missing or null"}
-    return names.get(type(value), f"of the type {type(value).__name__}")
+    return string_of(record[column], f"{origin}: {column!r}", may_be_empty=False)
 
 
 def _without(record: Record, *columns: str) -> Record:

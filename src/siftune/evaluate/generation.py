@@ -10,6 +10,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from siftune.base.errors import AdapterError
+from siftune.base.files import Progress
 from siftune.data.batches import by_length
 from siftune.models.generate import continued
 from siftune.models.loss import contiguous_head_input
@@ -23,6 +24,7 @@ def greedy(
     batch_size: int = 16,
     pad_id: int = 0,
     eos_ids: Sequence[int] = (),
+    progress: Progress | None = None,
 ) -> list[list[int]]:
     """Continue each prompt with the likeliest token at each step.
 
@@ -37,6 +39,7 @@ def greedy(
         batch_size: Prompts per pass, taken from prompts of similar length; they're padded on the left.
         pad_id: Token id for the padding; any valid id does, since it's masked.
         eos_ids: Token ids that end a continuation; without any, all are `max_new_tokens` long.
+        progress: Receives the number of continued prompts; those of a batch count by their share of the new tokens.
 
     Returns:
         The new tokens per prompt, in the order of `prompts_ids`, without the one that ended it.
@@ -46,6 +49,7 @@ def greedy(
     """
     inner = _generator(model)
     outputs: list[list[int]] = [[] for _ in prompts_ids]
+    done = 0
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -55,7 +59,14 @@ def greedy(
     )
     with evaluating(model), contiguous_head_input(inner):
         for batch in by_length([len(ids) for ids in prompts_ids], batch_size):
-            texts = continued(inner, [prompts_ids[i] for i in batch], settings)
+
+            def report(tokens: int, before: int = done, here: int = len(batch)) -> None:
+                if progress is not None:
+                    progress("writing answers", before + here * tokens // max_new_tokens, len(prompts_ids))
+
+            report(0)
+            texts = continued(inner, [prompts_ids[i] for i in batch], settings, report)
+            done += len(batch)
             for i, ids in zip(batch, texts, strict=True):
                 outputs[i] = _until_end(ids, eos_ids)
     return outputs

@@ -42,13 +42,16 @@ class PerplexityResult:
     tokens: NDArray[np.int64]
 
 
-def perplexity(model: nn.Module, rows: Sequence[TokenRow], batch_size: int = 16) -> PerplexityResult:
+def perplexity(
+    model: nn.Module, rows: Sequence[TokenRow], batch_size: int = 16, progress: Progress | None = None
+) -> PerplexityResult:
     """Compute the negative log-likelihood of the label tokens.
 
     Args:
         model: A causal language model, PEFT-wrapped or not; it's put into eval mode and back.
         rows: Pairs (input_ids, labels) of equally long lists of token ids; labels are -100 at tokens that do not count.
-        batch_size: Rows per forward pass; it changes speed and memory, not the result.
+        batch_size: Rows per forward pass; it changes speed and memory, and the result by rounding alone.
+        progress: Receives the number of scored rows.
 
     Returns:
         The negative log-likelihood and number of tokens per row, in the order of `rows`.
@@ -56,7 +59,7 @@ def perplexity(model: nn.Module, rows: Sequence[TokenRow], batch_size: int = 16)
     Raises:
         DataError: A row's lists differ in length, or no row has a label that can be predicted.
     """
-    result = row_nll(model, rows, batch_size)
+    result = row_nll(model, rows, batch_size, progress)
     if not result.tokens.sum():
         raise DataError(
             f"none of the {len(rows)} rows has a label token after its first, so there is no perplexity. "
@@ -66,23 +69,28 @@ def perplexity(model: nn.Module, rows: Sequence[TokenRow], batch_size: int = 16)
 
 
 def row_nll(
-    model: nn.Module, rows: Sequence[TokenRow], batch_size: int = 16, progress: Progress | None = None
+    model: nn.Module,
+    rows: Sequence[TokenRow],
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    stage: str = "scoring rows",
 ) -> PerplexityResult:
     """Compute the negative log-likelihood of each row's label tokens; 0 for a row without any.
 
-    Arguments and errors are those of `perplexity`, but rows without labels are accepted. `progress` receives the number
-    of scored rows.
+    Arguments and errors are those of `perplexity`, but rows without labels are accepted. `stage` is the name of the
+    progress.
     """
     tokens = np.array([_count_labels(i, *row) for i, row in enumerate(rows)], dtype=np.int64)
     nll = np.zeros(len(rows), dtype=np.float64)
     labelled, done = np.flatnonzero(tokens).tolist(), 0
+    report = progress or (lambda *_: None)
+    report(stage, 0, len(labelled))
     with evaluating(model):
         for batch in by_length([len(rows[i][0]) for i in labelled], batch_size):
             chosen = [labelled[i] for i in batch]
             nll[chosen] = _batch_nll(model, [rows[i] for i in chosen])
             done += len(chosen)
-            if progress is not None:
-                progress("scoring rows", done, len(labelled))
+            report(stage, done, len(labelled))
     return PerplexityResult(nll, tokens)
 
 
@@ -160,18 +168,22 @@ class ChoiceResult:
         return np.equal(self.by_mean if normalised else self.by_sum, self.answers)
 
 
-def score_choices(model: nn.Module, items: Sequence[ChoiceItem], batch_size: int = 16) -> ChoiceResult:
+def score_choices(
+    model: nn.Module, items: Sequence[ChoiceItem], batch_size: int = 16, progress: Progress | None = None
+) -> ChoiceResult:
     """Score every choice of every item.
 
     Args:
         model: A causal language model, PEFT-wrapped or not; it's put into eval mode and back.
         items: The questions.
-        batch_size: Choices (not items) per forward pass; it changes speed and memory, not the result.
+        batch_size: Choices (not items) per forward pass; it changes speed and memory, and the result by rounding alone.
+        progress: Receives the number of scored choices.
 
     Returns:
         Log-likelihoods, lengths and predictions in the order of `items`.
     """
-    nll = row_nll(model, [_as_row(item, choice) for item in items for choice in item.choices_ids], batch_size)
+    rows = [_as_row(item, choice) for item in items for choice in item.choices_ids]
+    nll = row_nll(model, rows, batch_size, progress, "scoring choices")
     bounds = np.cumsum([len(item.choices_ids) for item in items])[:-1]
     return ChoiceResult(
         loglik=list(np.split(-nll.nll, bounds)) if items else [],

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from siftune.base.errors import AdapterError, DataError
+from siftune.base.errors import DataError
+from siftune.base.files import Progress
 from siftune.data.encode import attempt
 from siftune.evaluate.bootstrap import Bootstrap, accuracy_interval, paired_bootstrap
 from siftune.evaluate.generation import exact_match, greedy
@@ -78,43 +79,39 @@ class MetricRow:
     tuned_interval: tuple[float, float] | None = None
 
 
-def measure(model: nn.Module, prepared: Prepared, batch_size: int = 16) -> Metrics:
+def measure(model: nn.Module, prepared: Prepared, batch_size: int = 16, progress: Progress | None = None) -> Metrics:
     """Measure a model on prepared rows.
+
+    Results depend on the batch size, the number of threads and the machine by rounding, which changes few answers in
+    bfloat16. Compare models that were measured with the same.
+
+    Args:
+        model: A causal language model, PEFT-wrapped or not; it's put into eval mode and back.
+        prepared: The rows.
+        batch_size: Rows, or choices, per forward pass.
+        progress: Receives the number of rows and choices that are done.
 
     Raises:
         DataError: A row doesn't fit the model's window, or its loss isn't finite.
     """
     _check_window(model, prepared)
     with short_rows():
-        measured = list(_measured(model, prepared, batch_size))
+        measured = list(_measured(model, prepared, batch_size, progress))
     return {metric.name: metric for metric in measured}
 
 
-def _measured(model: nn.Module, prepared: Prepared, batch_size: int) -> Iterator[Metric]:
+def _measured(model: nn.Module, prepared: Prepared, batch_size: int, progress: Progress | None) -> Iterator[Metric]:
     if prepared.items is not None:
-        scores = score_choices(model, prepared.items, batch_size)
+        scores = score_choices(model, prepared.items, batch_size, progress)
         _refuse_losses(prepared, np.array([np.isnan(each).any() for each in scores.loglik]))  # argmax would pick them
         yield _rate("choices", scores.correct())
         yield _rate("choices_per_token", scores.correct(normalised=True))
     if prepared.questions is not None:
-        yield _exact_match(model, prepared.questions, prepared.tokenizer, batch_size)
+        yield _exact_match(model, prepared.questions, prepared.tokenizer, batch_size, progress)
     if prepared.sequences is not None:
-        result = perplexity(model, prepared.sequences, batch_size)
+        result = perplexity(model, prepared.sequences, batch_size, progress)
         _refuse_losses(prepared, ~np.isfinite(result.nll))
         yield Metric(PERPLEXITY, result.nll, result.tokens.astype(np.float64))
-
-
-def measure_base(model: Any, prepared: Prepared, batch_size: int = 16) -> Metrics:
-    """Measure a PEFT model with its adapter switched off: the base model.
-
-    Raises:
-        AdapterError: The model isn't a PEFT model.
-        DataError: As `measure`.
-    """
-    if not hasattr(model, "disable_adapter"):
-        raise AdapterError(f"{type(model).__name__} has no adapter to switch off; give a PEFT model.")
-    with model.disable_adapter():
-        return measure(model, prepared, batch_size)
 
 
 def compare(
@@ -168,14 +165,46 @@ def _rate(name: str, correct: NDArray[np.bool_], texts: Iterable[str] = ()) -> M
     return Metric(name, correct.astype(np.float64), np.ones(len(correct)), tuple(texts))
 
 
-def _exact_match(model: Any, questions: Questions, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Metric:
-    """Generate, and compare with each accepted text."""
+class Answer(NamedTuple):
+    """What a model writes after a prompt.
+
+    Attributes:
+        text: The text, without special tokens.
+        complete: Whether the model ended it; False if it is cut at the largest number of new tokens.
+    """
+
+    text: str
+    complete: bool
+
+
+def answers(
+    model: Any,
+    questions: Questions,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> list[Answer]:
+    """Have a model answer questions, with the likeliest token at each step, in their order.
+
+    A text ends at an end token of the questions or of the model's own generation settings. `progress` receives the
+    number of answers.
+
+    Raises:
+        AdapterError: The adapter adds virtual tokens.
+        DataError: The tokenizer fails on tokens that the model wrote.
+    """
     own = model.generation_config.eos_token_id
     eos_ids = {*questions.eos_ids, *([own] if isinstance(own, int) else own or [])}
-    written = greedy(
-        model, questions.prompts_ids, questions.max_new_tokens, batch_size, questions.pad_id, tuple(eos_ids)
-    )
-    texts = [_decoded(tokenizer, ids) for ids in written]
+    limit, pad_id = questions.max_new_tokens, tokenizer.pad_token_id or 0
+    written = greedy(model, questions.prompts_ids, limit, batch_size, pad_id, tuple(eos_ids), progress)
+    return [Answer(_decoded(tokenizer, ids), len(ids) < limit) for ids in written]
+
+
+def _exact_match(
+    model: Any, questions: Questions, tokenizer: PreTrainedTokenizerBase, batch_size: int, progress: Progress | None
+) -> Metric:
+    """Generate, and compare with each accepted text."""
+    texts = [answer.text for answer in answers(model, questions, tokenizer, batch_size, progress)]
     pairs = zip(texts, questions.accepted, strict=True)
     correct = [bool(exact_match([text] * len(right), right).any()) for text, right in pairs]
     return _rate("exact_match", np.array(correct, dtype=np.bool_), texts)
@@ -187,8 +216,7 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     if isinstance(text, BaseException):
         reason = " ".join(str(text).split())[:99]
         raise DataError(
-            f"the tokenizer fails on tokens that the model wrote, {list(ids)[:8]} ({reason}); "
-            "take another tokenizer, or leave exact_match out"
+            f"the tokenizer fails on tokens that the model wrote, {list(ids)[:8]} ({reason}); take another tokenizer"
         ) from text
     return str(text)
 

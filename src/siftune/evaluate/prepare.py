@@ -35,16 +35,14 @@ class Questions:
 
     Attributes:
         prompts_ids: Token ids of each prompt.
-        accepted: The accepted texts.
+        accepted: The accepted texts; none if the answers are only to be read.
         max_new_tokens: Largest number of new tokens.
-        pad_id: Token id for padding.
         eos_ids: Token ids that end a text.
     """
 
     prompts_ids: list[list[int]]
     accepted: list[tuple[str, ...]]
     max_new_tokens: int
-    pad_id: int
     eos_ids: tuple[int, ...]
 
 
@@ -167,14 +165,28 @@ def _questions(rows: Sequence[Row], encoder: Encoder, max_new_tokens: int | None
     """Prompts and accepted texts for `exact_match`."""
     accepted = [_accepted(row) for row in rows]
     right_ids = [encoder.completion(row, text) for row, texts in zip(rows, accepted, strict=True) for text in texts]
-    tokenizer = encoder.tokenizer
     return Questions(
         prompts_ids=[_prompt(row, encoder) for row in rows],
         accepted=accepted,
         max_new_tokens=max_new_tokens or max(map(len, right_ids)) + _SLACK,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-        eos_ids=_end_ids(tokenizer, [ids[-1] for ids in right_ids]),
+        eos_ids=_end_ids(encoder.tokenizer, [ids[-1] for ids in right_ids]),
     )
+
+
+def open_questions(rows: Sequence[Row], encoder: Encoder, max_new_tokens: int) -> Questions:
+    """Inputs of generation for prompts without right answers.
+
+    Args:
+        rows: At least one row of `rows.parse_question`.
+        encoder: With the model's tokenizer.
+        max_new_tokens: Largest number of new tokens.
+
+    Raises:
+        DataError: The chat template refuses a prompt, or a prompt has no token; the message names the row.
+    """
+    ends = [encoder.completion(rows[0], "a")[-1]]  # the same after any text
+    prompts_ids = [_prompt(row, encoder) for row in rows]
+    return Questions(prompts_ids, [() for _ in rows], max_new_tokens, _end_ids(encoder.tokenizer, ends))
 
 
 def _accepted(row: Row) -> tuple[str, ...]:

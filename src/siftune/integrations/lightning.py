@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from siftune.base.errors import ModelError, RecipeError, UnsupportedError
 from siftune.methods.drivers.batches import Batch, Loss, RowDraws, model_loss
-from siftune.methods.drivers.sample_driver import SampleSelection
 from siftune.methods.ist.callback import IST
 
 _SHARDING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
@@ -78,9 +77,6 @@ class Sift(Callback):  # type: ignore[misc]
             self.selection.draws = RowDraws.of_loader(
                 trainer.train_dataloader, self.selection.generator, "give Sift(..., batches=...)"
             )
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and isinstance(self.selection, SampleSelection):
-            self.selection.rule.loss_scale = scaler.get_scale
         if self._resumed is not None:
             _load(self.selection, self._resumed)
             self._resumed = None

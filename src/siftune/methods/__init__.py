@@ -10,14 +10,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from siftune.base.settings import Settings
-from siftune.methods.options import (
-    CutSettings,
-    GASTSettings,
-    GREATSSettings,
-    ISTSettings,
-    LISASettings,
-    RSTSettings,
-)
+from siftune.methods.options import GASTSettings, ISTSettings, RSTSettings
 
 
 @dataclass(frozen=True)
@@ -26,10 +19,10 @@ class Part:
 
     settings: type[Settings]
     callback: str  # class of its callback, as MODULE:NAME; imported on first use
-    rows: bool = False  # it selects rows by a support set, such as a target; else it selects layers
+    # it selects rows by a support set, such as a target, until the target's rows begin; else it selects layers
+    rows: bool = False
     suppresses: bool = False  # it damps the response of adapters, for which it needs a layer's initial weights
     by_data: bool = False  # its choice depends on the rows, so that noise on gradients does not make it private
-    until_target: bool = False  # it stops selecting rows where a target's rows begin
 
     def build(self, settings: Settings, **others: Any) -> Any:
         """Make the callback; `others` are its further arguments: `seed`, and `support_set` if it selects rows."""
@@ -53,19 +46,13 @@ class Method:
 
 _RST = Part(RSTSettings, "siftune.methods.rst:RST")
 _IST = Part(ISTSettings, "siftune.methods.ist.callback:IST", suppresses=True, by_data=True)
-_LISA = Part(LISASettings, "siftune.methods.lisa:LISA")
-_CUT = Part(CutSettings, "siftune.methods.cut:Cut")
-_GAST = Part(GASTSettings, "siftune.methods.gast.callback:GAST", rows=True, by_data=True, until_target=True)
-_GREATS = Part(GREATSSettings, "siftune.methods.greats:GREATS", rows=True, by_data=True)
+_GAST = Part(GASTSettings, "siftune.methods.gast.callback:GAST", rows=True, by_data=True)
 
 METHODS = {
     "dense": Method("all layers follow all rows"),
     "rst": Method("layers drawn at random in every step (IST's ablation)", (_RST,), lr=1e-3),
     "ist": Method("layers drawn by importance in every step (arXiv 2410.11772)", (_IST,), lr=2e-3),
-    "lisa": Method("layers drawn at random and held for some steps (arXiv 2403.17919)", (_LISA,)),
-    "cut": Method("all layers above a random depth, where backward ends (ours)", (_CUT,), lr=1e-3),
     "gast": Method("every layer follows the rows that align with a support set (arXiv 2603.09865)", (_GAST,)),
-    "greats": Method("all layers follow the rows that most help a support set (NeurIPS 2024)", (_GREATS,)),
     "ist+gast": Method("layers drawn by importance, and per layer the rows that align with it", (_IST, _GAST), lr=2e-3),
 }
 

@@ -55,25 +55,6 @@ class ISTSettings(Settings):
 
 
 @dataclass(config=CONFIG)
-class LISASettings(Settings):
-    """Layerwise importance sampled AdamW: a few layers drawn at random and held for some steps."""
-
-    group = "lisa"
-
-    active: CountOrShare = 2
-    """Layers that train: a number of layers, or a share such as 0.25."""
-    interval: Count = 20
-    """Optimizer steps between two draws."""
-
-
-@dataclass(config=CONFIG)
-class CutSettings(Settings):
-    """All layers above a random depth train, and backward ends there."""
-
-    group = "cut"
-
-
-@dataclass(config=CONFIG)
 class GASTSettings(Settings):
     """Gradient-aligned sparse tuning: every layer follows the rows whose gradients align with a support set."""
 
@@ -118,13 +99,3 @@ class GASTSettings(Settings):
     def needs_rows(self) -> bool:
         """Whether the support gradient takes rows of its own."""
         return self.needs_scores and self.support in ("sample", "dataset")
-
-
-@dataclass(config=CONFIG)
-class GREATSSettings(Settings):
-    """GREATS: all layers follow the rows that most help a support set, the target's rows or training rows."""
-
-    group = "greats"
-
-    select: CountOrShare = 0.5
-    """Rows of a batch that are followed: a number of rows, or a share such as 0.5."""

@@ -1,21 +1,40 @@
 """Continuing token sequences of unequal lengths in one batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from siftune.models.modules import model_device
 
 
-def continued(model: Any, begins: Sequence[Sequence[int]], settings: GenerationConfig) -> list[list[int]]:
+class _Report(StoppingCriteria):  # type: ignore[misc]
+    """Reports each step of a generation, and stops nothing."""
+
+    def __init__(self, prompt: int, report: Callable[[int], None]) -> None:
+        self._prompt, self._report = prompt, report
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Report the number of new tokens."""
+        self._report(input_ids.shape[1] - self._prompt)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def continued(
+    model: Any,
+    begins: Sequence[Sequence[int]],
+    settings: GenerationConfig,
+    report: Callable[[int], None] = lambda _: None,
+) -> list[list[int]]:
     """Continue each beginning; the new tokens of each, including those after its end.
 
     Args:
         model: transformers' own model.
         begins: Token ids, at least one each; they are padded on the left.
         settings: With `pad_token_id`; they replace the model's own meanwhile, which `generate` would merge into them.
+        report: Receives the number of new tokens so far, after each.
     """
     longest, device = max(map(len, begins)), model_device(model)
     gaps = [longest - len(ids) for ids in begins]
@@ -25,7 +44,9 @@ def continued(model: Any, begins: Sequence[Sequence[int]], settings: GenerationC
     model.generation_config = settings
     try:
         output = model.generate(
-            input_ids=torch.tensor(padded, device=device), attention_mask=torch.tensor(seen, device=device)
+            input_ids=torch.tensor(padded, device=device),
+            attention_mask=torch.tensor(seen, device=device),
+            stopping_criteria=StoppingCriteriaList([_Report(longest, report)]),
         )
     finally:
         model.generation_config = own

@@ -7,12 +7,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from siftune.base.errors import RecipeError
-from siftune.base.settings import Settings
+from siftune.base.settings import Settings, nearest
 from siftune.base.text import counted
 from siftune.methods import METHODS, all_parts
 from siftune.methods.options import OWN, selects_all
 from siftune.models.adapters.registry import not_taken
 from siftune.recipe.schema import Recipe, compares, holds_out, method_of, settings_of, target_comes_last, train_files
+
+NO_TRACKER = "none"
+TRACKERS = (  # that transformers has; it would have to be imported to name them
+    *("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow", "neptune"),
+    *("swanlab", "tensorboard", "trackio", "wandb"),
+)
 
 
 def check(recipe: Recipe) -> None:
@@ -21,7 +27,10 @@ def check(recipe: Recipe) -> None:
     Raises:
         RecipeError: With one sentence on the first contradiction.
     """
-    faults = (_faults, _target_faults, _row_faults, _start_faults, _private_faults, _keep_faults, _idle, _all_rows)
+    faults = (
+        *(_faults, _target_faults, _row_faults, _start_faults, _private_faults, _keep_faults, _tracker_faults),
+        *(_idle, _all_rows),
+    )
     for is_wrong, sentence in (pair for part in faults for pair in part(recipe)):
         if is_wrong:
             raise RecipeError(sentence)
@@ -194,6 +203,20 @@ def _keep_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
     }
     for name, (is_wrong, why) in reasons.items():
         yield is_wrong, f"keep does not go with {name}, since {why}: leave one of them out"
+
+
+def _tracker_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
+    """What is wrong with the names of trackers; whether their packages are there is checked before training."""
+    names = recipe.report_to
+    yield (
+        names != (NO_TRACKER,) and (not names or NO_TRACKER in names),
+        "report_to names trackers, or none and nothing else: leave it out to report to none",
+    )
+    for name in names:
+        close = nearest(name, TRACKERS)
+        hint = f"did you mean {close!r}?" if close else f"use one of {', '.join(TRACKERS)}, or none"
+        yield "," in name, f"report_to has {name!r}: put spaces between trackers, not commas"
+        yield name not in (*TRACKERS, NO_TRACKER), f"report_to has the unknown tracker {name!r}; {hint}"
 
 
 def _blind() -> list[str]:

@@ -117,13 +117,12 @@ class Recipe(Validated):
     """Training method. Start with dense, which trains all layers on all rows: no other was better if nothing is known
     about the rows (docs/measured.md)."""
     target: str | None = None
-    """File or hub id of a few clean rows of the target task. They are added to the training rows; gast and greats also
-    compare the other rows with them."""
+    """File or hub id of a few clean rows of the target task. They are added to the training rows; gast also compares
+    the other rows with them."""
     target_share: BelowOne = 0.25
     """Share of the training rows that the target's rows make up, by at most 30 repeats of each; 0: compare only."""
     target_last: Share | None = None
-    """Share of the steps, at the end, that holds all of the target's rows; 1: all steps. Default: a third, with greats
-    1."""
+    """Share of the steps, at the end, that holds all of the target's rows; 1: all steps. Default: a third."""
 
     keep: str | None = None
     """Texts on which a penalty keeps the base's predictions, against forgetting: own, written by the base itself, or a
@@ -132,8 +131,8 @@ class Recipe(Validated):
     """With keep: factor of the KL divergence from the base; a larger one keeps more and learns less."""
 
     drop_rows: str | None = None
-    """File with training rows to leave out: one place such as rows.jsonl:17 per line, or a CSV file with a column
-    place, as written by siftune rows --csv."""
+    """File with training rows to leave out: one place such as rows.jsonl:17 per line, or a CSV file of siftune rows,
+    siftune sift or a report page, whose column selected says no for them (docs/rows.md)."""
 
     adapter: Literal[(*ADAPTER_TYPES, "full")] = "lora"  # type: ignore[valid-type]
     """Adapter type (docs/adapters.md); full: no adapter, train the weights of the chosen layers."""
@@ -154,16 +153,13 @@ class Recipe(Validated):
     found in the model; both for series, mlp for parallel."""
 
     lr: Positive | None = None
-    """Peak learning rate; the method's if not given: 2e-3 for ist and ist+gast, 1e-3 for rst and cut, else 5e-4."""
+    """Peak learning rate; the method's if not given: 2e-3 for ist and ist+gast, 1e-3 for rst, else 5e-4."""
     batch_size: Count = 16
     """Rows per forward pass."""
     group_by_length: bool = False
     """Batch rows of similar length: less padding and faster, but similar rows come together."""
     accumulate: Count = 1
     """Forward passes per optimizer step."""
-    auto_batch: bool = False
-    """If memory runs out, halve batch_size, double accumulate, and continue from the newest checkpoint. Methods that
-    select rows then select among fewer."""
     epochs: Positive = 1.0
     """Passes over the training rows."""
     steps: Count | None = None
@@ -247,11 +243,8 @@ def differences(before: Recipe, after: Recipe, free: Collection[str]) -> Iterato
 
 def compares(recipe: Recipe) -> bool:
     """Whether a recipe's method compares rows with a target."""
-    for part, settings in zip(method_of(recipe).parts, settings_of(recipe), strict=True):
-        if part.rows:  # a method without the option support uses a target if there is one
-            default = "dataset" if recipe.target else "sample"
-            return bool(getattr(settings, "support", default) == "dataset")
-    return False
+    pairs = zip(method_of(recipe).parts, settings_of(recipe), strict=True)
+    return any(part.rows and getattr(settings, "support", None) == "dataset" for part, settings in pairs)
 
 
 def train_files(recipe: Recipe) -> tuple[str, ...]:
@@ -275,8 +268,7 @@ def target_comes_last(recipe: Recipe) -> float:
         return 1.0  # they do not come at all
     if recipe.target_last is not None:
         return recipe.target_last
-    goes_on = compares(recipe) and not any(part.until_target for part in method_of(recipe).parts)
-    return 1.0 if recipe.target is None or goes_on else TARGET_LAST
+    return 1.0 if recipe.target is None else TARGET_LAST
 
 
 def new_folder(kind: str, now: datetime | None = None) -> str:

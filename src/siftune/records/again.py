@@ -1,11 +1,11 @@
 """Training rows of a run folder, read again for their texts, although another party may have made the folder.
 
-The recipe in such a folder could name any file. A file is read only if the user named it: in this command, or when
-training by this very recipe. `siftune train` therefore adds the SHA-256 of a run's recipe to a list in the user's cache
-(ours). No data set is fetched from the hub unless this command names it.
+The recipe in such a folder could name any file, and so could the places in a decision file. A file is read only if the
+user named it: in this command, or when training by this very recipe, or scoring into this very file. `siftune train`
+therefore adds the SHA-256 of a run's recipe to a list in the user's cache, and `siftune sift` and `siftune rows` that
+of the file that they write (ours). No data set is fetched from the hub unless this command names it.
 """
 
-import hashlib
 import logging
 import shlex
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from siftune.base.errors import DataError
-from siftune.base.files import open_to_append
+from siftune.base.files import hash_of, open_to_append
 from siftune.base.text import one_line, path_and_split
 from siftune.data.rows import Row
 from siftune.models.smollm2 import cache_root
@@ -33,29 +33,49 @@ class UnnamedFiles(DataError):
 
 def note_recipe(run: Path) -> None:
     """Record that this user trains by the recipe of a run folder; a warning if the cache cannot be written to."""
+    note_file(run / _RECIPE)
+
+
+def note_file(written: Path) -> None:
+    """Record that this user has written a file that names files of rows; a warning if the cache can't be written to."""
     path = cache_root() / _OWN
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_to_append(path) as file:
-            file.write(f"{_digest(run)}\n")
+            file.write(f"{hash_of(written)}\n")
     except OSError as error:
         logger.warning(
-            "%s cannot be written (%s): `siftune rows` and `siftune eval` will ask for the files of this run",
+            "%s cannot be written (%s): later commands will ask for the files of the rows of %s",
             path,
             error.strerror or error,
+            written,
         )
 
 
 def is_own(run: Path) -> bool:
     """Whether this user trained by the recipe of a run folder on this machine."""
+    return is_own_file(run / _RECIPE)
+
+
+def is_own_file(written: Path) -> bool:
+    """Whether this user has written this very file on this machine."""
     try:
-        return _digest(run) in (cache_root() / _OWN).read_text(encoding="utf-8").splitlines()
+        return hash_of(written) in (cache_root() / _OWN).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return False
 
 
 def rows_again(run: Path, files: Sequence[str] = ()) -> list[Row]:
-    """Read the training rows of a run folder, without those that it left out.
+    """Read the training rows of a run folder, without those that it left out; arguments and errors as `recipe_again`.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    return used_rows(run, recipe_again(run, files))
+
+
+def recipe_again(run: Path, files: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run folder, with the files of its training rows where they are now.
 
     Args:
         run: The run folder.
@@ -64,7 +84,6 @@ def rows_again(run: Path, files: Sequence[str] = ()) -> list[Row]:
 
     Raises:
         UnnamedFiles: The recipe names something else, and is not the user's own.
-        DataError: A file cannot be read.
         RecipeError: The recipe cannot be read.
     """
     recipe: Recipe = replace(load_recipe(run / _RECIPE), eval=None, keep=None)  # training rows alone are read
@@ -86,14 +105,10 @@ def rows_again(run: Path, files: Sequence[str] = ()) -> list[Row]:
         )
     train = tuple(str(places[name]) for name in train_files(recipe))
     target, drop_rows = (name and places[name] for name in (recipe.target, recipe.drop_rows))
-    return used_rows(run, replace(recipe, train=train, target=target, drop_rows=drop_rows))
+    return replace(recipe, train=train, target=target, drop_rows=drop_rows)
 
 
 def _place(name: str, files: Sequence[str], own: bool) -> str | None:
     """The file or data set to read for a name in a recipe; None if the user named none."""
     named = next((file for file in files if Path(file).name == Path(name).name), None)
     return named or (name if own and Path(path_and_split(name)[0]).expanduser().exists() else None)
-
-
-def _digest(run: Path) -> str:
-    return hashlib.sha256((run / _RECIPE).read_bytes()).hexdigest()

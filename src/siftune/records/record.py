@@ -59,6 +59,9 @@ class RowRecord(TrainerCallback):  # type: ignore[misc]
         self._waiting: list[tuple[int, Tensor, Tensor]] = []
         self._done: list[NDArray[np.float64]] = [NOTHING]
 
+    def __repr__(self) -> str:
+        return f"RowRecord({'' if self.path is None else repr(str(self.path))})"
+
     def visits(self, since: int = 0) -> Visits:
         """Visits from a step on, on this rank, including those before the run was resumed."""
         self._settle()

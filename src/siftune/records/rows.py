@@ -1,16 +1,12 @@
-"""Training rows of a recipe: reading, lists of rows to leave out, digests.
+"""Training rows of a recipe: reading and digests.
 
 Rows that cannot be used are collected from all files and reported together.
 """
 
-import csv
 import hashlib
-import io
-import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,93 +17,9 @@ from siftune.data.rows import Row, row_texts
 from siftune.data.target import held_out, with_target
 from siftune.methods.options import OWN
 from siftune.recipe.schema import Recipe, compared_with, train_files
+from siftune.records.decisions import absolute_place, read_decisions, remaining_rows
 
 BAD_ROWS = "bad_rows.txt"  # file of a run folder
-PLACE = "place"  # column of a CSV file
-_SHOWN_PLACES = 3  # in a message
-_WIDEST = 2**31 - 1  # characters of a field
-
-logger = logging.getLogger(__name__)
-
-
-def named_rows(path: str) -> list[str]:
-    """Read places of rows: one a line, or the column `place` of a CSV file. Lines that begin with # are comments.
-
-    Raises:
-        DataError: The file can't be read, or names no rows.
-    """
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is invalid; save it as UTF-8.") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; give the path of a file that names rows.") from None
-    if Path(path).suffix.lower() == ".csv":
-        places = _csv_places(path, text)
-    else:
-        lines = (line.strip() for line in text.split("\n"))
-        places = [line for line in lines if line and not line.startswith("#")]
-    if not places:
-        raise DataError(f"{path} names no rows, so there is nothing to leave out; train without it.")
-    return places
-
-
-def _csv_places(path: str, text: str) -> list[str]:
-    before = csv.field_size_limit(_WIDEST)  # fields hold texts of rows
-    try:
-        reader = csv.DictReader(io.StringIO(text))
-        if PLACE not in (reader.fieldnames or ()):
-            columns = ", ".join(reader.fieldnames or ()) or "nothing"
-            raise DataError(f"{path} has no column {PLACE!r} in its first line ({columns}).")
-        return [(fields[PLACE] or "").strip() for fields in reader]
-    finally:
-        csv.field_size_limit(before)
-
-
-def without(rows: Sequence[Row], places: Iterable[str], path: str) -> list[Row]:
-    """Leave out the rows at some places.
-
-    Args:
-        rows: The rows.
-        places: Places, such as "rows.jsonl:17".
-        path: The file that names them, for messages.
-
-    Raises:
-        DataError: There is no such row, or none remains.
-
-    Example:
-        >>> from siftune.data.rows import rows_from
-        >>> few = rows_from([{"text": "one"}, {"text": "two"}], name="rows.jsonl")
-        >>> [row.completion for row in without(few, ["rows.jsonl 1"], "bad.txt")]
-        ['two']
-    """
-    own = {absolute_place(row.origin) for row in rows}
-    named = {place: absolute_place(place) for place in places}
-    if missing := [place for place, full in named.items() if full not in own]:
-        shown = ", ".join(missing[:_SHOWN_PLACES]) + (", …" if len(missing) > _SHOWN_PLACES else "")
-        raise DataError(
-            f"{path} names {counted(len(missing), 'place')} without a training row ({shown}); the first training row "
-            f"is at {rows[0].origin}."
-        )
-    dropped = {*named.values()}
-    remaining = [row for row in rows if absolute_place(row.origin) not in dropped]
-    if not remaining:
-        raise DataError(f"{path} names all training rows; leave some in.")
-    return remaining
-
-
-def absolute_place(place: str) -> str:
-    """Name a place by the absolute path of its file: the same row may be named from another folder."""
-    match = re.fullmatch(r"(.+?)((?::| row )\d+)", place)
-    return place if match is None else f"{_absolute_source(match[1], Path.cwd())}{match[2]}"
-
-
-@cache
-def _absolute_source(source: str, folder: Path) -> str:
-    """Absolute path of a file relative to a folder; other sources unchanged."""
-    name, split = path_and_split(source)
-    file = folder / Path(name).expanduser()
-    return f"{file.resolve()}{split}" if file.exists() else source
 
 
 class Text(NamedTuple):
@@ -170,11 +82,9 @@ def read_rows(recipe: Recipe) -> Read:
     files = [list(weighted(load(name, limit=recipe.limit))) for name in train_files(recipe)]
     target = list(weighted(load(recipe.target))) if recipe.target else []
     if recipe.drop_rows is not None:
-        named = named_rows(recipe.drop_rows)
-        every = [row for rows in (*files, target) for row in rows]
-        others = {id(row) for row in without(every, named, recipe.drop_rows)}
-        logger.info("%s: leaving out %s", recipe.drop_rows, counted(len(set(named)), "row"))
-        *files, target = ([row for row in rows if id(row) in others] for rows in (*files, target))
+        every = [row for rows in files for row in rows]
+        remaining = {id(row) for row in remaining_rows(read_decisions(recipe.drop_rows), every, target)}
+        *files, target = ([row for row in rows if id(row) in remaining] for rows in (*files, target))
     train: list[Row] = []
     heldout: list[Row] = []
     for rows in files:

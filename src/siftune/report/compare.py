@@ -14,7 +14,7 @@ from siftune.report.charts import Point, Scale, scatter
 from siftune.report.evals import change_text, label_of, value_text
 from siftune.report.parts import Cell, Figure, Grid, Section
 from siftune.report.subjects import RunData, Subjects
-from siftune.report.words import NBSP, data_name, listed, memory, short
+from siftune.report.words import NBSP, data_name, listed, memory, percent, short
 
 _FIRST = ("exact_match", "choices", "choices_per_token", PERPLEXITY)  # the metric that tells most comes first
 
@@ -107,6 +107,15 @@ def headline(subjects: Subjects) -> str:
         return _result_of_run(subjects.runs[0])
     if subjects.runs:
         return _result_of_runs(subjects.runs)
+    if subjects.siftings:
+        rows = subjects.siftings[0].decisions.rows
+        selected = sum(row.selected for row in rows)
+        return (
+            f"{selected:,} of {counted(len(rows), 'row')} of the pool are selected ({percent(selected / len(rows))})."
+        )
+    if subjects.lists:
+        name, rows = subjects.lists[0][0], subjects.lists[0][1].rows
+        return f"{name} leaves out {sum(not row.selected for row in rows):,} of its {counted(len(rows), 'row')}."
     return rates.sentence(subjects.sweeps[0].record)
 
 

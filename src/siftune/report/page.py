@@ -17,13 +17,14 @@ from siftune.report import rates
 from siftune.report.choices import layers, rows
 from siftune.report.compare import compare_runs, headline
 from siftune.report.parts import TEMPLATES, Section, distinct, marked_up
+from siftune.report.review import review_of_list, review_of_pool
 from siftune.report.run import results, setup, suspects, training
-from siftune.report.sifted import avoided, sifted
-from siftune.report.subjects import RunData, Subjects, find_subjects
-from siftune.report.words import memory
+from siftune.report.sifted import left_out, of_pool, of_run
+from siftune.report.subjects import Subjects, find_subjects
+from siftune.report.words import memory, short
 
-_OF_A_RUN = (sifted, avoided, layers, rows)
-_STYLES = ("theme.css", "figure.css", "page.css")
+_OF_A_RUN = (left_out, layers, rows)
+_STYLES = ("theme.css", "figure.css", "page.css", "review.css")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Page:
     def _repr_html_(self) -> str:
         """The page in a frame of its own, so that its styles stay there and its script reaches nothing else."""
         return (
-            f'<iframe srcdoc="{escape(self.html)}" sandbox="allow-scripts" title="siftune report" '
+            f'<iframe srcdoc="{escape(self.html)}" sandbox="allow-scripts allow-downloads" title="siftune report" '
             'style="width: 100%; height: 80vh; border: 1px solid #8884"></iframe>'
         )
 
@@ -61,26 +62,27 @@ class Page:
         return path
 
 
-def make_page(names: Sequence[str], first: Sequence[Section] = ()) -> Page:
-    """Make a report of folders of runs, demos and sweeps of learning rates.
+def make_page(names: Sequence[str], first: Sequence[Section] = (), files: Sequence[str] = ()) -> Page:
+    """Make a report of folders of runs, demos, sifted pools and sweeps of learning rates, and of lists of rows.
 
     Args:
-        names: The folders.
+        names: The folders, and the CSV files of the lists.
         first: Sections before those of the folders.
+        files: Files of rows that may be read, if another user has written a list or a folder.
 
     Raises:
         InputError: A folder holds nothing to report on, or a file in it is damaged.
     """
-    return page_of(find_subjects(names), first)
+    return page_of(find_subjects(names, files), first)
 
 
 def page_of(subjects: Subjects, first: Sequence[Section] = ()) -> Page:
     """The page of what was read."""
-    script = _asset("page.js")
+    script = _asset("page.js") + _asset("review.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     html = _template().render(
         headline=headline(subjects),
-        facts=_facts(subjects.runs),
+        facts=_facts(subjects),
         sections=sections(subjects, first),
         styles="\n".join(map(_asset, _STYLES)),
         dark=_asset("dark.css"),
@@ -95,19 +97,43 @@ def page_of(subjects: Subjects, first: Sequence[Section] = ()) -> Page:
 def sections(subjects: Subjects, first: Sequence[Section] = ()) -> list[Section]:
     """The parts of the page that have something to say."""
     runs, several = subjects.runs, len(subjects.runs) > 1
-    every = [*first, compare_runs(runs), training(runs), results(runs), suspects(runs)]
-    every += [part(run, several) for run in runs for part in _OF_A_RUN]
+    every: list[Section | None] = [*first, *_reviews(subjects)]
+    every += [compare_runs(runs), training(runs), results(runs), suspects(runs)]
+    for run in runs:
+        every += [*of_run(run, several), *(part(run, several) for part in _OF_A_RUN)]
     every += [rates.section(sweep) for sweep in subjects.sweeps]
     kept = [section for section in (*every, setup(runs)) if section is not None]
     anchors = distinct([section.anchor for section in kept])
     return [replace(section, anchor=anchor) for section, anchor in zip(kept, anchors, strict=True)]
 
 
-def _facts(runs: Sequence[RunData]) -> list[tuple[str, str]]:
-    """What a single run was, in a few words each."""
-    if len(runs) != 1:
+def _reviews(subjects: Subjects) -> list[Section]:
+    """Sections on sifted pools and lists of rows, with their rows to decide on."""
+    several = len(subjects.siftings) + len(subjects.lists) > 1
+    sections = []
+    for sifting in subjects.siftings:
+        name, columns = sifting.name if several else "", sifting.facts.get("columns")
+        columns = columns if isinstance(columns, list) and all(isinstance(pair, str) for pair in columns) else []
+        sections += of_pool(sifting.pool, sifting.bad, sifting.state, name)
+        sections.append(review_of_pool(sifting.decisions, name, subjects.files, columns))
+    return sections + [review_of_list(rows, name if several else "", subjects.files) for name, rows in subjects.lists]
+
+
+def _facts(subjects: Subjects) -> list[tuple[str, str]]:
+    """What a single run or sifted pool was, in a few words each."""
+    if len(subjects.siftings) == 1 and not subjects.runs:
+        (sifting,) = subjects.siftings
+        pool = sifting.decisions
+        return [
+            ("model", str(sifting.facts.get("model", "–"))),
+            ("rows of the pool", f"{len(pool.rows):,}"),
+            ("selected", f"{sum(row.selected for row in pool.rows):,}"),
+            ("limit on the score", short(pool.limits.score)),
+            ("limit on similarity", short(pool.limits.similarity)),
+        ]
+    if len(subjects.runs) != 1:
         return []
-    (run,) = runs
+    (run,) = subjects.runs
     steps = run.figure("steps")
     return [
         ("method", run.recipe.method),

@@ -141,4 +141,5 @@ class Section:
     words: Sequence[str] = ()  # paragraphs above the figures
     figures: Sequence[Figure] = ()
     tables: Sequence[Grid] = ()
+    review: dict[str, Any] | None = field(default=None, repr=False)  # rows to decide on: see review.py
     folded: bool = False  # its tables are shown on request

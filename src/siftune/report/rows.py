@@ -1,24 +1,31 @@
 """Suspect rows as a table and as CSV."""
 
-import csv
-import io
+import os
 from collections.abc import Sequence
 
-from siftune.base.text import inert, visible
+from siftune.base.text import visible
+from siftune.records.decisions import Decision, decisions_csv
 from siftune.report.table import Table
 from siftune.suspects.named import Suspect
 
-HEADER = ("place", "score", "prompt", "completion", "reason")
 _LONGEST = 40  # characters of a text in a table
 
 
 def table(suspects: Sequence[Suspect], title: str) -> Table:
-    """A line for each suspect, long texts cut."""
+    """A line for each suspect, long texts cut; the folder of all places stands in the header."""
+    folder = _folder([one.place for one in suspects])
     rows = [
-        (f"{one.score:.1f}", one.place, visible(short(one.text.prompt)), visible(short(one.text.completion)))
+        (f"{one.score:.1f}", one.place.removeprefix(folder), *(visible(short(text)) for text in one.text))
         for one in suspects
     ]
-    return Table(("score", "place", "prompt", "completion"), rows, title, words=(1, 2, 3))
+    return Table(("score", f"place in {folder}" if folder else "place", "prompt", "completion"), rows, title, (1, 2, 3))
+
+
+def _folder(places: Sequence[str]) -> str:
+    """The folder that all places are in, with a slash at its end; empty for places of data sets of the hub."""
+    if not places or not all(map(os.path.isabs, places)):
+        return ""
+    return os.path.join(os.path.commonpath([os.path.dirname(place) for place in places]), "")
 
 
 def short(text: str, longest: int = _LONGEST) -> str:
@@ -35,15 +42,12 @@ def short(text: str, longest: int = _LONGEST) -> str:
     return f"{line[: longest - 3 - end]} … {line[-end:]}"
 
 
-def to_csv(suspects: Sequence[Suspect]) -> str:
-    """All suspects with complete texts; `train --drop-rows` takes the file.
+def to_csv(rows: Sequence[Suspect], selected: bool = False) -> str:
+    """A decision file (records/decisions.py) of rows with complete texts.
 
-    A text that begins like a formula gets an apostrophe in front, so that no spreadsheet computes what is in a row.
+    Args:
+        rows: The rows, highest scores first.
+        selected: Whether a training takes them: False for suspects, True for rows that only have high losses.
     """
-    box = io.StringIO()
-    writer = csv.writer(box, lineterminator="\n")
-    writer.writerow(HEADER)
-    for each in suspects:
-        texts = map(inert, (each.text.prompt, each.text.completion, each.reason))
-        writer.writerow([each.place, each.score, *texts])
-    return box.getvalue()
+    decisions = (Decision(one.place, selected, [one.score], one.source, *one.text, one.reason) for one in rows)
+    return decisions_csv(decisions, with_reason=True)

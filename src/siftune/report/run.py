@@ -206,7 +206,7 @@ def suspects(runs: Sequence[RunData]) -> Section | None:
         found[run.name] = rows.highest(min(_SUSPECTS, rows.suspects))
         words.append(
             f"{named}{rows.suspects:,} of {counted(len(rows.rows), 'row')} may be wrong. `siftune rows {run.path}` "
-            "lists them, and writes a file for `--drop-rows`."
+            "lists them, and writes a file for `--drop-rows`, which `siftune report FILE` shows for a review."
         )
     return Section("suspects", "Suspect rows", words, tables=[_suspect_table(found)] if found else [])
 

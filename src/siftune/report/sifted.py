@@ -1,198 +1,196 @@
-"""Sections on the rows that sifting selected and left out for a run, with the files of scores that it wrote."""
+"""Sections on a sifted pool: the rows that were selected and left out, by the target and by bad rows.
 
-import csv
-import math
+And on the file of rows that a run was trained without.
+"""
+
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from siftune.base.text import counted, parsed
+from siftune.base.errors import InputError
+from siftune.base.text import counted, finite, parsed
+from siftune.records.again import is_own
+from siftune.records.decisions import read_decisions
 from siftune.report.charts import Part, histogram
 from siftune.report.parts import Cell, Grid, Section, slug
+from siftune.report.score_chart import score_chart
+from siftune.report.scored import BY_SCORE, CHOSEN, LIKE_BAD, OTHER, Pool, Scored, by_bad_rows, by_target, plain
 from siftune.report.subjects import RunData
 from siftune.report.words import listed, percent, short
-from siftune.sifting.run import RECORD, SCORES
-from siftune.sifting.scoring import AVOID
+from siftune.sifting.checks import RECORD
 from siftune.train.folder.run import SIFT
 
 _EACH = 5  # rows from each part of the order
-_SELECTED, _BY_SCORE, _LIKE_BAD, _OTHER = "selected", "score", "like the bad rows", "other task"  # in their order
+_COMPLETIONS = 50  # different ones that are listed, at most (ours)
+_FIRST = 8  # of them that are shown before the table is unfolded
 
 
-class _Scored(NamedTuple):
-    place: str
-    score: float | None  # None for a row of another task
-    losses: tuple[float, float] | None  # before and after the training on the bad rows
-    similarity: float | None
-    status: str  # whether it was selected, or why it was left out
-    source: str
-    text: str
+def of_run(run: RunData, several: bool) -> list[Section]:
+    """Sections on the pool that was sifted for a run, with some of its rows; none for a run without sifting."""
+    folder, name = run.path / SIFT, run.name if several else ""
+    if not (folder / RECORD).is_file():
+        return []
+    try:
+        state = parsed((folder / RECORD).read_text(encoding="utf-8"))["state"]
+        pool, bad = by_target(folder, state), by_bad_rows(folder)
+    except (InputError, OSError, ValueError, KeyError, TypeError) as error:  # the rest of the page is right
+        return [Section(f"sifted-{slug(run.name)}", _titled("Sifted rows", name), [f"Not available: {error}"])]
+    return of_pool(pool, bad, state, name, examples=f"`siftune report {folder}` shows more of them, to decide on.")
 
 
-def sifted(run: RunData, several: bool) -> Section | None:
-    """Selected rows by source, the scores of the task's rows, and rows from it; None without a target's scores."""
-    read = _rows(run, several, run.path / SIFT / SCORES, "Sifted rows", "sifted")
-    bad = _rows(run, several, run.path / SIFT / AVOID / SCORES, "Sifted rows", "sifted") if read else None
-    if not isinstance(read, _Part):
-        return read
-    if isinstance(bad, Section):
-        return bad
-    like_bad = {row.place for row in bad.rows if row.status != _SELECTED} if bad else set()
-    rows = sorted((_with_reason(row, like_bad) for row in read.rows), key=_order)
-    count = sum(row.status == _SELECTED for row in rows)
-    words = [f"{count:,} of {counted(len(rows), 'row')} of the pool were selected{_why(run.path / SIFT / RECORD)}."]
-    words += _left_out(rows)
-    tables = [_by_source(rows)] if len({row.source for row in rows}) > 1 else []
-    parts = _part("selected", rows[:count], 0), _part("left out", rows[count:], 1)
-    axes = "score: loss after a training on the target", "rows of the task"
-    note = "The higher, the less likely is the completion. Rows of other tasks have no score."
-    chart = histogram("Scores of the task's rows", parts, axes, _limit(rows, _SELECTED, _BY_SCORE), note)
-    figures = [chart] if any(part.values for part in parts) else []
-    caption = (
-        "First the last rows that were selected, and the first that were left out; then both ends of the order. "
-        "Prompt: its similarity to the target's, 1 if equal."
-    )
-    return Section(read.anchor, read.title, words, figures, [*tables, _examples(rows, count, caption)])
-
-
-def avoided(run: RunData, several: bool) -> Section | None:
-    """The scores by the bad rows, and rows from both sides of the limit; None for a run without `--avoid`."""
-    read = _rows(run, several, run.path / SIFT / AVOID / SCORES, "Rows like the bad ones", "avoided")
-    if not isinstance(read, _Part):
-        return read
-    rows = sorted(read.rows, key=lambda row: (row.status == _SELECTED, row.score))
-    count = sum(row.status != _SELECTED for row in rows)
-    why = "" if (run.path / SIFT / SCORES).is_file() else _why(run.path / SIFT / RECORD)
-    words = [f"{count:,} of {counted(len(rows), 'row')} of the pool were left out{why}."]
-    parts = _part("left out", rows[:count], 1), _part("others", rows[count:], 0)
-    axes = "score: change of the loss, nats per token", "rows of the pool"
-    note = "Rows like the bad ones have a low score."
-    chart = histogram("Scores of the pool", parts, axes, _limit(rows, _LIKE_BAD, _SELECTED), note)
-    caption = (
-        "First the last rows that were left out, and the first of the others; then both ends of the order by score."
-    )
-    return Section(read.anchor, read.title, words, [chart], [_examples(rows, count, caption)])
-
-
-class _Part(NamedTuple):
-    anchor: str
-    title: str
-    rows: list[_Scored]
-
-
-def _rows(run: RunData, several: bool, path: Path, title: str, name: str) -> Section | _Part | None:
-    """The rows of a file of scores; a section that says why not if it cannot be read, and None if there is none."""
-    if not path.is_file():
+def left_out(run: RunData, several: bool) -> Section | None:
+    """The file of rows that a run was trained without, with counts; None if there is none, or if the run has sifted."""
+    name = run.recipe.drop_rows
+    if name is None or Path(name).expanduser().resolve().is_relative_to((run.path / SIFT).resolve()):
         return None
-    part = _Part(f"{name}-{slug(run.name)}", f"{title}: {run.name}" if several else title, [])
+    section = Section(f"left-out-{slug(run.name)}", _titled("Rows left out", run.name if several else ""))
+    if not is_own(run.path):  # the recipe of another party could name any file
+        return replace(section, words=[f"The training left out the rows that `{name}` excludes."])
     try:
-        return part._replace(rows=_read(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return Section(part.anchor, part.title, [f"Not available: {path} cannot be read ({error})."])
+        decisions = read_decisions(name)
+    except InputError as error:
+        return replace(
+            section, words=[f"The training left out the rows that `{name}` excludes. Not available: {error}"]
+        )
+    count = sum(not selected for selected in decisions.selected.values())
+    copies = " and any copies" if decisions.for_copies else ""
+    words = [f"The training left out the rows that `{name}` excludes: {counted(count, 'row')}{copies}."]
+    folder = Path(name).expanduser().parent
+    try:
+        state = parsed((folder / RECORD).read_text(encoding="utf-8"))["state"]
+        words.append(
+            f"The file is of a sifted pool: {int(state['selected']):,} of {counted(int(state['pool']), 'row')} were "
+            f"selected{_why(state)}. `siftune report {folder}` shows them."
+        )
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        words.append(f"The file is of a sifted pool, but {folder / RECORD} cannot be read ({error}).")
+    return replace(section, words=words)
 
 
-def _why(path: Path) -> str:
-    """The reason and the time of a sifting, from its record."""
+def of_pool(pool: Pool | None, bad: Pool | None, state: dict[str, Any], name: str, examples: str = "") -> list[Section]:
+    """Sections on a sifted pool.
+
+    Args:
+        pool: The pool by the scores of the target; None without a target.
+        bad: The pool by the scores of bad rows; None without them.
+        state: What the record of the sifting says, not checked.
+        name: Its name in titles; empty if the page has no other.
+        examples: A sentence after a table of some rows; without it there is no such table.
+    """
+    sections = []
+    if pool is not None:
+        sections.append(_by_target(pool, _why(state), name, examples))
+    if bad is not None:
+        sections.append(_by_bad_rows(bad, "" if pool else _why(state), name, examples))
+    return sections
+
+
+def _titled(title: str, name: str) -> str:
+    return f"{title}: {name}" if name else title
+
+
+def _by_target(pool: Pool, why: str, name: str, examples: str) -> Section:
+    """Selected rows by source and completion, a chart of similarities and scores, and rows from it."""
+    rows, count = pool.rows, pool.count
+    words = [f"{count:,} of {counted(len(rows), 'row')} of the pool were selected{why}.", *_left_out(rows)]
+    measured = [row for row in rows if row.similarity is not None]
+    selected, others = (
+        [(row.similarity or 0.0, row.score) for row in measured if row.selected is side] for side in (True, False)
+    )
+    figures = [score_chart(selected, others, pool.limits)] if measured else []
+    tables = [_shares("source", rows)] if len({row.source for row in rows}) > 1 else []
+    task = [row for row in rows if row.state != OTHER]
+    if 1 < len({row.completion.strip() for row in task}) <= min(_COMPLETIONS, len(task) // 4):
+        tables.append(_shares("completion", task))
+    if examples:
+        caption = (
+            "First the last rows that were selected, and the first that were left out; then both ends of the order. "
+            f"Prompt: its similarity to the target's, 1 if equal. {examples}"
+        )
+        tables.append(_examples(pool, caption, by_losses=False))
+    return Section(f"sifted-{slug(name)}" if name else "sifted", _titled("Sifted rows", name), words, figures, tables)
+
+
+def _by_bad_rows(pool: Pool, why: str, name: str, examples: str) -> Section:
+    """The scores by the bad rows, and rows from both sides of the limit."""
+    rows, count = pool.rows, pool.count
+    words = [f"{count:,} of {counted(len(rows), 'row')} of the pool were left out{why}."]
+    scores = [[row.score for row in part if row.score is not None] for part in (rows[:count], rows[count:])]
+    figures = []
+    if any(scores):
+        limit = (max(scores[0]) + min(scores[1])) / 2 if all(scores) else None
+        parts = Part("left out", scores[0], 1), Part("others", scores[1], 0)
+        axes = "score: change of the loss, nats per token", "rows of the pool"
+        note = "Rows like the bad ones have a low score."
+        figures.append(histogram("Scores of the pool", parts, axes, limit, note))
+    caption = (
+        "First the last rows that were left out, and the first of the others; then both ends of the order by score. "
+        f"{examples}"
+    )
+    tables = [_examples(pool, caption, by_losses=True)] if examples else []
+    title = _titled("Rows like the bad ones", name)
+    return Section(f"avoided-{slug(name)}" if name else "avoided", title, words, figures, tables)
+
+
+def _why(state: dict[str, Any]) -> str:
+    """The reason and the time of a sifting, from its record; empty if it has none."""
     try:
-        state = parsed(path.read_text(encoding="utf-8"))["state"]
-        return f" in {float(state['seconds']):,.0f} s: {state['reason']}"
-    except (OSError, ValueError, KeyError, TypeError):
+        return f" in {finite(state['seconds']):,.0f} s: {state['reason']}"
+    except (LookupError, ValueError, TypeError):
         return ""
 
 
-def _read(path: Path) -> list[_Scored]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [_scored(line) for line in csv.DictReader(file)]
-    if not rows:
-        raise ValueError("it has no rows")
-    return rows
-
-
-def _scored(line: Mapping[str, str]) -> _Scored:
-    by_target = "similarity" in line
-    return _Scored(
-        line["place"],
-        None if by_target and line["score"] == "" else _number(line["score"]),
-        None if by_target else (_number(line["loss_before"]), _number(line["loss_after"])),
-        _number(line["similarity"]) if by_target else None,
-        _SELECTED if line["selected"] == "1" else _LIKE_BAD,  # the target's reasons follow
-        line["source"],
-        " → ".join(filter(None, (line["prompt"].strip(), line["completion"].strip()))),
-    )
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is no finite number")
-    return value
-
-
-def _with_reason(row: _Scored, like_bad: Container[str]) -> _Scored:
-    """The row with the reason why it was left out."""
-    if row.status == _SELECTED:
-        return row
-    return row._replace(status=_OTHER if row.score is None else _LIKE_BAD if row.place in like_bad else _BY_SCORE)
-
-
-def _order(row: _Scored) -> tuple[int, bool, float]:
-    """Selected rows by score, then those that were left out by it, the bad ones, and other tasks by their prompts."""
-    group = (_SELECTED, _BY_SCORE, _LIKE_BAD, _OTHER).index(row.status)
-    return group, row.score is None, -(row.similarity or 0.0) if row.score is None else row.score
-
-
-def _left_out(rows: Sequence[_Scored]) -> list[str]:
+def _left_out(rows: Sequence[Scored]) -> list[str]:
     """A sentence with the numbers of rows by the reason why they were left out; none if all were selected."""
-    numbers = Counter(row.status for row in rows)
-    texts = {_OTHER: "of other tasks", _BY_SCORE: "of the task by score", _LIKE_BAD: "of the task like the bad rows"}
+    numbers = Counter(row.state for row in rows)
+    texts = {OTHER: "of other tasks", BY_SCORE: "of the task by score", LIKE_BAD: "of the task like the bad rows"}
     parts = [f"{counted(numbers[reason], 'row')} {text}" for reason, text in texts.items() if numbers[reason]]
     return [f"Left out: {listed(parts)}."] if parts else []
 
 
-def _limit(rows: Sequence[_Scored], below: str, above: str) -> float | None:
-    """The middle between the last score on one side and the first on the other; None if a side has no scores."""
-    low, high = (
-        [row.score for row in rows if row.status == status and row.score is not None] for status in (below, above)
-    )
-    return (max(low) + min(high)) / 2 if low and high else None
-
-
-def _part(name: str, rows: Sequence[_Scored], colour: int) -> Part:
-    return Part(name, [row.score for row in rows if row.score is not None], colour)
-
-
-def _by_source(rows: list[_Scored]) -> Grid:
-    pool, selected = Counter(row.source for row in rows), Counter(row.source for row in rows if row.status == _SELECTED)
+def _shares(kind: str, rows: Sequence[Scored]) -> Grid:
+    """Selected share of the rows of each source, or with each completion, the highest first."""
+    values = [(row.source if kind == "source" else plain(row.completion).strip(), row.selected) for row in rows]
+    all_rows, selected = Counter(value for value, _ in values), Counter(value for value, chosen in values if chosen)
+    order = sorted(all_rows, key=lambda value: -selected[value] / all_rows[value])
     lines = [
         [
-            Cell(source),
-            Cell(f"{number:,}"),
-            Cell(f"{selected[source]:,}"),
-            Cell(percent(selected[source] / number)),
+            Cell(value),
+            Cell(f"{all_rows[value]:,}"),
+            Cell(f"{selected[value]:,}"),
+            Cell(percent(selected[value] / total)),
         ]
-        for source, number in sorted(pool.items(), key=lambda item: -selected[item[0]] / item[1])
+        for value in order
+        for total in [all_rows[value]]
     ]
-    return Grid(["source", "rows", "selected", "share"], lines, "Selected rows by column source, or by file.")
+    of = (
+        "Selected rows by column source, or by file."
+        if kind == "source"
+        else "Selected rows of the task by completion."
+    )
+    return Grid([kind, "rows", "selected", "share"], lines, of, first=_FIRST)
 
 
-def _examples(rows: list[_Scored], count: int, caption: str) -> Grid:
-    """Rows from both sides of the limit, after `count` rows, and from both ends of the order."""
+def _examples(pool: Pool, caption: str, by_losses: bool) -> Grid:
+    """Rows from both sides of the limit and from both ends of the order, with losses or similarities."""
+    rows, count = pool.rows, pool.count
     middle = range(max(0, count - _EACH), min(len(rows), count + _EACH))
     ends = sorted({*range(min(_EACH, len(rows))), *range(max(0, len(rows) - _EACH), len(rows))} - {*middle})
     lines = [
         [
-            Cell(f"{place + 1:,}"),
+            Cell(f"{number + 1:,}"),
             Cell(Path(row.place).name, hint=row.place),
-            Cell(row.text),
-            Cell(_SELECTED, mark="good") if row.status == _SELECTED else Cell(f"left out: {row.status}", mark="bad"),
+            Cell(" → ".join(filter(None, (plain(text).strip() for text in (row.prompt, row.completion))))),
+            Cell(CHOSEN, mark="good") if row.state == CHOSEN else Cell(f"left out: {row.state}", mark="bad"),
             Cell(short(row.score)),
-            *([] if row.losses is None else [Cell(" → ".join(map(short, row.losses)))]),
-            *([] if row.similarity is None else [Cell(short(row.similarity))]),
+            Cell(" → ".join(map(short, row.losses or (None,))) if by_losses else short(row.similarity)),
         ]
-        for place in (*middle, *ends)
-        for row in [rows[place]]
+        for number in (*middle, *ends)
+        for row in [rows[number]]
     ]
-    last = "prompt" if rows[0].losses is None else "loss before and after"
-    header = ["rank", "row", "text", "", "score", last]
+    header = ["rank", "row", "text", "", "score", "loss before and after" if by_losses else "prompt"]
     return Grid(header, lines, caption, (1, 2, 3), cards=True, first=len(middle), unbroken=(1, 5))

@@ -1,4 +1,4 @@
-"""The subjects of a report: runs and sweeps of learning rates, from folders that may be untrusted."""
+"""The subjects of a report: runs, sweeps of learning rates, sifted pools and lists of rows, which may be untrusted."""
 
 import contextlib
 from collections.abc import Sequence
@@ -13,8 +13,11 @@ from siftune.base.text import finite, parsed, short_names
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.report.evals import Eval, read_evals
+from siftune.report.scored import DecisionList, Pool, by_bad_rows, by_target, read_list
 from siftune.report.words import duration
-from siftune.sifting.run import RECORD as SIFT_RECORD
+from siftune.sifting.checks import RECORD as SIFT_RECORD
+from siftune.sifting.run import SCORES
+from siftune.sifting.scoring import AVOID
 from siftune.train.folder.run import RECIPE, SIFT
 from siftune.train.folder.selections import LayersOfStep, RowsOfBatch, read_selections
 
@@ -82,48 +85,99 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class Sifting:
+    """A folder of `siftune sift`.
+
+    Attributes:
+        path: The folder.
+        name: Its name on the page.
+        facts: Settings from its record, not checked.
+        state: Results from its record, not checked.
+        pool: The pool by the scores of a target; None without one.
+        bad: The pool by the scores of bad rows; None without them.
+    """
+
+    path: Path
+    name: str
+    facts: dict[str, Any] = field(repr=False)
+    state: dict[str, Any] = field(repr=False)
+    pool: Pool | None = field(repr=False)
+    bad: Pool | None = field(repr=False)
+
+    @property
+    def decisions(self) -> Pool:
+        """The pool whose file states which rows are selected."""
+        pool = self.pool or self.bad
+        assert pool is not None
+        return pool
+
+
+@dataclass(frozen=True)
 class Subjects:
     """All that a page is about."""
 
     runs: tuple[RunData, ...] = ()  # runs, in the order in which they were named
     sweeps: tuple[Sweep, ...] = ()
+    siftings: tuple[Sifting, ...] = ()
+    lists: tuple[tuple[str, DecisionList], ...] = ()  # decision files with their names
+    files: tuple[str, ...] = ()  # files of rows that the user has named, and which may be read
 
 
-def find_subjects(names: Sequence[str]) -> Subjects:
-    """Read what folders hold: runs, also of `siftune demo`, and sweeps of learning rates.
+def find_subjects(names: Sequence[str], files: Sequence[str] = ()) -> Subjects:
+    """Read what folders hold: runs, also of `siftune demo`, sweeps of learning rates, sifted pools; and lists of rows.
+
+    Args:
+        names: Folders, and CSV files of rows.
+        files: Files of rows that may be read.
 
     Raises:
-        InputError: A folder is none of these, or damaged.
+        InputError: A folder or file is none of these, or damaged.
     """
     if not names:
-        raise RecipeError("nothing to report on: give the folder of a run or of a sweep of learning rates")
-    folders = list(dict.fromkeys(path for name in names for path in _folders(name)))
-    for folder in folders:
-        refuse_links(folder)  # of another party, it could have any file shown
-    called = dict(zip(folders, short_names(folders), strict=True))
-    runs = tuple(read_run(path, name) for path, name in called.items() if (path / RECIPE).is_file())
-    sweeps = tuple(_sweep(path, name) for path, name in called.items() if not (path / RECIPE).is_file())
-    return Subjects(runs, sweeps)
+        raise RecipeError("nothing to report on: give the folder of a run, of a sifted pool or of a sweep, or a list")
+    paths = list(dict.fromkeys(path for name in names for path in _paths(name)))
+    for path in paths:
+        refuse_links(path)  # of another party, it could have any file shown
+    called = dict(zip(paths, short_names(paths), strict=True))
+    runs, sweeps, siftings, lists = [], [], [], []
+    for path, name in called.items():
+        if path.is_file():
+            lists.append((name, read_list(path)))
+        elif (path / RECIPE).is_file():
+            runs.append(read_run(path, name))
+        elif (path / SIFT_RECORD).is_file():
+            siftings.append(_sifting(path, name))
+        else:
+            sweeps.append(_sweep(path, name))
+    return Subjects(tuple(runs), tuple(sweeps), tuple(siftings), tuple(lists), tuple(files))
 
 
 _DEMO = ("pool", "few", "target", "sifted")  # runs of a demo, in their order
 
 
-def _folders(name: str) -> list[Path]:
-    """The folder of that name, or all runs and sweeps in it, by name."""
+def _paths(name: str) -> list[Path]:
+    """The list or folder of that name, or all runs, sweeps and sifted pools in it, by name."""
     path = Path(name).expanduser()
-    if _holds_subject(path):
+    is_list = path.is_file() and path.suffix.lower() == ".csv"
+    if is_list or _is_subject(path) or (path / SIFT_RECORD).is_file():
         return [path]
-    inside = [each for each in path.iterdir() if _holds_subject(each)] if path.is_dir() else []
+    inside = [each for each in path.iterdir() if _is_subject(each)] if path.is_dir() else []
     if inside:
         order = [*_DEMO, *sorted({each.name for each in inside} - {*_DEMO})]
         return sorted(inside, key=lambda each: order.index(each.name))
-    state = "there is no folder of that name" if not path.is_dir() else "it holds no run and no sweep of learning rates"
-    raise RecipeError(f"nothing to report on in {name}: {state}; give a folder of siftune train, demo or find-lr")
+    state = (
+        "it has no run, sweep of learning rates or sifted pool" if path.is_dir() else "it is no folder and no CSV file"
+    )
+    raise RecipeError(
+        f"nothing to report on in {name}: {state if path.exists() else 'there is none of that name'}; give a folder of "
+        "siftune train, sift, demo or find-lr, or a CSV file of siftune rows"
+    )
 
 
-def _holds_subject(path: Path) -> bool:
-    return any((path / name).is_file() for name in (RECIPE, _SWEEP))
+def _is_subject(path: Path) -> bool:
+    """Whether a folder is one of these; a pool that is not sifted to the end is none."""
+    is_sifted = (path / SIFT_RECORD).is_file() and any((path / name / SCORES).is_file() for name in ("", AVOID))
+    return is_sifted or any((path / name).is_file() for name in (RECIPE, _SWEEP))
 
 
 def read_run(path: Path, name: str) -> RunData:
@@ -191,6 +245,15 @@ def _figures(record: dict[str, Any]) -> dict[str, float]:
             with contextlib.suppress(ValueError, OverflowError):
                 figures[name] = finite(value)
     return figures
+
+
+def _sifting(path: Path, name: str) -> Sifting:
+    record = _json(path / SIFT_RECORD)
+    facts, state = (record[part] if isinstance(record.get(part), dict) else {} for part in ("facts", "state"))
+    pool, bad = by_target(path, state), by_bad_rows(path)
+    if (pool or bad) is None:
+        raise InputError(f"{path} has no scores yet: run the same command of siftune sift again, which continues")
+    return Sifting(path, name, facts, state, pool, bad)
 
 
 def _sweep(path: Path, name: str) -> Sweep:

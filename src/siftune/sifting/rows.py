@@ -7,7 +7,6 @@ of the pool would have. Of a small target, two trainings leave out one half each
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -34,7 +33,7 @@ class Few:
         rows: Without copies.
         unseen: For each training on them, the rows that it leaves out.
         copies: Rows with the text of an earlier one.
-        in_pool: Places of rows of the pool with the text of one.
+        in_pool: Rows of the pool with the text of one.
     """
 
     name: str
@@ -42,7 +41,7 @@ class Few:
     rows: list[Row]
     unseen: list[list[Row]]
     copies: list[Row]
-    in_pool: list[str]
+    in_pool: list[Row]
 
     @property
     def title(self) -> str:
@@ -57,19 +56,24 @@ class Rows:
     Attributes:
         pool: Without the rows of `few` and without copies.
         few: The target, the bad rows, or both.
-        copies: Places of rows of the pool with the text of an earlier one.
+        copies: Rows of the pool with the text of an earlier one.
         bad: Faults of unusable rows.
     """
 
     pool: list[Row]
     few: list[Few]
-    copies: list[str]
+    copies: list[Row]
     bad: list[DataError]
 
     @property
-    def left_out(self) -> list[str]:
-        """Places of the rows of the files of the pool that have no score."""
-        return [*self.copies, *(place for few in self.few for place in few.in_pool)]
+    def left_out(self) -> list[Row]:
+        """Rows of the files of the pool that have no score."""
+        return [*self.copies, *(row for few in self.few for row in few.in_pool)]
+
+    @property
+    def bad_in_pool(self) -> list[Row]:
+        """Those of them that are bad rows: no training should take them."""
+        return [row for few in self.few if few.name == "avoid" for row in few.in_pool]
 
     def notes(self) -> list[str]:
         """Sentences on rows that are there twice."""
@@ -104,19 +108,18 @@ def read_all(recipe: Recipe, avoid: str | None, source: Source) -> Rows:
                 tokens = tokens_of(rows, form)
                 few_rows[name] = tokens.usable(rows)
                 bad += tokens.faults(rows)
-    places = dict(zip((row.origin for row in pool.parts["train"]), row_texts(pool.parts["train"]), strict=True))
-    few = [_few(name, file, few_rows[name], places) for name, file in files.items()]
+    few = [_few(name, file, few_rows[name], pool.parts["train"]) for name, file in files.items()]
     _refuse_both(few)
-    gone = {place for each in few for place in each.in_pool}
+    gone = {row.origin for each in few for row in each.in_pool}
     others = [row for row in pool.parts["train"] if row.origin not in gone]
     if not others:
         words = " or ".join(each.title for each in few)
         raise DataError(f"no row of {' '.join(train_files(recipe))} is outside of {words}: give other rows")
     different, copies = _without_copies(others)
-    return Rows(list(different.values()), few, [row.origin for row in copies], bad)
+    return Rows(list(different.values()), few, copies, bad)
 
 
-def _few(name: str, file: str, rows: Sequence[Row], pool: dict[str, bytes]) -> Few:
+def _few(name: str, file: str, rows: Sequence[Row], pool: Sequence[Row]) -> Few:
     own, copies = _without_copies(rows)
     different = list(own.values())
     if len(different) < LEAST:
@@ -126,7 +129,7 @@ def _few(name: str, file: str, rows: Sequence[Row], pool: dict[str, bytes]) -> F
         }
         found = f"{counted(len(different), 'row')} that can be used{' and differ' if copies else ''}"
         raise DataError(f"{file} has {found}, but {advice[name]}")
-    in_pool = [place for place, text in pool.items() if text in own]
+    in_pool = [row for row, text in zip(pool, row_texts(pool), strict=True) if text in own]
     if name == "target" and len(different) < _SMALL:
         mixed = sorted(own, key=lambda text: hashlib.sha256(text).digest())  # classes may alternate in the file
         halves = [{*mixed[start::2]} for start in (0, 1)]
@@ -170,44 +173,3 @@ def count_of(share: float | int | None, pool: int) -> int | None:
     if isinstance(share, int) and share > pool:
         raise RecipeError(f"{share} rows are to be selected, but the pool has {pool}: give a smaller number")
     return max(1, round(share * pool)) if isinstance(share, float) else share
-
-
-def check_sifting(recipe: Recipe, share: float | int | None = None, avoid: str | None = None) -> None:
-    """Refuse settings by which a pool cannot be sifted, before its rows are read.
-
-    Raises:
-        RecipeError: With one sentence on the first.
-    """
-    # of YAML, the command line and callers alike: True is no number here
-    number = (type(share) is int and share >= 1) or (type(share) is float and 0 < share < 1)
-    names = [*train_files(recipe), *filter(None, (recipe.target, avoid))]
-    files = [Path(name).expanduser().resolve() if Path(name).expanduser().exists() else name for name in names]
-    twice = next((name for place, name in enumerate(names) if files[place] in files[:place]), "")
-    faults = (
-        (not recipe.train, "there is no pool to sift: give --train FILE"),
-        (
-            recipe.dp_epsilon is not None,
-            "sifting chooses rows by their losses, which no noise covers: leave out sift, avoid or dp_epsilon",
-        ),
-        (
-            not recipe.target and not avoid,
-            "a pool is sifted by a few correct rows of the task, or by bad ones: give --target FILE or --avoid FILE",
-        ),
-        (bool(twice), f"{twice} is named twice, in the pool, as the target or as bad rows: name each file once"),
-        (recipe.drop_rows is not None, "sifting and drop_rows both say which rows are left out: give one of them"),
-        (
-            recipe.sharding != "none",
-            "sifting computes losses with the complete model in each process: leave out sift, avoid or sharding",
-        ),
-        (
-            share is not None and not number,
-            f"share is {share!r}, but must be a share of the pool, above 0 and below 1, or a number of rows",
-        ),
-        (
-            share is not None and not recipe.target,
-            "share is that of the rows most like the target: give --target FILE, or leave share out",
-        ),
-    )
-    for is_wrong, sentence in faults:
-        if is_wrong:
-            raise RecipeError(sentence)

@@ -4,21 +4,19 @@ FOLDER/
   sift.json        the settings and digests of rows that results depend on; later also counts and seconds
   similar.jsonl    a line: the similarity of the prompts of the pool, and of the target, to those of the target
   seen.jsonl, unseen.jsonl  the rows of the target that the training takes and that it leaves out
-  tuning/          run folder of the training on the target
-  losses.jsonl     a line for every 512 rows of the task: their losses after that training
+  pool/, tuning/   run folders of the training on rows of the task, and of that on the target, which continues it
+  losses.jsonl     a line for every 512 rows of the task: their numbers, and their losses after that training
   1-…, tuning-1/   the same of a second training, which a small target has
-  scores.csv       every row of the pool: place, score, similarity, whether it was selected, and the start of its text
+  scores.csv       every row of the pool with its score, without copies: a decision file (records/decisions.py)
   avoid/           the same of the bad rows, and `pool/`, run folder of the training on the pool that precedes theirs
-  dropped.csv      the rows that were not selected, for `siftune train --drop-rows`; missing if there are none
+  dropped.csv      the same of the rows that were not selected, with copies; missing if there are none
   sifted.jsonl     the selected rows as they are in the pool, for any trainer
 
 An interrupted call continues: a training from its last checkpoint, the losses after the last line. If all losses are
-there, no model is loaded.
+there, no model is loaded. Another share or other limits need further losses only if they reach rows without any.
 """
 
 import hashlib
-import io
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -35,9 +33,7 @@ from siftune.base.environment import launch_rank
 from siftune.base.errors import DataError, RecipeError
 from siftune.base.files import only_process
 from siftune.base.stages import stages, text_console
-from siftune.base.text import inert
 from siftune.base.work_folder import WorkFolder
-from siftune.data.read import placed_records
 from siftune.data.rows import Row
 from siftune.data.target import source_or_file
 from siftune.engine.ranks import (
@@ -48,23 +44,25 @@ from siftune.engine.ranks import (
     wait_for_all,
 )
 from siftune.recipe.checks import check
-from siftune.recipe.schema import SCORING, Recipe, method_of, new_folder, resolve_recipe, train_files
-from siftune.records.rows import Read, absolute_place, digest_of, text_of
-from siftune.sifting.rows import PARTS, Few, Rows, check_sifting, count_of, read_all
-from siftune.sifting.scores import Floats
-from siftune.sifting.scoring import AVOID, POOL, choose_by_bad_rows, choose_by_target, csv_text, prefix
+from siftune.recipe.schema import SCORING, Recipe, method_of, new_folder, resolve_recipe
+from siftune.records.again import note_file
+from siftune.records.rows import Read, digest_of
+from siftune.sifting.checks import RECORD, check_sifting
+from siftune.sifting.files import DROPPED, SIFTED, write_dropped, write_scores, write_selected
+from siftune.sifting.rows import PARTS, Rows, count_of, read_all
+from siftune.sifting.scores import NO_LIMITS, Floats, Limits
+from siftune.sifting.scoring import AVOID, POOL, choose_by_bad_rows, choose_by_target, prefix
 from siftune.sifting.work import LOSSES, PROMPTS, SIMILAR, TUNING, Work
 from siftune.train.folder.run import SIFT, RunFolder
 from siftune.train.prepare import NAMED, ModelSource, Prepared, Source, bad_lines, prepare
 from siftune.train.resume import find_checkpoint
 
-STEPS = 60  # of the training on the target's rows, at most (ours: docs/sifting.md)
-SCORES, DROPPED, SIFTED, RECORD = "scores.csv", "dropped.csv", "sifted.jsonl", "sift.json"
+STEPS = 60  # of the training on the pool, at most (ours: docs/sifting.md)
+SCORES = "scores.csv"
 TEMPLATE = "template.jinja"  # a copy of the file, if the recipe names one
-_SHOWN = 300  # characters of a text in scores.csv
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sifted:
     """A sifted pool.
 
@@ -73,8 +71,11 @@ class Sifted:
         selected: Numbers of the selected rows among all rows of the pool, from 0, ascending, for `Dataset.select`.
         places: (R,) places of the rows that have scores, such as "pool.jsonl:17"; not of copies, target and bad rows.
         scores: (R,) float64: loss after a training on the target, as in `scores.scores`. The lower, the more a row is
-            like the target. NaN for rows of other tasks, None without a target.
+            like the target. NaN for rows of other tasks, None without a target. Rounded, as in scores.csv.
         similar: (R,) float64: similarity of the prompts to those of the target, from -1 to 1. None without a target.
+            Rounded, as in scores.csv.
+        score_limit: The highest score by which rows were selected; None if scores were not limited.
+        similarity_limit: The lowest similarity of their prompts; None without a target or with a share.
         bad_scores: (R,) float64: loss after a training on the bad rows minus loss before, in nats per label token. None
             without them.
         shares: Selected share of each source's rows; a source is the column `source`, or the file.
@@ -89,12 +90,20 @@ class Sifted:
     places: Sequence[str]
     scores: Floats | None
     similar: Floats | None
+    score_limit: float | None
+    similarity_limit: float | None
     bad_scores: Floats | None
     shares: Mapping[str, float]
     completions: Mapping[str, float]
     reason: str
     notes: Sequence[str]
     seconds: float
+
+    def __repr__(self) -> str:
+        return (
+            f"Sifted(folder={str(self.folder)!r}, selected={len(self.selected):,} of {len(self.places):,} rows, "
+            f"reason={self.reason!r})"
+        )
 
     @property
     def rows(self) -> Path:
@@ -103,7 +112,7 @@ class Sifted:
 
     @property
     def dropped(self) -> Path | None:
-        """CSV file of the other rows, for the recipe's `drop_rows`; None if there are none."""
+        """Decision file of the other rows, for the recipe's `drop_rows`; None if there are none."""
         path = self.folder / DROPPED
         return path if path.exists() else None
 
@@ -114,25 +123,30 @@ def sift(
     share: float | int | None = None,
     steps: int = STEPS,
     avoid: str | Path | None = None,
+    max_score: float | None = None,
+    min_similarity: float | None = None,
     console: Console | None = None,
     source_of: Callable[[str], Source] = ModelSource,
     **settings: Any,
 ) -> Sifted:
     """Select the rows of a pool that are like a few rows of a target, and unlike bad rows (ours; scores.py).
 
-    Rows with prompts like those of the target are of its task: see `of_task`. The model is tuned on most of the
-    target's rows, as long as the loss of the others falls. A row's score is its loss under this model: see `scores`.
-    Rows of the task are selected up to the score of four in five of the target's other rows: see `choose`. Rows like
-    the bad ones are left out after a model tuned on the pool is tuned further on them: see `unlike`.
+    Rows with prompts like those of the target are of its task: see `least_similarity`. The model is tuned on them
+    and then on most of the target's rows, as long as the loss of the others falls. A row's score is its loss under this
+    model: see `scores`. Rows of the task are selected up to the score of four in five of the target's other rows: see
+    `choose`. Rows like the bad ones are left out after a model tuned on the pool is tuned further on them: see
+    `unlike`.
 
     Args:
         train: The pool: a file or hub id, or several.
         target: File or hub id of at least 8 correct rows of the task. None: rows are only left out by the bad ones.
         share: Share of the pool to select, below 1, or a number of rows: the lowest scores, then rows of other tasks by
             the similarity of their prompts. None: rows of the task that do not contradict the target.
-        steps: Optimizer steps of the training on the target's rows, at most, and of that on the pool before the bad
-            rows.
+        steps: Optimizer steps of a training on the pool, at most; on the target's rows, at most half as many follow.
         avoid: File or hub id of at least 8 rows with answers that the model must not give.
+        max_score: Select rows of the task up to this score. None: the limit of the target's held-out rows.
+        min_similarity: Rows are of the task from this similarity of their prompts, -1 to 1. None: the limit of the
+            target's own prompts. If the folder lacks losses of such rows, only these are computed.
         console: Console for progress; stderr by default.
         source_of: Maps the setting `model` to its source, as for `siftune.train.run.train`.
         settings: Further settings of a recipe. `out` is the folder, by default runs/DATE-sift. Model, columns, template
@@ -152,7 +166,8 @@ def sift(
     named = {"target": None if target is None else str(target)}
     recipe = Recipe(**{**settings, "train": pool, **named})
     bad = None if avoid is None else str(avoid)
-    check_sifting(recipe, share, bad)
+    limits = Limits(max_score, min_similarity)
+    check_sifting(recipe, share, bad, limits)
     if steps < 1:
         raise RecipeError(f"steps is {steps}, but must be at least 1")
     with in_launch(), ExitStack() as stack:
@@ -175,7 +190,7 @@ def sift(
         if isinstance(recipe.template, Path):  # a training that continues compares the path, not the content
             recipe = replace(recipe, template=from_first(partial(_own_template, folder, recipe.template)))
         try:
-            return _sift(Work(recipe, rows, steps, folder, console, source_of), prepared, count)
+            return _sift(Work(recipe, rows, steps, folder, console, source_of), prepared, count, limits)
         except KeyboardInterrupt as stop:
             stop.__notes__ = ["the same command continues"]  # not that of the training on the target's rows
             raise
@@ -248,10 +263,10 @@ def _facts(recipe: Recipe, rows: Rows, steps: int, identity: Mapping[str, str]) 
     return {**settings, "steps": steps, **digests, **identity}
 
 
-def _sift(work: Work, prepared: Prepared, count: int | None) -> Sifted:
+def _sift(work: Work, prepared: Prepared, count: int | None, limits: Limits) -> Sifted:
     started, rows = time.monotonic(), prepared.rows["train"]
     parts = {
-        few.name: choose_by_target(work, prepared, few, count)
+        few.name: choose_by_target(work, prepared, few, count, limits)
         if few.name == "target"
         else choose_by_bad_rows(work, prepared, few)
         for few in work.rows.few
@@ -262,13 +277,19 @@ def _sift(work: Work, prepared: Prepared, count: int | None) -> Sifted:
     for few in work.rows.few:
         part = parts[few.name]
         remaining_R = selected_R if few.name == "target" else part.choice.rows_R
-        from_first(partial(_write_scores, work, few, rows, remaining_R, part.columns))
-    numbers = from_first(lambda: _write(work, rows, set(selected_R.nonzero()[0].tolist())))
+        file = f"{prefix(few)}{SCORES}"
+        from_first(partial(write_scores, work, file, rows, remaining_R, part.columns, work.rows.bad_in_pool))
+        from_first(partial(note_file, work.folder.path / file))  # report pages may read the rows that it names
+    from_first(partial(write_dropped, work, rows, selected_R, next(iter(parts.values())).columns))
+    numbers = from_first(partial(write_selected, work, {rows[at].origin for at in selected_R.nonzero()[0]}))
     earlier = from_first(lambda: float(work.folder.state.get("seconds", 0)))
     seconds = round(earlier + time.monotonic() - started, 1)
     reason = "; ".join(part.choice.reason for part in parts.values())
+    limits = parts["target"].limits if "target" in parts else NO_LIMITS
     if rank() == 0:
-        work.folder.set_state(seconds=seconds, selected=int(selected_R.sum()), pool=len(rows), reason=reason)
+        counts = {"selected": int(selected_R.sum()), "pool": len(rows)}
+        of_limits = {"score_limit": limits.score, "similarity_limit": limits.similarity}
+        work.folder.set_state(seconds=seconds, **counts, **of_limits, reason=reason)
     wait_for_all()
     by_target, by_bad = (parts[name].columns if name in parts else {} for name in ("target", AVOID))
     return Sifted(
@@ -277,6 +298,8 @@ def _sift(work: Work, prepared: Prepared, count: int | None) -> Sifted:
         places=[row.origin for row in rows],
         scores=by_target.get("score"),
         similar=by_target.get("similarity"),
+        score_limit=limits.score,
+        similarity_limit=limits.similarity,
         bad_scores=by_bad.get("score"),
         shares=_shares(source_or_file(rows), selected_R),
         completions=_completions(rows, selected_R, by_target.get("score")),
@@ -300,35 +323,3 @@ def _completions(rows: Sequence[Row], selected_R: NDArray[np.bool_], scores_R: F
     task = [] if scores_R is None else np.isfinite(scores_R).nonzero()[0].tolist()
     texts = [rows[number].completion.strip() for number in task]
     return _shares(texts, selected_R[task]) if 1 < len(set(texts)) <= min(_FEW, len(task) // 4) else {}
-
-
-def _write_scores(
-    work: Work, few: Few, pool: Sequence[Row], chosen_R: NDArray[np.bool_], columns: Mapping[str, Floats]
-) -> None:
-    """Write the scores of the pool by the target, or by the bad rows."""
-    lines, values = [], zip(*columns.values(), strict=True)
-    for row, source, chosen, own in zip(pool, source_or_file(pool), chosen_R, values, strict=True):
-        numbers = ["" if np.isnan(value) else f"{value:.5f}" for value in own]
-        texts = [inert(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…") for text in (source, *text_of(row))]
-        lines.append([row.origin, *numbers, int(chosen), *texts])
-    header = ["place", *columns, "selected", "source", "prompt", "completion"]
-    work.folder.write(f"{prefix(few)}{SCORES}", csv_text(header, lines))
-
-
-def _write(work: Work, pool: Sequence[Row], selected: set[int]) -> list[int]:
-    """Write the selected and the other rows; returns the numbers of the former among all rows of the pool's files."""
-    folder, recipe, text, numbers = work.folder, work.recipe, io.StringIO(), list[int]()
-    others = [row.origin for number, row in enumerate(pool) if number not in selected]
-    dropped = [[absolute_place(place)] for place in (*others, *work.rows.left_out)]
-    if dropped:
-        folder.write(DROPPED, csv_text(["place"], dropped))
-    else:
-        (folder.path / DROPPED).unlink(missing_ok=True)
-    places = {pool[number].origin for number in selected}
-    records = (pair for name in train_files(recipe) for pair in placed_records(name, "train", recipe.limit))
-    for number, (place, record) in enumerate(records):
-        if place in places:
-            text.write(json.dumps(record, default=str) + "\n")
-            numbers.append(number)
-    folder.write(SIFTED, text.getvalue())
-    return numbers

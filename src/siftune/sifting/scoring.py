@@ -4,9 +4,8 @@ Each part is written to the folder of a sifting as soon as it is computed, so th
 run.py. Prompts are compared first (prompts.py), so that only rows of the target's task need a loss.
 """
 
-import csv
-import io
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,11 +33,11 @@ from siftune.models.adapters.attach import load_adapter
 from siftune.models.attention import short_rows
 from siftune.models.modules import check_window, model_device
 from siftune.recipe.schema import SCORING, Recipe
-from siftune.records.rows import absolute_place
+from siftune.records.decisions import DIGITS, absolute_place
 from siftune.sifting.prompts import similarities
 from siftune.sifting.rows import PARTS, Few
-from siftune.sifting.scores import Choice, Floats, choose, lowest, scores, unlike
-from siftune.sifting.similarity import of_task
+from siftune.sifting.scores import NO_LIMITS, Choice, Floats, Limits, choose, lowest, scores, unlike, with_rare_answers
+from siftune.sifting.similarity import least_similarity
 from siftune.sifting.work import LOSSES, TUNING, Work, base_model, form_of, rows_at_once
 from siftune.train.folder.run import RunFolder
 from siftune.train.guards.memory import free
@@ -46,9 +45,11 @@ from siftune.train.prepare import Prepared
 from siftune.train.run import train as tune
 
 AVOID = "avoid"  # folder of what the bad rows score, and their name in `rows.PARTS`
-POOL = "pool"  # of the bad rows' folder: the training on the pool
-_SEEN, _UNSEEN, _OTHERS = "seen.jsonl", "unseen.jsonl", "others.csv"
+POOL = "pool"  # run folder of the training on the pool, which precedes that on the few rows
+_SEEN, _UNSEEN, _OTHERS = "seen.jsonl", "unseen.jsonl", "others.txt"
 _FURTHER = 20  # steps on the bad rows, after those on the pool (ours)
+_AFTER = 0.5  # of the steps, at most, for the target's rows after those on the pool (ours)
+_PASS = 0.5  # share of the task's rows on which the model is trained at most before it is trained on the target (ours)
 _CHUNK = 512  # rows in a line of losses.jsonl
 # steps between measurements of the held-out rows, at most; measurements, at least; those without improvement (ours)
 _EVERY, _MEASURED, _PATIENCE = 10, 6, 2
@@ -61,32 +62,56 @@ class Part:
 
     choice: Choice  # by the target, or by the bad rows
     columns: Mapping[str, Floats]  # of its scores.csv, each (R,); NaN for rows without the value
+    limits: Limits = NO_LIMITS  # by which rows were selected
 
 
-def choose_by_target(work: Work, prepared: Prepared, few: Few, count: int | None) -> Part:
+def choose_by_target(work: Work, prepared: Prepared, few: Few, count: int | None, limits: Limits) -> Part:
     """Score the pool by the target, and choose.
 
+    Scores and similarities are rounded as in the file: a limit that is read there selects the same rows.
+
+    Args:
+        work: The sifting.
+        prepared: The rows.
+        few: The target.
+        count: Number of rows to select; None: those within the limits.
+        limits: Limits that replace those of the target's own rows.
+
     Raises:
-        DataError: No row is like those of the target, or a loss is not finite.
+        DataError: No row is within the limits, or a loss is not finite.
     """
-    similar_R, similar_K = similarities(work, prepared, PARTS[few.name])
-    task_R = of_task(similar_R, similar_K)
+    similar_R, similar_K = (np.round(part, DIGITS) for part in similarities(work, prepared, PARTS[few.name]))
+    least = least_similarity(similar_K) if limits.similarity is None else limits.similarity
+    task_R = similar_R >= least
     if not task_R.any() and count is None:
         raise DataError(
-            f"no prompt of the pool is like those of {few.file}: give a pool with rows of the task, or a share"
+            f"no prompt of the pool is like those of {few.file}: the highest similarity is {_shown(similar_R.max())}, "
+            f"the limit {_shown(least)}; give a pool with rows of the task, a lower min_similarity, or a share"
         )
-    scores_R, target_T, decoys_D = _target_scores(work, prepared, few, task_R)
+    likely_R = similar_R >= least_similarity(similar_K)  # whatever the limit: a new one selects without training again
+    trained_R = likely_R if likely_R.any() else task_R
+    scores_R, target_T, decoys_D = _target_scores(work, prepared, few, task_R, trained_R)
     columns = {"score": scores_R, "similarity": similar_R}
     if count is not None:
         rows_R, others = lowest(np.where(task_R, scores_R, -similar_R), count, task_R), count - int(task_R.sum())
         rest = f", {others:,} of them of other tasks, by their prompts" if others > 0 else ""
         return Part(Choice(rows_R, f"those with the lowest scores, as many as asked for{rest}"), columns)
-    choice = choose(scores_R, target_T, decoys_D, task_R)
+    choice = choose(scores_R, target_T, decoys_D, task_R, limits.score)
+    if limits.score is None and choice.limit is not None:
+        answers_R = [row.completion.strip() for row in prepared.rows["train"]]
+        choice = with_rare_answers(choice, scores_R, task_R, answers_R, {row.completion.strip() for row in few.rows})
     if not choice.rows_R.any():
+        assert choice.limit is not None  # without one, all rows of the task are selected
         raise DataError(
-            f"no row of the pool is like those of {few.file}: give a pool with rows of the task, or a share"
+            f"no row of the pool is like those of {few.file}: the lowest score is {_shown(np.nanmin(scores_R))}, the "
+            f"limit {_shown(choice.limit)}; give a pool with rows of the task, a higher max_score, or a share"
         )
-    return Part(choice, columns)
+    return Part(choice, columns, Limits(choice.limit, least))
+
+
+def _shown(value: float) -> str:
+    """A score or a similarity in a message, without zeros at its end."""
+    return str(round(float(value), DIGITS))
 
 
 def choose_by_bad_rows(work: Work, prepared: Prepared, few: Few) -> Part:
@@ -97,7 +122,8 @@ def choose_by_bad_rows(work: Work, prepared: Prepared, few: Few) -> Part:
     """
     data, held_out = _tokens(prepared, "train"), _tokens(prepared, AVOID).select(_places(prepared, few, few.unseen[0]))
     tuned = cache(partial(_tuned_on_bad_rows, work, few))  # loaded at most once, and only if something is missing
-    losses = _losses(work, f"{AVOID}/{LOSSES}", concatenate_datasets([data, held_out]), tuned, both=True)
+    every = concatenate_datasets([data, held_out])
+    losses = _losses(work, f"{AVOID}/{LOSSES}", every, range(len(every)), tuned, both=True)
     tuned.cache_clear()
     free()
     after, before = losses.after / losses.tokens, losses.before / losses.tokens
@@ -108,33 +134,44 @@ def choose_by_bad_rows(work: Work, prepared: Prepared, few: Few) -> Part:
 
 
 def _target_scores(
-    work: Work, prepared: Prepared, few: Few, task_R: NDArray[np.bool_]
+    work: Work, prepared: Prepared, few: Few, task_R: NDArray[np.bool_], trained_R: NDArray[np.bool_]
 ) -> tuple[Floats, Floats, Floats]:
-    """Scores after trainings on the target.
+    """Scores after trainings on the pool and then on the target.
+
+    Args:
+        work: The sifting.
+        prepared: The rows.
+        few: The target.
+        task_R: Rows of the pool to score, those of the task.
+        trained_R: Rows of the pool to train on.
 
     Returns:
         (R,) of the pool, the mean over the trainings; NaN outside of the task. (T,) of the rows that the trainings left
         out, (D,) of decoys of these.
     """
     task = task_R.nonzero()[0].tolist()
-    pool, own = _tokens(prepared, "train").select(task), _tokens(prepared, PARTS[few.name])
-    names = [prepared.rows["train"][number] for number in task]
+    pool, own = _tokens(prepared, "train"), _tokens(prepared, PARTS[few.name])
+    rows = prepared.rows["train"]
+    names, trained = [rows[number] for number in task], [rows[number] for number in trained_R.nonzero()[0].tolist()]
     of_pool, held_out, decoys = list[Floats](), list[Floats](), list[Floats]()
     for number, unseen in enumerate(few.unseen):
         places = _places(prepared, few, unseen)
         wrong = _decoys(work, few, unseen)
         data = concatenate_datasets([pool, own.select(places), *([wrong] if wrong else [])])
-        tuned = cache(partial(_tuned_on_target, work, few, number))
-        losses = _losses(work, _of_training(number, LOSSES), data, tuned)
+        tuned = cache(partial(_tuned_on_target, work, few, number, trained))
+        numbers = [*task, *range(len(pool), len(data))]
+        losses = _losses(work, _of_training(number, LOSSES), data, numbers, tuned)
         tuned.cache_clear()
         free()
-        parts = np.split(scores(losses.after, losses.tokens), [len(pool), len(pool) + len(places)])
+        parts = np.split(scores(losses.after, losses.tokens), [len(task), len(task) + len(places)])
         _refuse_broken(np.concatenate(parts[:2]), [*names, *unseen])
         for part, values in zip((of_pool, held_out, decoys), parts, strict=True):
             part.append(values)
     scores_R = np.full(len(task_R), np.nan)
     scores_R[task] = np.mean(of_pool, axis=0)
-    return scores_R, np.concatenate(held_out), np.concatenate(decoys)
+    every = (scores_R, np.concatenate(held_out), np.concatenate(decoys))
+    scores_R, target_T, decoys_D = (np.round(part, DIGITS) for part in every)
+    return scores_R, target_T, decoys_D
 
 
 def _tokens(prepared: Prepared, part: str) -> Dataset:
@@ -174,25 +211,34 @@ class _Losses(NamedTuple):
     tokens: Floats
 
 
-def _losses(work: Work, name: str, data: Dataset, tuned: Callable[[], Any], both: bool = False) -> _Losses:
-    """Losses of rows after a training and, if `both`, before it."""
-    done = from_first(lambda: {line["start"]: line for line in work.folder.lines(name)})
-    starts = range(0, len(data), _CHUNK)
+def _losses(
+    work: Work, name: str, data: Dataset, numbers: Sequence[int], tuned: Callable[[], Any], both: bool = False
+) -> _Losses:
+    """Losses of some rows after a training and, if `both`, before it; those that are in the file are not computed.
+
+    Another limit on the prompts' similarity brings other rows, so that a line of the file names the rows of its losses.
+    """
+    lines = from_first(lambda: list(work.folder.lines(name)))
+    missing = sorted({*numbers} - {number for line in lines for number in line["rows"]})
     with stages(work.console) as progress:
-        for start in starts:
-            if start in done:
-                continue
+        for start in range(0, len(missing), _CHUNK):
             model = tuned()
-            rows = data.select(range(start, min(start + _CHUNK, len(data))))
-            after, tokens = _row_losses(work, model, rows, _shifted(progress, start, len(data)))
-            done[start] = {"start": start, "tokens": tokens, "after": after, "before": []}
+            own = missing[start : start + _CHUNK]
+            rows = data.select(own)
+            after, tokens = _row_losses(work, model, rows, _shifted(progress, start, len(missing)))
+            line = {"rows": own, "tokens": tokens, "after": after, "before": []}
             if both:
                 with _earlier(model):
-                    done[start]["before"], _ = _row_losses(work, model, rows)
+                    line["before"], _ = _row_losses(work, model, rows)
             if rank() == 0:
-                work.folder.append(name, done[start])
-    parts = ([value for start in starts for value in done[start][part]] for part in _Losses._fields)
-    return _Losses(*(np.array(part, np.float64) for part in parts))
+                work.folder.append(name, line)
+            lines.append(line)
+
+    def column(part: str) -> Floats:
+        values = {number: value for line in lines for number, value in zip(line["rows"], line[part], strict=True)}
+        return np.array([values[number] for number in numbers], np.float64)
+
+    return _Losses(column("after"), column("before") if both else np.empty(0), column("tokens"))
 
 
 def _shifted(progress: Progress, start: int, total: int) -> Progress:
@@ -231,21 +277,34 @@ def _earlier(model: Any) -> Iterator[None]:
         model.set_adapter("default")
 
 
-def _tuned_on_target(work: Work, few: Few, number: int) -> Any:
-    """Tune the model on the target's rows without those that a training leaves out, unless an earlier call has.
+def _tuned_on_target(work: Work, few: Few, number: int, trained: Sequence[Row]) -> Any:
+    """Tune a model that was tuned on the pool further on most of the target's rows, unless an earlier call has.
 
-    The training stops if the held-out rows' loss no longer falls, and its best weights remain. They are loaded even
-    after a training in this call, so that the losses of an interrupted call are the same.
+    The pool teaches the form of the answers and the classes of which the target has few rows. At most half of its rows
+    train, each once, so that few wrong ones are learned by heart. The training on the target stops if the loss of the
+    rows that it leaves out no longer falls, and its best weights remain. They are loaded even after a training in this
+    call, so that the losses of an interrupted call are the same.
+
+    Args:
+        work: The sifting.
+        few: The target.
+        number: Of the training on the target.
+        trained: Rows of the pool to train on first; none: the training on the target is the only one.
     """
-    folder = work.folder.path / (TUNING if number == 0 else f"{TUNING}-{number}")
+    top = work.folder.path
+    if trained:
+        steps = min(work.steps, math.ceil(_PASS * len(trained) / work.recipe.batch_size))
+        _tune_on_pool(work, ".", trained, steps)
+    folder = top / (TUNING if number == 0 else f"{TUNING}-{number}")
     seen, unseen = (_of_training(number, name) for name in (_SEEN, _UNSEEN))
     origins = {row.origin for row in few.unseen[number]}
     _write_records(work, few, seen, [row for row in few.rows if row.origin not in origins])
     _write_records(work, few, unseen, few.unseen[number])
-    own: dict[str, Any] = {name: getattr(work.recipe, name) for name in SCORING}
-    own |= {"train": str(work.folder.path / seen), "eval": str(work.folder.path / unseen), "steps": work.steps}
-    if work.steps >= _MEASURED:
-        own |= {"eval_every": min(_EVERY, work.steps // _MEASURED), "patience": _PATIENCE}
+    own = _further(work, top / POOL) if trained else _scoring(work)
+    steps = math.ceil(_AFTER * work.steps) if trained else work.steps
+    own |= {"train": str(top / seen), "eval": str(top / unseen), "steps": steps}
+    if steps >= _MEASURED:
+        own |= {"eval_every": min(_EVERY, steps // _MEASURED), "patience": _PATIENCE}
     _tune(work, folder, own, f"{counted(len(few.rows) - len(origins), 'row')} of the target")
     return _loaded(work, folder)
 
@@ -273,24 +332,41 @@ def _write_records(work: Work, few: Few, name: str, rows: Sequence[Row]) -> None
 
 def _tuned_on_bad_rows(work: Work, few: Few) -> Any:
     """Tune a model that was tuned on the pool further on the bad rows, and load both adapters."""
-    folder, rows, recipe = work.folder.path / AVOID, work.rows, work.recipe
-    others = [[absolute_place(place)] for place in rows.left_out]
-    if rank() == 0:
-        folder.mkdir(exist_ok=True)
-        if others:
-            work.folder.write(f"{AVOID}/{_OTHERS}", csv_text(["place"], others))
+    folder = work.folder.path / AVOID
+    _tune_on_pool(work, AVOID, work.rows.pool, work.steps)
     unseen = {row.origin for row in few.unseen[0]}
     _write_records(work, few, f"{AVOID}/{_SEEN}", [row for row in few.rows if row.origin not in unseen])
-    same: dict[str, Any] = {name: getattr(recipe, name) for name in SCORING}
-    pool = {**same, "train": recipe.train, "limit": recipe.limit, "steps": work.steps}
-    pool |= {"drop_rows": str(folder / _OTHERS)} if others else {}
-    _tune(work, folder / POOL, pool, "the pool")
-    shape = {name: getattr(Recipe, name) for name in ("rank", "alpha", "targets", "layers")}
-    own = {**same, **shape, "steps": _FURTHER, "from_adapter": str(folder / POOL), "train": str(folder / _SEEN)}
+    own = _further(work, folder / POOL) | {"steps": _FURTHER, "train": str(folder / _SEEN)}
     _tune(work, folder / TUNING, own, f"{counted(len(few.rows) - len(few.unseen[0]), 'row')} of the bad rows")
     tuned = _loaded(work, folder / TUNING)
     tuned.load_adapter(str(folder / POOL / "adapter"), adapter_name=POOL, autocast_adapter_dtype=False)
     return tuned
+
+
+def _tune_on_pool(work: Work, name: str, rows: Sequence[Row], steps: int) -> None:
+    """Tune the model on rows of the pool, in the run folder `pool` of a folder of the sifting."""
+    recipe, folder, own = work.recipe, work.folder.path / name, {row.origin for row in rows}
+    every = (*work.rows.pool, *work.rows.left_out)
+    others = [absolute_place(row.origin) for row in every if row.origin not in own]
+    if rank() == 0:
+        folder.mkdir(exist_ok=True)
+        if others:
+            work.folder.write(f"{name}/{_OTHERS}", "".join(f"{place}\n" for place in others))
+    wait_for_all()
+    settings = {**_scoring(work), "train": recipe.train, "limit": recipe.limit, "steps": steps}
+    settings |= {"drop_rows": str(folder / _OTHERS)} if others else {}
+    _tune(work, folder / POOL, settings, counted(len(rows), "row") + " of the pool")
+
+
+def _scoring(work: Work) -> dict[str, Any]:
+    """Settings of a training that scores depend on."""
+    return {name: getattr(work.recipe, name) for name in SCORING}
+
+
+def _further(work: Work, folder: Path) -> dict[str, Any]:
+    """Settings of a training that continues with the adapter of a run folder, which has its own shape."""
+    shape = {name: getattr(Recipe, name) for name in ("rank", "alpha", "targets", "layers")}
+    return {**_scoring(work), **shape, "from_adapter": str(folder)}
 
 
 def _loaded(work: Work, folder: Path) -> Any:
@@ -322,10 +398,3 @@ def _has_checkpoint(folder: Path) -> bool:
     if folder.exists() and not RunFolder(folder).has_checkpoint():
         shutil.rmtree(folder)
     return folder.exists()
-
-
-def csv_text(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    """The text of a CSV file."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *lines])
-    return text.getvalue()

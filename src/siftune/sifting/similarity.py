@@ -125,16 +125,15 @@ _OUTSIDE = 0.05  # share of the target's own prompts that may be outside of its 
 _ROUNDING = 1e-3  # of the similarity of equal prompts in different batches (ours)
 
 
-def of_task(similar_R: Floats, similar_K: Floats) -> NDArray[np.bool_]:
-    """Rows whose prompts are as similar to the target as 95 % of its own prompts are to each other (ours); (R,).
+def least_similarity(similar_K: Floats) -> float:
+    """The similarity that 95 % of the target's own prompts reach: the lowest of a prompt of its task (ours).
 
     Args:
-        similar_R: Similarity of the pool's prompts to the nearest of the target, from -1 to 1.
         similar_K: Similarity of each of the target's prompts to the nearest other one. At least the lowest of them is
-            outside of the limit, so that one odd row cannot set it.
+            below the limit, so that one odd row cannot set it.
 
     Example:
-        >>> of_task(np.array([0.9, 0.8, 0.2]), np.array([0.8, 0.1, 0.9])).tolist()
-        [True, True, False]
+        >>> least_similarity(np.array([0.8, 0.1, 0.9]))
+        0.8
     """
-    return similar_R >= min(np.quantile(similar_K, _OUTSIDE, method="higher"), 1 - _ROUNDING)
+    return min(float(np.quantile(similar_K, _OUTSIDE, method="higher")), 1 - _ROUNDING)

@@ -1,24 +1,20 @@
-"""Suspect rows of a run, with their texts.
+"""Suspect rows of a run, with their texts and reasons: `rule` on `losses`."""
 
-Rows are scored by their loss under the final model (`losses`). Suspects are counted by comparison with decoys of their
-source (`rule`): the column `source`, or the file *(ours)*.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from siftune.base.text import counted
+from siftune.base.text import one_line
+from siftune.data.target import source_or_file
 from siftune.records.rows import Text, text_of
-from siftune.records.visits import NAME, read_visits
-from siftune.suspects.losses import kinds_of, read_losses, trained_rows
-from siftune.suspects.rule import Scores, judge
+from siftune.suspects.losses import read_losses, trained_rows
+from siftune.suspects.rule import judge
+from siftune.train.folder.run import LOSSES
 
-_STEPS = 60  # of the run, at least: early, losses of correct rows are as high as those of wrong ones (ours)
-_DOUBT = "The losses do not tell which rows are wrong: few or none are, or the model has not learned the task."
+_LONGEST = 60  # characters of an answer in a reason
+_LARGEST = np.log(1e6)  # score that a reason states; larger ones say no more
 
 
 @dataclass(frozen=True)
@@ -29,13 +25,15 @@ class Suspect:
         place: Its place, such as "rows.jsonl:17".
         text: Its text.
         reason: The reason as text.
-        score: Its loss, summed over label tokens in nats.
+        score: Natural logarithm of how many times as likely the answer of another row is.
+        source: Its column `source`, or its file.
     """
 
     place: str
     text: Text
     reason: str
     score: float
+    source: str = ""
 
 
 def suspects(run: Path, top: int | None = None, files: Sequence[str] = ()) -> list[Suspect]:
@@ -79,54 +77,22 @@ class ScoredRows:
     """
 
     def __init__(self, run: Path, files: Sequence[str] = ()) -> None:
-        every, about = trained_rows(run, files)
-        losses = read_losses(run, about)
-        self._texts = {row.origin: text_of(row) for row in every}
-        own = ~losses.decoy & (losses.tokens > 0)
-        self.rows = [every[number] for number in losses.row[own]]
-        self._loss, self._tokens = losses.loss[own], losses.tokens[own]
-        self._sources = kinds_of(self.rows)
-        number = {source: kind for kind, source in enumerate(dict.fromkeys(self._sources))}
-        kind = {int(row): number[source] for row, source in zip(losses.row[own], self._sources, strict=True)}
-        decoys = losses.decoy & np.isin(losses.row, losses.row[own])
-        self._verdict = judge(
-            *(
-                Scores(losses.loss[part], np.array([kind[int(row)] for row in losses.row[part]]), losses.gain[part])
-                for part in (own, decoys)
-            )
-        )
-        steps = int(read_visits(run / NAME).visits.step.max(initial=-1)) + 1
-        self.suspects = self._verdict.count if steps >= _STEPS else 0
-        self.doubt = ""
-        if steps < _STEPS:
-            took = counted(steps, "step")
-            self.doubt = f"The run is too short to tell which rows are wrong: {took}, at least {_STEPS} are needed."
-        elif not self.suspects:
-            self.doubt = _DOUBT
+        self._every, about = trained_rows(run, files)
+        self._losses = losses = read_losses(run / LOSSES, about)
+        self.rows = [self._every[number] for number in losses.row]
+        self._sources = source_or_file(self.rows)
+        self._verdict = judge(losses.loss, losses.other_loss, losses.elsewhere, losses.other_elsewhere)
+        self.suspects, doubt = self._verdict.count, self._verdict.doubt
+        self.doubt = f"No row is listed: {doubt}." if doubt else ""
 
     def highest(self, count: int) -> list[Suspect]:
-        """The N rows with the highest scores, whether or not they are suspect."""
-        return [self._suspect(int(at)) for at in self._verdict.order[:count]]
+        """The N rows with the highest scores, whether or not they are suspect; rows without a score are left out."""
+        scored = [int(at) for at in self._verdict.order if not np.isnan(self._verdict.score[at])]
+        return [self._suspect(at) for at in scored[:count]]
 
     def _suspect(self, at: int) -> Suspect:
-        place, loss, above = self.rows[at].origin, float(self._loss[at]), self._verdict.above[at]
-        rows = f"rows of {self._sources[at]}" if self._sources[at] else "rows"
-        why = f"loss {loss:.1f} nats, {loss / self._tokens[at]:.2f} per token"
-        if not np.isnan(above):
-            why += f"; {above:.0%} of the answers swapped between {rows} have a smaller one"
-        reason = "; ".join([why, *self._contradicted(place)])
-        return Suspect(place, self._texts[place], reason, round(loss, 4))
-
-    def _contradicted(self, place: str) -> list[str]:
-        """A row with the same prompt and another completion."""
-        prompt, completion = self._texts[place]
-        asked = self._asked.get(prompt, ()) if prompt else ()
-        other = next((other for other in asked if self._texts[other].completion != completion), None)
-        return [] if other is None else [f"{other} has the same prompt and another completion"]
-
-    @cached_property
-    def _asked(self) -> Mapping[str, list[str]]:
-        places: dict[str, list[str]] = {}
-        for place, text in self._texts.items():
-            places.setdefault(text.prompt, []).append(place)
-        return places
+        row, score, other = self.rows[at], float(self._verdict.score[at]), self._every[self._losses.other[at]]
+        times = np.exp(min(score, _LARGEST))
+        answer = one_line(other.completion.strip(), _LONGEST)
+        reason = f"{times:,.{int(times < 10)}f} times as likely: “{answer}”, the answer of {other.origin}"
+        return Suspect(row.origin, text_of(row), reason, round(score, 4), self._sources[at])

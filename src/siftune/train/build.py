@@ -46,6 +46,7 @@ from siftune.models.adapters.full import OpenLayers
 from siftune.models.layers import find_layers
 from siftune.models.load import use_attention
 from siftune.models.quantised import refuse_on_quantised
+from siftune.recipe.checks import NO_TRACKER
 from siftune.recipe.read import anchored
 from siftune.recipe.schema import (
     Recipe,
@@ -61,8 +62,6 @@ from siftune.train.guards.non_finite import BAD_STEPS
 from siftune.train.trainer import LayerTrainer, SiftTrainer
 
 logger = logging.getLogger(__name__)
-
-NONE = "none"  # no tracker
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def methods_of(recipe: Recipe, support_rows: Dataset | None) -> list[Any]:
     for part, settings in zip(method_of(recipe).parts, settings_of(recipe), strict=True):
         others = {"support_set": support_rows} if part.rows else {}
         method = part.build(settings, seed=recipe.seed, **others)
-        if part.until_target:
+        if part.rows:
             method.select_until = select_until(recipe)
         methods.append(method)
     return methods
@@ -302,7 +301,7 @@ def refuse_all_weights(recipe: Recipe) -> None:
     if recipe.adapter == "full" and recipe.layers is None and not chooses:
         raise RecipeError(
             "adapter is full and no layers are given: training all weights of a model is not what siftune is for; "
-            "give --layers, such as 0 1 -2 -1, an adapter such as lora, or a method that chooses layers, such as lisa"
+            "give --layers, such as 0 1 -2 -1, an adapter such as lora, or a method that chooses layers, such as rst"
         )
 
 
@@ -373,26 +372,16 @@ def refuse_scaled_or_split(arguments: TrainingArguments) -> None:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check a recipe's `report_to` before the model is loaded.
+    """Check that the packages of a recipe's `report_to` are there, before the model is loaded.
 
     Raises:
-        RecipeError: A name is unknown, "none" comes with others, or a tracker's package is missing.
+        RecipeError: A tracker's package is missing.
     """
-    if tuple(names) == (NONE,):
+    if tuple(names) == (NO_TRACKER,):
         return
-    from transformers.integrations import integration_utils
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-    trackers = sorted(integration_utils.INTEGRATION_TO_CALLBACK)
-    if not names or NONE in names:
-        raise RecipeError("report_to names trackers, or none and nothing else: leave it out to report to none")
-    for name in names:
-        if name not in trackers:
-            close = nearest(name, trackers)
-            if "," in name:
-                raise RecipeError(f"report_to has {name!r}: put spaces between trackers, not commas")
-            hint = f"did you mean {close!r}?" if close else f"use one of {', '.join(trackers)}, or none"
-            raise RecipeError(f"report_to has the unknown tracker {name!r}; {hint}")
-    installed = integration_utils.get_available_reporting_integrations()
+    installed = get_available_reporting_integrations()
     if missing := [name for name in names if name not in installed]:
         package = missing[0].replace("_", "-")
         raise RecipeError(

@@ -12,7 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from siftune.base.environment import peak_memory_mb
-from siftune.base.text import counted
+from siftune.base.stages import BETWEEN
+from siftune.base.text import counted, duration
 from siftune.engine.ranks import on_any_rank
 from siftune.train.folder.run import RunFolder
 
@@ -95,6 +96,7 @@ class ProgressView(TrainerCallback):  # type: ignore[misc]
         self._started: float | None = None  # the end of the first step: a start says little about the others
         self._first_step = 0
         self._newest: dict[str, str] = {}
+        self._shown = 0.0  # time of the newest line
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Show the bar."""
@@ -108,12 +110,20 @@ class ProgressView(TrainerCallback):  # type: ignore[misc]
         self._task = self._bar.add_task("train", total=state.max_steps, completed=state.global_step, figures="")
         self._bar.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Advance the bar."""
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advance the bar, or show a line every ten seconds, and as soon as the time left is known to be longer."""
+        now = time.monotonic()
         if self._started is None:
-            self._started, self._first_step = time.monotonic(), state.global_step
+            self._started = self._shown = now
+            self._first_step = state.global_step
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
+            return
+        left = self._seconds_left(state)
+        first_estimate = state.global_step == self._first_step + 1 and left is not None and left >= BETWEEN
+        due = first_estimate or now - self._shown >= BETWEEN
+        if due and state.is_world_process_zero and not control.should_log:
+            self._line(state)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show the newest values."""
@@ -125,9 +135,14 @@ class ProgressView(TrainerCallback):  # type: ignore[misc]
         if self._bar is not None:
             self._bar.update(self._task, figures="  ".join(self._newest.values()))
         else:
-            left = self._time_left(state) if kind == "loss" else ""
-            line = f"step {state.global_step}/{state.max_steps}  {self._newest[kind]}{left}"
-            self._console.print(line, markup=False)
+            self._line(state, self._newest[kind], with_time=kind == "loss")
+
+    def _line(self, state: TrainerState, *figures: str, with_time: bool = True) -> None:
+        """Print a step with its figures."""
+        left = self._seconds_left(state) if with_time else None
+        times = [] if left is None else [f"{duration(left)} left"]
+        self._console.print("  ".join([f"step {state.global_step}/{state.max_steps}", *figures, *times]), markup=False)
+        self._shown = time.monotonic()
 
     def close(self) -> None:
         """Remove the bar."""
@@ -139,12 +154,12 @@ class ProgressView(TrainerCallback):  # type: ignore[misc]
         """Remove the bar."""
         self.close()
 
-    def _time_left(self, state: TrainerState) -> str:
+    def _seconds_left(self, state: TrainerState) -> float | None:
         done = state.global_step - self._first_step
         if self._started is None or done < 1:
-            return ""
-        left = (time.monotonic() - self._started) / done * (state.max_steps - state.global_step)
-        return f"  {left:.0f} s left"
+            return None
+        left: float = (time.monotonic() - self._started) / done * (state.max_steps - state.global_step)
+        return left
 
 
 class StepProgress(TrainerCallback):  # type: ignore[misc]

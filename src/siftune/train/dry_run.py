@@ -29,10 +29,10 @@ from siftune.base.environment import peak_memory_mb, synchronize
 from siftune.base.errors import RecipeError
 from siftune.base.stages import stages
 from siftune.models.loss import IGNORED
-from siftune.recipe.checks import check
+from siftune.recipe.checks import NO_TRACKER, check
 from siftune.recipe.schema import Recipe, method_of, resolve_recipe, settings_of
 from siftune.records.rows import read_rows
-from siftune.train.build import NONE, Built, build, check_trackers, trainable
+from siftune.train.build import Built, build, check_trackers, trainable
 from siftune.train.folder.weights import adopted
 from siftune.train.prepare import (
     Lengths,
@@ -172,7 +172,7 @@ def _estimate(
     tries = _tries(recipe)
     epoch = _batches(recipe, lengths)
     tried = _tried_batches(epoch, lengths, recipe.accumulate, tries)
-    short = replace(_drawn_anew(recipe), save_every=tries + 1, eval_every=None, report_to=(NONE,), compile=False)
+    short = replace(recipe, save_every=tries + 1, eval_every=None, report_to=(NO_TRACKER,), compile=False)
     train = data["train"]
     if not private:  # the noise of a private run is calibrated for all its steps
         short = replace(short, steps=tries + 1)
@@ -215,15 +215,6 @@ def _tries(recipe: Recipe) -> int:
     periods = [(part.suppresses and getattr(s, "interval", 1)) or getattr(s, "support_every", 1) for part, s in parts]
     period = math.lcm(*periods)
     return min(_MOST, period * math.ceil(_LEAST / period))
-
-
-def _drawn_anew(recipe: Recipe) -> Recipe:
-    """The recipe with a method that draws layers in every step: the layers of one draw are not typical."""
-    groups: dict[str, Any] = {}
-    for part, settings in zip(method_of(recipe).parts, settings_of(recipe), strict=True):
-        if hasattr(settings, "interval") and not part.suppresses:
-            groups[settings.group] = replace(settings, **{"interval": 1})
-    return replace(recipe, **groups)
 
 
 def _batches(recipe: Recipe, lengths: Numbers) -> Batches:

@@ -17,7 +17,7 @@ from siftune.models.adapters.registry import ADAPTER_TYPES, adapter_type_of
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe, differences
 from siftune.train.callbacks import evaluations_since_best
-from siftune.train.folder.checkpoints import fault_of, identity_in, newest_checkpoint, step_of
+from siftune.train.folder.checkpoints import identity_in, named_checkpoint, newest_checkpoint, step_of
 from siftune.train.folder.run import RECIPE, ROWS, RunFolder
 from siftune.train.folder.weights import holds_tuned, read_about
 from siftune.train.trainer import LayerTrainer, SiftTrainer, planned_steps
@@ -27,9 +27,9 @@ _MAY_CHANGE = {
     "out", "resume", "save_every", "eval_every", "patience", "log_every", "report_to",
     "steps", "epochs", "eval", "adapter", "rank", "alpha", "targets", "layers",
     "train", "limit", "columns", "target", "target_share", "method",
-    "drop_rows", "eval_share", "bad_rows", "sharding", "auto_batch", "deterministic",
+    "drop_rows", "eval_share", "bad_rows", "sharding", "deterministic",
 }  # fmt: skip
-_HALVED = {"batch_size", "accumulate"}  # by `auto_batch`, which keeps the rows of a step
+_PASSES = {"batch_size", "accumulate"}  # may change together, if a step has as many rows as before
 _PATHS = ("model", "from_adapter", "keep", "template")
 
 
@@ -39,13 +39,7 @@ def find_checkpoint(recipe: Recipe, folder: RunFolder) -> Path:
     Raises:
         InputError: There is no complete one.
     """
-    if recipe.resume is True:
-        return newest_checkpoint(folder.checkpoints)
-    checkpoint = Path(str(recipe.resume)).expanduser()
-    if (fault := fault_of(checkpoint)) is not None:
-        why = f" ({fault})" if checkpoint.is_dir() else ""
-        raise RecipeError(f"{checkpoint} is no complete checkpoint{why}; give a folder RUN/checkpoints/checkpoint-N.")
-    return checkpoint
+    return newest_checkpoint(folder.checkpoints) if recipe.resume is True else named_checkpoint(str(recipe.resume))
 
 
 def refuse_other_source(checkpoint: Path, identity: Mapping[str, str]) -> None:
@@ -118,7 +112,7 @@ def _check_recipe(checkpoint: Path, recipe: Recipe, digest: str) -> None:
         return
     before: Recipe = load_recipe(run / RECIPE)
     same_rows = before.batch_size * before.accumulate == recipe.batch_size * recipe.accumulate
-    free = _MAY_CHANGE | _HALVED if recipe.auto_batch and same_rows else _MAY_CHANGE
+    free = _MAY_CHANGE | _PASSES if same_rows else _MAY_CHANGE
     method = [("method", before.method, recipe.method)] if before.method != recipe.method else []
     for name, was, now in [*method, *differences(before, recipe, free)]:
         if name in _PATHS and was and now and Path(was).expanduser().resolve() == Path(now).expanduser().resolve():

@@ -1,9 +1,10 @@
 """siftune's own training path: from a recipe to a run folder."""
 
 import logging
+import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,12 @@ from siftune.records.rows import digest_of as digest_of_texts
 from siftune.records.visits import NAME
 from siftune.train.build import Built, build, check_trackers, trainable
 from siftune.train.callbacks import EarlyStop, Metrics, ProgressView, RegularCheckpoints
-from siftune.train.folder.checkpoints import SourceNote, best_in, step_of
-from siftune.train.folder.run import EVALS, LOSSES, RECIPE, ROWS, RunFolder
+from siftune.train.folder.checkpoints import best_in, step_of
+from siftune.train.folder.run import EVALS, HALVES, LOSSES, RECIPE, ROWS, RunFolder
+from siftune.train.folder.saving import SourceNote
 from siftune.train.folder.selections import SelectionRecord
 from siftune.train.folder.weights import adopted
-from siftune.train.guards.memory import OutOfMemory, free, halved, memory_faults, refuse_ranks
+from siftune.train.guards.memory import memory_faults
 from siftune.train.guards.non_finite import refuse_broken_end
 from siftune.train.guards.signals import Interrupts, held_back
 from siftune.train.prepare import (
@@ -85,7 +87,6 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
     check(recipe)
     check_trackers(recipe.report_to)
     refuse_launched()
-    refuse_ranks(recipe)
     joined = join_launch()
     recipe = from_first(lambda: adopted(recipe))
     check(recipe)  # also for the type of an adapter that was trained before
@@ -93,20 +94,12 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
     folder = from_first(lambda: RunFolder(str(recipe.out)))
     first = rank() == 0
     console = console if first else Console(quiet=True)
-    with only_process(folder.path) if first else nullcontext(), folder.removed_on_failure() if first else nullcontext():
-        while True:
-            try:
-                with memory_faults(recipe):
-                    run = _train(recipe, folder, console, source_of)
-                break
-            except OutOfMemory:
-                smaller = halved(recipe) if recipe.auto_batch else None
-                if smaller is None:
-                    raise
-            free()  # the error held the model until here
-            sizes = recipe.batch_size, smaller.batch_size, smaller.accumulate
-            logger.warning("out of memory with batch_size %d: continuing with batch_size %d, accumulate %d", *sizes)
-            recipe = replace(smaller, resume=folder.has_checkpoint())
+    with ExitStack() as stack:
+        if first:
+            stack.enter_context(only_process(folder.path))
+            stack.enter_context(folder.removed_on_failure())
+        stack.enter_context(memory_faults(recipe))
+        run = _train(recipe, folder, console, source_of)
     if joined:
         leave_launch()
     return run
@@ -164,8 +157,10 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
         folder.write(RECIPE, recipe_to_yaml(recorded))
         note_recipe(folder.path)
         folder.write(ROWS, f"{digest}\n")
-        for name in () if ended else (LOSSES, EVALS):  # of the model before
-            folder.write_lines(name, [])
+        if not ended:
+            for name in (LOSSES, EVALS):  # of the training before
+                folder.write_lines(name, [])
+            shutil.rmtree(folder.path / HALVES, ignore_errors=True)
         folder.cut_records(begun)  # of a run that ended before its next checkpoint
 
     def release() -> None:

@@ -41,7 +41,8 @@ from siftune.models.loss import (
     weighed,
 )
 from siftune.models.modules import evaluating
-from siftune.train.folder.checkpoints import Sealing, begin, best_in, checkpoint_of, is_complete, read_of
+from siftune.train.folder.checkpoints import begin, best_in, is_complete, read_of
+from siftune.train.folder.saving import Sealing, checkpoint_of
 from siftune.train.folder.weights import About, put_in, read_tuned, save_tuned, write_adapter
 from siftune.train.guards.non_finite import BrokenSteps
 

@@ -91,12 +91,50 @@ def test_a_folder_is_made_and_tried(tmp_path):
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"), "could not be written to its end"),
     ],
 )
-def test_a_fault_of_the_disk_is_one_sentence(tmp_path, error, reason):
+def test_a_fault_of_the_disk_is_one_sentence_with_the_file(tmp_path, error, reason):
+    """The file that was being written is the newest, since these errors name none."""
+    (tmp_path / "old").write_text("")
+    os.utime(tmp_path / "old", (0, 0))
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "part.bin").write_text("")
     with (
-        pytest.raises(TrainingError, match=f"Writing to .* failed: .*{reason}. Free some space"),
+        pytest.raises(TrainingError, match=rf"Writing \S*part\.bin failed: .*{reason}. Free some space"),
         disk_faults(tmp_path),
     ):
         raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("I/O error: os error 28"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"),
+    ],
+)
+def test_a_fault_of_the_disk_names_the_file_at_its_place(tmp_path, error):
+
+    def write():
+        with write_beside(tmp_path / "a", tmp_path / "b") as [a, b]:
+            a.write_text("complete")
+            os.utime(a, (0, 0))
+            b.mkdir()
+            (b / "weights").write_text("hal")
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        write()
+    assert caught.value.filename == str(tmp_path / "b" / "weights")
+    assert names(tmp_path) == []
+
+
+def test_a_line_that_does_not_fit_names_its_file(tmp_path):
+    with pytest.raises(OSError, match="too large") as caught, open_to_append(tmp_path / "lines"):
+        raise OSError(errno.EFBIG, "File too large")
+    assert caught.value.filename == str(tmp_path / "lines")
+    with pytest.raises(OSError, match="reset") as caught, open_to_append(tmp_path / "lines"):
+        raise OSError(errno.ECONNRESET, "Connection reset by peer")
+    assert caught.value.filename is None
 
 
 def test_another_fault_is_passed_on(tmp_path):

@@ -154,7 +154,7 @@ def test_every_number_has_a_range_and_every_setting_a_line_of_help(kind):
 
 def test_nearest_knows_the_names_of_other_trainers():
     names = [field.name for field in fields(Recipe)]
-    assert nearest("select", ["lr", "gast.select", "greats.select"]) == "gast.select or greats.select"
+    assert nearest("active", ["lr", "rst.active", "ist.active"]) == "rst.active or ist.active"
     assert nearest("per-device-train-batch-size", names) == "batch_size"
     assert nearest("Epoch", names) == "epochs"
     assert nearest("qqqqq", names) is None

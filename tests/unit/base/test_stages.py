@@ -7,21 +7,22 @@ from rich.console import Console
 from siftune.base.stages import stages
 
 
-def shown(*told, terminal=None):
+def shown(*told, terminal=None, names=()):
     """What a console shows of reports, each with the second at which it comes."""
     box, now = io.StringIO(), [0]
-    with stages(Console(file=box, width=80, force_terminal=terminal), lambda: now[0]) as tell:
+    with stages(Console(file=box, width=80, force_terminal=terminal), lambda: now[0], names) as tell:
         for now[0], *report in told:
             tell(*report)
     return box.getvalue()
 
 
-def test_a_line_per_stage_and_one_in_ten_seconds():
+def test_a_line_per_stage_one_for_its_time_and_one_in_ten_seconds():
     told = [(second, "losses", 8 * second, 1920) for second in range(26)]
     assert shown(*told, (26, "[b]", 0, 0), (99, "[b]", 0, 0), (100, "measuring", 0, 1)).splitlines() == [
         "losses: 0 of 1,920",
-        "losses: 80 of 1,920, 3 min 50 s left",
-        "losses: 160 of 1,920, 3 min 40 s left",
+        "losses: 8 of 1,920, 3 min 59 s left",
+        "losses: 88 of 1,920, 3 min 49 s left",
+        "losses: 168 of 1,920, 3 min 39 s left",
         "[b]",
         "measuring",
     ]
@@ -41,6 +42,18 @@ def test_a_stage_that_begins_again_has_a_speed_of_its_own():
     again = [(100, "rows", 0, 600), (110, "rows", 300, 600)]
     assert shown(*first, *again).splitlines() == [
         "rows: 0 of 300", "rows: 200 of 300, 20 s left", "rows: 0 of 600", "rows: 300 of 600, 10 s left",
+    ]  # fmt: skip
+
+
+def test_a_stage_of_less_than_ten_seconds_has_one_line():
+    told = [(second, "losses", 100 * second, 900) for second in range(10)]
+    assert shown(*told, (9, "end", 0, 0)).splitlines() == ["losses: 0 of 900", "end"]
+
+
+def test_stages_are_numbered_if_all_are_known():
+    told = [(0, "loading", 0, 0), (1, "costs", 0, 30), (2, "losses", 0, 0)]
+    assert shown(*told, names=["rows", "costs", "losses"]).splitlines() == [
+        "loading", "2 of 3: costs: 0 of 30", "3 of 3: losses",
     ]  # fmt: skip
 
 

@@ -63,26 +63,23 @@ def test_the_runs_differ_in_the_target_and_in_the_rows_that_are_left_out(base, t
     assert (pool.train, pool.steps, pool.lr, pool.seed) == (target.train, target.steps, target.lr, target.seed)
     assert (out / "sifted" / "sift" / "scores.csv").is_file()
     page = unescape((out / "report.html").read_text())
-    assert "Scores of the task's rows" in page
+    assert "Similarity of prompts and scores" in page
     assert "of 32 rows of the pool were selected" in page
     drop = {None, str(out / "sifted" / "sift" / "dropped.csv")}
     assert sifted.drop_rows in drop
     assert replace(sifted, out=target.out, drop_rows=None) == target
 
 
-def test_its_runs_can_be_evaluated(tmp_path, capsys):
+def test_its_figures_are_those_of_siftune_eval(tmp_path, capsys):
     out = tmp_path / "demo"
     assert main(["demo", "--steps", "2", "--rows", "4", "--out", str(out)]) == 0
     rows = json.loads((out / "demo.json").read_text())["metrics"]["base-target"]
-    measured = {row["metric"]: row["tuned"] for row in rows}
+    answers = json.loads((out / "target" / "eval.json").read_text())
     capsys.readouterr()
-    assert main(["eval", str(out / "target"), "--data", str(out / "test.jsonl"), "--json"]) == 0
+    assert main(["eval", str(out / "target"), "--metrics", "exact_match", "choices", "--json"]) == 0
     (run,) = json.loads(capsys.readouterr().out)["runs"]
-    again = {row["metric"]: row["tuned"] for row in run["metrics"]}
-    assert {name: again[name] for name in measured if name in again} == {
-        name: value for name, value in measured.items() if name in again
-    }
-    assert "exact_match" in again or "choices" in again
+    assert run["metrics"] == rows
+    assert json.loads((out / "target" / "eval.json").read_text()) == answers
 
 
 def metric(name, correct):
@@ -99,7 +96,7 @@ def test_the_sifted_pool_is_compared_with_the_better_training_by_exact_match(
 ):
     correct = {"base": 0, "pool": 1, "few": few, "target": target, "sifted": 8}
 
-    def measure(recipes, questions, console):
+    def measure(recipes, console):
         for recipe in recipes.values():
             save_run(Path(recipe.out), steps=2)
         rates = {
@@ -148,5 +145,5 @@ def test_what_it_refuses(tmp_path, capsys, flags, message):
 def test_a_folder_that_is_there_stays_as_it_is(tmp_path, capsys):
     (tmp_path / "kept.txt").write_text("mine")
     assert main(["demo", "--out", str(tmp_path)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert f"{tmp_path} is not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]

@@ -18,6 +18,7 @@ import torch
 from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import DataError, SiftuneError
+from siftune.base.files import write_beside
 from siftune.base.settings import CONFIG, Count
 from siftune.cli import main as cli
 from siftune.cli.main import COMMANDS, main
@@ -225,6 +226,16 @@ def test_a_fault_of_the_disk_is_one_sentence_with_the_path(command, capsys, code
 def test_a_full_disk_in_the_words_of_torch(command, capsys):
     fail(command, RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"))
     assert error_of(capsys, 2, "train").startswith("the disk is full")
+
+
+def test_a_full_disk_while_a_file_is_written_beside_its_place_names_the_file(command, capsys, tmp_path):
+    def act(_):
+        with write_beside(tmp_path / "weights.bin") as [beside]:
+            beside.write_text("hal")
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+
+    command.act = act
+    assert error_of(capsys, 2, "train").startswith(f"{tmp_path / 'weights.bin'}: the disk is full; free some space")
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])

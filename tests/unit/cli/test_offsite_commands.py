@@ -25,7 +25,13 @@ from siftune.offsite.kit.tensor_file import TensorFile
 def test_from_the_model_to_the_tuned_model(half, rows, tmp_path, capsys):
     kit, run, tuned = tmp_path / "kit", tmp_path / "run", tmp_path / "tuned"
     made, said = siftune(capsys, "emulate", "--model", half, "--calibration", rows, "--out", kit, *EMULATE)
-    for words in ("calibration: 1 of ", "compression: 1 of ", f"kit in {kit}", "siftune verify KIT", "siftune plug"):
+    for words in (
+        "1 of 3: calibration: 0 of ",
+        "3 of 3: compression: 0 of ",
+        f"kit in {kit}",
+        "siftune verify KIT",
+        "siftune plug",
+    ):
         assert words in said
     checked, said = siftune(capsys, "verify", kit)
     assert "is sound" in said
@@ -153,6 +159,15 @@ def own(half, rows, tmp_path, monkeypatch, capsys):
 
 def test_a_kit_of_own_texts(own, rows, tmp_path, capsys):
     made, said = own("one", "--seed", "7")
+    stages = (
+        "sampling texts: 0 of 8",
+        "scoring texts: 0 of 8",
+        "calibration: 0 of 6",
+        "costs: 0 of ",
+        "compression: 0 of ",
+    )
+    lines = [f"{number} of 5: {stage}" for number, stage in enumerate(stages, 1)]
+    assert [line for line in lines if f"\n{line}" in said] == lines
     assert "with which prompts the calibration texts of a kit begin: --calibration-prompts is best" in said
     assert made["calibration"] == {"kind": "own texts", "number": 6, "tokens": 20, "seed": 7}
     assert own("again", "--seed", "7")[0]["digest"] == made["digest"]

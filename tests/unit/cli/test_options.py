@@ -112,7 +112,7 @@ def test_positional_values_lists_and_short_forms():
         (["--learning-rate=1"], ["--learning-rate", "--lr"]),
         (["--metho", "ist"], ["--metho", "--method"]),
         (["--zzzz"], ["--zzzz", "--help"]),
-        (["--select", "1"], ["--gast.select", "--greats.select"]),
+        (["--active", "1"], ["--rst.active", "--ist.active"]),
         (["--gast.selct", "1"], ["--gast.selct", "--gast.select"]),
         (["--adapter", "vera"], ["--adapter is vera", "rslora"]),
         (["--rank", "eight"], ["--rank is eight", "integer"]),
@@ -226,3 +226,25 @@ def test_a_page_lists_every_option_of_every_command():
         assert f"## siftune {word}\n" in page
     for flag in ("--optim", "--gast.select", "--return", "--lambda-mlp"):
         assert f"`{flag} " in page
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "advice"),
+    [
+        ("train", "--share", "`--sift 0.5` trains on half of the pool"),
+        ("train", "--rows", "did you mean --limit?"),
+        ("eval", "--rows", "did you mean --limit?"),
+        ("train", "--pool", "did you mean --train?"),
+        ("sift", "--pool", "did you mean --train?"),
+        ("sift", "--threshold", "did you mean --max-score?"),
+        ("train", "--threshold", "`siftune sift` has --max-score"),
+        ("train", "--processes", "`torchrun --nproc_per_node 2 -m siftune"),
+        ("sift", "--processes=2", "`torchrun --nproc_per_node 2 -m siftune"),
+        ("export", "--share", "see `siftune export --help`"),
+    ],
+)
+def test_a_name_of_something_else_leads_to_the_right_option(capsys, command, word, advice):
+    assert main([command, word, "2"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"siftune: error: unknown option {word.partition('=')[0]} of `siftune {command}`; ")
+    assert advice in message

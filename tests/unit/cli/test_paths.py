@@ -1,6 +1,7 @@
 """Files and folders that do not exist are refused before torch is imported."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,28 @@ from siftune.cli.main import main
         (["sift", "--train", "rows.jsonl", "--target", "none.jsonl"], "none.jsonl does not exist"),
         (["sift", "--train", "rows.jsonl", "--avoid", "none.jsonl"], "none.jsonl does not exist"),
         (["train", "--train", "rows.jsonl", "--keep", "none.jsonl"], "none.jsonl does not exist"),
+        (["train", "--train", "rows.jsonl", "--sift"], "give --target FILE or --avoid FILE"),
+        (["train", "--train", "rows.jsonl", "--target", "rows.jsonl"], "target rows.jsonl is also a file of the train"),
+        (["sift", "--train", "rows.jsonl"], "give --target FILE or --avoid FILE"),
+        (["sift", "--train", "rows.jsonl", "--target", "rows.jsonl"], "rows.jsonl is named twice"),
+        (["sift", "--train", "rows.jsonl", "--target", "few.jsonl", "--out", "full"], "full is not empty"),
+        (["train", "--train", "rows.jsonl", "--out", "full"], "full is no run folder, since x is in it"),
+        (["train", "--train", "rows.jsonl", "--out", "run"], "run holds a run already"),
+        (["train", "--train", "rows.jsonl", "--model", "full"], "full holds no model: there is no config.json in it"),
+        (["sift", "--train", "rows.jsonl", "--target", "few.jsonl", "--model", "full"], "full holds no model"),
+        (["export", "run", "--base", "full"], "full holds no model"),
+        (["train", "--train", "rows.jsonl", "--template", "none.jinja"], "template none.jinja cannot be read"),
+        (["eval", "run", "--template", "none.jinja"], "template none.jinja cannot be read"),
+        (["train", "--train", "rows.jsonl", "--report-to", "wandbb"], "unknown tracker 'wandbb'; did you mean"),
+        (["train", "--train", "rows.jsonl", "--resume", "none"], "none is no complete checkpoint"),
+        (["train", "--resume", "none"], "run folder none does not exist"),
+        (["export", "none"], "there is no run none: no such folder"),
+        (["export", "run", "--out", "full"], "full is not empty"),
+        (["find-lr", "--train", "rows.jsonl"], "no held-out rows to compare rates on: give --eval FILE"),
+        (["find-lr", "--train", "rows.jsonl", "--eval", "few.jsonl", "--methods", "dens"], "did you mean dense?"),
+        (["find-lr", "--train", "rows.jsonl", "--eval", "few.jsonl", "--out", "full"], "full is not empty"),
+        (["demo", "--out", "full"], "full is not empty"),
+        (["eval", "none", "--data", "rows.jsonl"], "there is no run none: no such folder"),
         (["eval", "./none"], "there is no run ./none"),
         (["export", "./none"], "there is no run ./none"),
         (["rows", "none"], "there is no run folder none"),
@@ -36,13 +59,23 @@ from siftune.cli.main import main
 )
 def test_a_mistake_is_reported_without_torch(tmp_path, words, message):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    (tmp_path / "few.jsonl").write_text('{"prompt": "c", "completion": "d"}')
     (tmp_path / "others.jsonl").write_text('{"q": "a", "a": "b"}\n' * 2)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").write_text("train: rows.jsonl\n")
     code = (
         "import sys; from siftune.cli.main import main; code = main(sys.argv[1:]);"
         "sys.exit(code if 'torch' not in sys.modules else 99)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, cwd=tmp_path
+        [sys.executable, "-c", code, *words],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
     )
     assert done.returncode == 2, done.stderr
     assert message in done.stderr

@@ -14,4 +14,4 @@ def test_a_recipe_is_printed_alone(capsys):
 
 
 def test_an_unknown_name(capsys):
-    assert "did you mean greats" in error_of(capsys, "recipe", "greets")
+    assert "did you mean gast" in error_of(capsys, "recipe", "gats")

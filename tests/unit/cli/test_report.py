@@ -5,6 +5,7 @@ import json
 import pytest
 from support.commands import error_of, siftune
 from support.report_runs import save_run
+from support.sifted_pools import save_pool, save_sifting
 
 
 def test_a_page(tmp_path, capsys):
@@ -26,6 +27,19 @@ def test_what_it_refuses(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert error_of(capsys, "report", *arguments).startswith(message)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_list_and_a_sifted_pool(tmp_path, capsys):
+    pool = save_pool(tmp_path / "pool.jsonl", 30)
+    folder = save_sifting(tmp_path / "sifted", pool, own=False)
+    page = tmp_path / "page.html"
+    siftune(capsys, "report", folder, "--out", page)
+    assert "cannot be corrected here" in page.read_text()
+    siftune(capsys, "report", folder / "scores.csv", "--files", pool, "--out", page)
+    assert "cannot be corrected here" not in page.read_text()
+    assert "is no folder and no CSV file" in error_of(capsys, "report", pool)
+    (folder / "scores.csv").write_text("row,text\n1,x\n")
+    assert f"{folder / 'scores.csv'} has no column 'place'" in error_of(capsys, "report", folder)
 
 
 def test_eval_keeps_figures_and_answers_in_the_run(base, tmp_path, capsys):

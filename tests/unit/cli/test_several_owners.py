@@ -38,7 +38,7 @@ def test_three_returns_are_merged(owners, half, tmp_path, capsys):
     found, _ = siftune(capsys, *command)
     assert [part["return"] for part in found["returns"]] == [f"{owners}/{name}/return" for name in "abc"]
     assert all(part["cosine"] > 0 and 0 < part["update"] < 0.25 for part in found["returns"])
-    text = shown(capsys, *words(owners, half, tmp_path / "again", *"abc"), "--merge", "trimmed")
+    text = shown(capsys, *words(owners, half, tmp_path / "again", *"abc"))
     for name in "abc":
         assert f"{owners}/{name}/return" in text
     assert "cosine to the merged" in text
@@ -62,8 +62,6 @@ def test_what_several_returns_refuse(owners, half, tmp_path, capsys):
     for names, options, said in [
         ("ab", ("--weights", "1"), "--weights"),
         ("ab", ("--weights", "1,x"), "--weights"),
-        ("ab", ("--merge", "median"), "--merge"),
-        ("abc", ("--merge", "trimmed", "--trim", "0"), "--trim"),
         ("aa", (), f"{owners}/a/return"),
         (["a", tmp_path / "copy"], (), f"{tmp_path}/copy/return"),
         (["a", "full"], (), f"{owners}/full/return"),

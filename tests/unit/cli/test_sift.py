@@ -26,7 +26,8 @@ from siftune.cli.sift import Options, _next
 from siftune.cli.train import Options as Train
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import SCORING, Recipe
-from siftune.records.rows import named_rows, read_rows
+from siftune.records.decisions import read_decisions
+from siftune.records.rows import read_rows
 from siftune.sifting import run as module
 from siftune.sifting import scoring
 from siftune.sifting.scores import Choice
@@ -94,7 +95,7 @@ def test_the_rows_of_the_run_are_the_selected_ones_and_the_target(sifted, task, 
     assert len(set(few)) == 12
     recipe = load_recipe(sifted / "recipe.yaml")
     assert recipe.drop_rows == str(sifted / "sift" / "dropped.csv")
-    assert not set(pool) & set(named_rows(recipe.drop_rows))
+    assert not set(pool) & {*read_decisions(recipe.drop_rows).selected}
     tuning = load_recipe(sifted / "sift" / "tuning" / "recipe.yaml")
     assert (tuning.steps, tuning.rank, tuning.lr, tuning.template) == (3, 2, 0.01, "none")
 
@@ -170,7 +171,7 @@ def test_a_kit(words, tmp_path):
     run = tmp_path / "run"
     assert main([*map(str, words), "--model", str(kit.path), "--out", str(run), "--sift"]) == 0
     assert (run / "return").exists()
-    assert load_recipe(run / "sift" / "tuning" / "recipe.yaml").layers == (0, 1, 3)
+    assert load_recipe(run / "sift" / "pool" / "recipe.yaml").layers == (0, 1, 3)
     assert json.loads((run / "sift" / "sift.json").read_text())["facts"]["kit"] == kit.digest
 
 
@@ -206,13 +207,13 @@ def test_a_folder_with_a_run_is_refused_before_sifting(words, sifted, tmp_path, 
     assert "holds a run already" in error_of(capsys, *words, "--out", tmp_path / "run", "--sift")
 
 
-def test_a_training_on_the_target_that_fails_leaves_nothing(words, tmp_path, capsys, monkeypatch):
+def test_a_training_that_fails_leaves_nothing(words, tmp_path, capsys, monkeypatch):
     def fail(*_):
         raise TrainingError("Broken. So far, more.") from TrainingError("Broken.")
 
     monkeypatch.setattr(scoring, "tune", fail)
     said = error_of(capsys, *words, "--out", tmp_path / "run", "--sift")
-    assert said == "training on 6 rows of the target: Broken."
+    assert said == "training on 12 rows of the pool: Broken."
     assert not (tmp_path / "run").exists()
 
 
@@ -246,7 +247,7 @@ GIVEN = {
     "alpha": ["3"], "targets": ["q_proj", "v_proj"], "layers": ["0", "-1"], "lr": ["1e-05"], "batch_size": ["4"],
     "accumulate": ["5"], "checkpointing": None, "seed": ["6"], "deterministic": None,
 }  # fmt: skip
-OWN = {"avoid", "share", "steps", "out"}
+OWN = {"avoid", "share", "max_score", "min_similarity", "steps", "out"}
 
 
 def flags(name):
@@ -291,7 +292,7 @@ def test_the_trainings_that_score_have_the_settings_of_the_command(base, task, t
     more = ["--template", "none", "--attention", "eager", "--no-completion-only", "--rank", "2", "--alpha", "3"]
     more += ["--targets", "q_proj", "--layers", "-1", "--batch-size", "2", "--accumulate", "2", "--checkpointing"]
     siftune(capsys, "sift", *named, *more, "--steps", "1", "--share", "5")
-    recipe = load_recipe(tmp_path / "s" / "tuning" / "recipe.yaml")
+    recipe = load_recipe(tmp_path / "s" / "pool" / "recipe.yaml")
     assert (recipe.attention, recipe.completion_only, recipe.rank, recipe.alpha) == ("eager", False, 2, 3)
     assert (recipe.targets, recipe.layers, recipe.accumulate) == (("q_proj",), (-1,), 2)
     assert recipe.checkpointing
@@ -333,6 +334,14 @@ def test_another_share_selects_again_without_computing(base, task, tmp_path, cap
     assert (first["selected"], second["selected"]) == (5, 7)
     assert Path(first["folder"]).resolve() == Path(second["folder"]).resolve()
     assert "the same command with another --share selects again without computing\n" in said
+    assert "limits:" not in said
+    folder = shlex.split(again[1])
+    third, said = siftune(capsys, *words, *folder, "--max-score", "99")
+    assert third["score_limit"] == 99.0
+    assert f"limits: score at most 99.0, similarity of the prompt at least {third['similarity_limit']}\n" in said
+    assert "with --max-score, --min-similarity or --share selects again without training\n" in said
+    assert f"look: `siftune report {Path(third['folder']).resolve()}`\nnext: `siftune train " in said
+    assert "leave out share" in error_of(capsys, *words, *folder, "--max-score", "99", "--share", "5")
 
 
 def test_no_share_is_of_bad_rows_alone(base, task, bad, tmp_path, capsys, monkeypatch):

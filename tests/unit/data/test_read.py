@@ -9,7 +9,8 @@ import pytest
 
 from siftune.base.errors import DataError, RecipeError
 from siftune.data.read import load_rows
-from siftune.data.rows import Message, Row, rows_from
+from siftune.data.rows import Row, row_texts, rows_from
+from siftune.data.turns import Message
 
 GOOD = {"prompt": "1 + 1 =", "completion": " 2", "answer": "2"}
 TURNS = [
@@ -117,16 +118,63 @@ def test_conversations_of_sharegpt():
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
     (same,) = rows_from([{"c": turns}], columns=("messages=c",))
     assert same.completion == "Hello"
-    with pytest.raises(DataError, match="ends with a turn of the role 'user'"):
+    with pytest.raises(DataError, match="'conversations' has no turn of the assistant"):
         rows_from([{"conversations": [{"from": "human", "value": "Hi"}]}])
+
+
+@pytest.mark.parametrize("column", ["messages", "completion"])
+def test_turns_of_the_user_at_the_end_are_left_out_and_counted(write, caplog, column):
+    """The row is that of the conversation without them, in each form that has turns."""
+    before, after = ([], TURNS) if column == "messages" else (TURNS[:2], TURNS[2:])
+    thanks = [{"role": "user", "content": "Thanks"}, {"role": "user", "content": "!"}]
+    forms = [{column: [*after, *thanks[:count]], **({"prompt": before} if before else {})} for count in range(3)]
+    with caplog.at_level("WARNING", "siftune.data.read"):
+        whole, *cut = load_rows(write("t.jsonl", lines(*forms)))
+    assert [(row.prompt, row.completion) for row in cut] == [(whole.prompt, whole.completion)] * 2
+    assert [whole.unanswered, *(row.unanswered for row in cut)] == [0, 1, 2]
+    assert [*row_texts(cut)] == [*row_texts([whole])] * 2
+    assert caplog.messages == ["t.jsonl: 2 of 3 rows end with a turn of the user, which has no answer and is left out"]
+    caplog.clear()
+    load_rows(write("t.jsonl", lines(forms[0])))
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("record", "turns"),
+    [
+        ({"prompt": "a"}, ["user: a"]),
+        ({"prompt": "a", "completion": 3}, ["user: a"]),
+        ({"prompt": TURNS[:2], "completion": "b"}, ["system: Be brief.", "user: Hi"]),
+        ({"messages": TURNS[:2]}, ["system: Be brief.", "user: Hi"]),
+        ({"messages": TURNS[1:3]}, ["user: Hi"]),
+        ({"messages": TURNS[1:4]}, ["user: Hi", "assistant: Hello", "user: Bye"]),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, ["user: a"]),
+        ({"instruction": "Sort.", "input": "b a"}, ["user: Sort.\n\nb a"]),
+        ({"text": "a"}, ["user: a"]),
+    ],
+)
+def test_prompts_to_answer(write, record, turns):
+    [row] = load_rows(write("t.jsonl", lines(record)), questions=True)
+    assert [f"{turn.role}: {turn.content}" for turn in row.prompt] == turns
+    assert (row.completion, any(turn.learned for turn in row.prompt)) == ("", False)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": " "}, "t.jsonl:1: 'prompt' is empty"),
+        ({"messages": TURNS[2:3]}, "t.jsonl:1: 'messages' has no turn to answer"),
+        ({"messages": TURNS[:2], "tools": [1]}, "t.jsonl:1: the column 'tools' is not supported"),
+        ({"completion": "a"}, "t.jsonl:1: the columns found (completion)"),
+    ],
+)
+def test_rows_without_a_prompt_to_answer(write, record, message):
+    assert refused(write("t.jsonl", lines(record)), questions=True).startswith(message)
 
 
 @pytest.mark.parametrize(
     ("record", "advice"),
     [
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, None),
-        ({"chosen": [{"role": "user", "content": "a"}], "rejected": []}, "--columns messages=chosen"),
-        ({"chosen": "b", "rejected": "c"}, "--columns text=chosen"),
         ({"frage": "a", "antwort": "b"}, "--columns prompt=frage completion=antwort"),
         ({"x": 1}, "--columns prompt=NAME completion=NAME"),
     ],
@@ -134,7 +182,26 @@ def test_conversations_of_sharegpt():
 def test_a_row_of_an_unknown_form_says_what_to_use(record, advice):
     with pytest.raises(DataError) as found:
         rows_from([record])
-    assert (advice or "completion=chosen") in str(found.value)
+    assert advice in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "columns"),
+    [
+        ({"prompt": "Hi", "chosen": "Hello", "rejected": "c"}, "completion=chosen"),
+        ({"prompt": TURNS[1:2], "chosen": TURNS[2:3], "rejected": []}, "completion=chosen"),
+        ({"prompt": "Hi", "chosen": TURNS[1:3], "rejected": []}, "messages=chosen"),
+        ({"chosen": TURNS[1:3], "rejected": []}, "messages=chosen"),
+        ({"chosen": "Hello", "rejected": "c"}, "text=chosen"),
+    ],
+)
+def test_the_advice_on_preference_pairs_reads_them(record, columns):
+    with pytest.raises(DataError) as found:
+        rows_from([record])
+    assert str(found.value).endswith(f"to sift or train on the chosen texts, give --columns {columns}.")
+    [row] = rows_from([record], columns=(columns,))
+    assert row.completion == "Hello"
+    assert [turn.content for turn in row.prompt] == ([] if columns == "text=chosen" else ["Hi"])
 
 
 def test_folders_of_save_to_disk(tmp_path):
@@ -245,7 +312,17 @@ def test_the_limit_leaves_later_rows_unread(write):
         ("k.jsonl", lines({"question": "a", "reply": "b"}), "k.jsonl:1: the columns found (question, reply)"),
         ("t.jsonl", lines({"messages": []}), "t.jsonl:1: 'messages' is an empty list"),
         ("t.jsonl", lines({"messages": ["Hi"]}), "t.jsonl:1: turn 1 of 'messages' is a string"),
-        ("t.jsonl", lines({"messages": TURNS[:4]}), "t.jsonl:1: 'messages' ends with a turn of the role 'user'"),
+        ("t.jsonl", lines({"messages": TURNS[:2]}), "t.jsonl:1: 'messages' has no turn of the assistant"),
+        (
+            "t.jsonl",
+            lines({"messages": [*TURNS, {"role": "tool", "content": "3"}]}),
+            "t.jsonl:1: 'messages' ends with a turn of the role 'tool'",
+        ),
+        (
+            "t.jsonl",
+            lines({"prompt": TURNS[1:3], "completion": TURNS[3:4]}),
+            "t.jsonl:1: 'completion' has no turn of the assistant",
+        ),
         ("t.jsonl", lines({"messages": TURNS[4:]}), "t.jsonl:1: 'messages' has only the assistant's turn"),
         (
             "t.jsonl",
@@ -261,9 +338,19 @@ def test_the_limit_leaves_later_rows_unread(write):
         (
             "t.jsonl",
             lines({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}),
-            "t.jsonl:1: turn 1 of 'messages' has tool_calls",
+            "t.jsonl:1: turn 1 of 'messages' has tool_calls, which is not supported, because only role and content",
+        ),
+        (
+            "t.jsonl",
+            lines({"messages": [{**TURNS[2], "function_call": {}}, {**TURNS[2], "function_call": {"name": "f"}}]}),
+            "t.jsonl:1: turn 2 of 'messages' has function_call",
         ),
         ("t.jsonl", lines({"messages": TURNS, "tools": [{}]}), "t.jsonl:1: the column 'tools' is not supported"),
+        (
+            "t.jsonl",
+            lines({"prompt": TURNS[:2], "completion": "a", "functions": [1]}),
+            "t.jsonl:1: the column 'functions'",
+        ),
         ("x.tsv", "a", "x.tsv: the ending '.tsv' is unknown"),
     ],
 )

@@ -5,14 +5,13 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from peft import LoraConfig, get_peft_model
 from support.tiny import tiny
 from support.tokenizer import byte_tokenizer
 
 from siftune.base.errors import DataError
 from siftune.data.rows import rows_from
 from siftune.evaluate.bootstrap import Bootstrap, accuracy_interval, paired_bootstrap
-from siftune.evaluate.measure import Metric, compare, measure, measure_base
+from siftune.evaluate.measure import Metric, compare, measure
 from siftune.evaluate.prepare import prepare_rows
 from siftune.models import attention
 
@@ -98,17 +97,18 @@ def test_the_model_s_own_end_token_ends_a_text_too(model):
     assert len(measure(model, whole)["exact_match"].texts[0]) < len(written)
 
 
-def test_base_is_the_model_without_its_adapter(model):
-    rows = QUESTIONS[:3]
-    prepared = prepare_rows(rows, TOKENIZER, ("auto", "exact_match"))
-    plain = measure(model, prepared)
-    options = {"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
-    tuned = get_peft_model(model, LoraConfig(**options))
-    base = measure_base(tuned, prepared)
-    for name, metric in plain.items():
-        np.testing.assert_allclose(base[name].values, metric.values, rtol=1e-6)
-    assert base["exact_match"].texts == plain["exact_match"].texts
-    assert measure(tuned, prepared)["perplexity"].value != pytest.approx(plain["perplexity"].value, rel=1e-3)
+def test_progress_counts_the_rows_of_every_metric(model):
+    told = []
+    prepared = prepare_rows(QUESTIONS[:3], TOKENIZER, ("choices", "exact_match", "perplexity"))
+    plain = measure(model, prepared, 2)
+    counted = measure(model, prepared, 2, lambda *what: told.append(what))
+    assert counted["exact_match"].texts == plain["exact_match"].texts
+    choices = sum(len(item.choices_ids) for item in prepared.items)
+    for stage, total in (("scoring choices", choices), ("writing answers", 3), ("scoring rows", 3)):
+        counts = [done for name, done, of in told if (name, of) == (stage, total)]
+        assert (counts[0], counts[-1]) == (0, total)
+        assert counts == sorted(counts)
+    assert {stage for stage, *_ in told} == {"scoring choices", "writing answers", "scoring rows"}
 
 
 @pytest.mark.parametrize("metric", ["choices", "exact_match", "perplexity"])

@@ -8,7 +8,7 @@ import torch
 from support.trainers import adapted, rows, weights
 from torch.utils.data import DataLoader
 
-from siftune import GAST, IST, LISA, RST, LabelLogits, RowRecord
+from siftune import GAST, IST, RST, LabelLogits, RowRecord
 from siftune.base.errors import ModelError, RecipeError, UnsupportedError
 from siftune.methods.drivers.batches import RowDraws
 
@@ -24,7 +24,7 @@ METHODS = {
     "gast-averaged": lambda: GAST(select=2, support_size=3, support_every=2),
     "gast-rest": lambda: GAST(select=2, support="rest"),
     "ist": lambda: IST(active=0.5, interval=2, score_batch_size=4),
-    "lisa": lambda: LISA(active=1, interval=2),
+    "rst": lambda: RST(active=0.5),
 }
 
 

@@ -9,10 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from support.trainers import train
 
-from siftune import GAST, GREATS
+from siftune import GAST
 from siftune.base.errors import RecipeError
 from siftune.methods import METHODS, all_parts
-from siftune.methods.options import GASTSettings, GREATSSettings, count_of, selects_all
+from siftune.methods.options import GASTSettings, count_of, selects_all
 from siftune.recipe.checks import check
 from siftune.recipe.schema import Recipe
 
@@ -23,15 +23,12 @@ BAD = {
     "ist.interval": [0, 2.5, -1, math.inf],
     "ist.score_batch_size": [0],
     "ist.candidates": [1],
-    "lisa.active": [0, 0.0, 1.5],
-    "lisa.interval": [0],
     "gast.select": [0, 0.0, 1.5, -1, True, math.nan],
     "gast.support": ["rset"],
     "gast.support_size": [0, 1.5],
     "gast.support_every": [0],
     "gast.choice": ["best"],
     "gast.score": ["euclidean"],
-    "greats.select": [0, 1.5],
 }
 
 
@@ -74,7 +71,6 @@ def test_a_count_is_at_most_all(count, total):
         (GASTSettings(select=1.0), 1, False),  # an explicit choice
         (GASTSettings(select=4), 4, True),
         (GASTSettings(select=3), 4, False),
-        (GREATSSettings(), 1, True),
     ],
 )
 def test_batches_of_which_all_rows_would_be_followed(settings, samples, everything):
@@ -91,7 +87,7 @@ def test_other_methods_train_on_single_rows():
     check(Recipe(train="rows.jsonl", method="ist", batch_size=1))
 
 
-@pytest.mark.parametrize(("method", "warnings"), [(GREATS(), 1), (GAST(select=1.0), 0)])
+@pytest.mark.parametrize(("method", "warnings"), [(GAST(), 1), (GAST(select=1.0), 0)])
 def test_a_trainer_warns_once(tmp_path, caplog, method, warnings):
     with caplog.at_level(logging.WARNING):
         train(tmp_path, method, per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=2)

@@ -8,12 +8,13 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from transformers.integrations import integration_utils
 
 from siftune.base.errors import RecipeError
 from siftune.base.settings import help_of
 from siftune.methods import METHODS
 from siftune.methods.options import GASTSettings, ISTSettings
-from siftune.recipe.checks import check
+from siftune.recipe.checks import TRACKERS, check
 from siftune.recipe.presets import PRESETS, preset, preset_text
 from siftune.recipe.read import anchored, load_recipe, recipe_to_yaml, without_folders
 from siftune.recipe.schema import Recipe, compared_with, resolve_recipe, select_until, shape_of
@@ -157,7 +158,7 @@ def test_a_target_goes_with_every_method(tmp_path, method):
     file.write_text(f"train: rows.jsonl\ntarget: few.jsonl\nmethod: {method}\n")
     recipe = load_recipe(file)
     check(recipe)
-    assert compared_with(recipe) == ("few.jsonl" if "gast" in method or method == "greats" else None)
+    assert compared_with(recipe) == ("few.jsonl" if "gast" in method else None)
 
 
 @pytest.mark.parametrize(
@@ -203,8 +204,7 @@ def test_a_recipe_written_holds_the_settings_of_its_method_alone():
     text = recipe_to_yaml(Recipe(method="ist+gast"))
     assert "\nist:\n  active: 0.25\n" in text
     assert "\ngast:\n  select: 0.75\n" in text
-    assert "lisa" not in text
-    assert "greats" not in text
+    assert "\nrst:" not in text
 
 
 def test_a_later_file_adds_to_the_settings_of_an_earlier_one(recipe_file):
@@ -223,7 +223,6 @@ def test_a_later_file_adds_to_the_settings_of_an_earlier_one(recipe_file):
         ({"target_share": 0.0}, 1.0, 1.0),
         ({"target_share": 0.0, "group_by_length": True}, 1.0, 1.0),
         ({"method": "dense"}, 0.33, 0.67),
-        ({"method": "greats"}, 1.0, 1.0),
     ],
 )
 def test_rows_are_selected_until_a_targets_come(change, last, until):
@@ -268,3 +267,24 @@ def test_a_split_stays_with_its_folder(tmp_path, monkeypatch):
     assert recipe.train == (f"{tmp_path}/data/two@test", "org/rows@test")
     assert recipe.eval == f"{tmp_path}/data/two"
     assert without_folders(recipe).train == ("two@test", "org/rows@test")
+
+
+def test_trackers_are_those_of_transformers():
+    assert sorted(TRACKERS) == sorted(integration_utils.INTEGRATION_TO_CALLBACK)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("tensorbord",), "report_to has the unknown tracker 'tensorbord'; did you mean 'tensorboard'?"),
+        (("tensorboard,wandb",), "report_to has 'tensorboard,wandb': put spaces between trackers, not commas"),
+        (("mlflow", "zzz"), "report_to has the unknown tracker 'zzz'; use one of azure_ml,"),
+        (("none", "mlflow"), "report_to names trackers, or none and nothing else"),
+        ((), "report_to names trackers, or none and nothing else"),
+    ],
+)
+def test_names_of_trackers_that_are_refused(names, message):
+    check(Recipe(train="rows.jsonl", report_to=("tensorboard", "mlflow")))
+    with pytest.raises(RecipeError) as caught:
+        check(Recipe(train="rows.jsonl", report_to=names))
+    assert message in str(caught.value)

@@ -13,7 +13,7 @@ from support.tiny_run import recipe, save_rows
 
 from siftune.base.errors import InputError
 from siftune.records.again import UnnamedFiles, is_own, note_recipe, rows_again
-from siftune.suspects.losses import score_run
+from siftune.suspects.scoring import score_run
 from siftune.train.run import train
 
 QUIET = Console(quiet=True)
@@ -22,10 +22,10 @@ SECRET = "what nobody else may see"
 
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
-    """A run on eight rows by this user, with scores."""
+    """A run on forty rows by this user, with scores."""
     place = tmp_path_factory.mktemp("trained")
-    run = train(recipe(base, save_rows(place / "rows.jsonl", 8), place / "run", method="dense", steps=2), QUIET)
-    score_run(place / "run", run.model, run.tokenizer)
+    train(recipe(base, save_rows(place / "rows.jsonl", 40), place / "run", method="dense", steps=2), QUIET)
+    score_run(place / "run", console=QUIET)
     return place
 
 
@@ -51,7 +51,7 @@ def foreign(trained, tmp_path, monkeypatch):
 
 def test_texts_of_a_run_of_one_s_own_are_shown(trained, capsys):
     assert is_own(trained / "run")
-    result, _ = siftune(capsys, "rows", trained / "run", "--top", 8)
+    result, _ = siftune(capsys, "rows", trained / "run", "--top", 40)
     assert ["3 and 9?", "12"] in [listed["text"] for listed in result["listed"]]
 
 
@@ -80,7 +80,7 @@ def test_the_model_that_the_recipe_of_another_party_names_is_not_loaded(foreign,
     (run / "losses.parquet").unlink()
     words = ["rows", run, "--files", trained / "rows.jsonl"]
     assert "--base" in error_of(capsys, *words)
-    assert siftune(capsys, *words, "--base", base)[0]["rows"] == 8
+    assert siftune(capsys, *words, "--base", base)[0]["rows"] == 40
 
 
 def test_the_hub_is_not_asked_for_the_data_set_of_one_s_own_run_either(foreign):
@@ -102,7 +102,7 @@ def test_texts_are_shown_if_the_user_names_the_files(foreign, trained, tmp_path,
     run = foreign(after="train: /elsewhere/rows.jsonl")
     with pytest.raises(UnnamedFiles, match=r"--files /elsewhere/rows.jsonl"):
         rows_again(run, [str(tmp_path / "other.jsonl")])
-    result, _ = siftune(capsys, "rows", run, "--files", trained / "rows.jsonl", "--top", 8)
+    result, _ = siftune(capsys, "rows", run, "--files", trained / "rows.jsonl", "--top", 40)
     assert ["3 and 9?", "12"] in [listed["text"] for listed in result["listed"]]
 
 

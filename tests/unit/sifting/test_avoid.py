@@ -17,13 +17,13 @@ from siftune import sift
 from siftune.base.errors import DataError, InputError, RecipeError
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
-from siftune.records.rows import named_rows, read_rows
+from siftune.records.rows import read_rows
 from siftune.sifting import scoring as module
 from siftune.sifting.scores import Choice, unlike
 from siftune.train.run import train
 
 from .conftest import write
-from .test_sift import QUIET, loss, records, table
+from .test_sift import QUIET, excluded, loss, records, table
 
 
 @pytest.fixture
@@ -66,12 +66,12 @@ def test_scores_and_rows_that_remain_are_those_of_a_slow_oracle(avoiding, base, 
     np.testing.assert_allclose([float(line["loss_before"]) for line in found], both[1][:36], atol=2e-5)
     held_out = change[36:][[row not in seen for row in records(bad)]]
     chosen = unlike(change[:36], held_out).rows_R.nonzero()[0].tolist()
-    assert sifted.selected == chosen == [n for n, line in enumerate(found) if line["selected"] == "1"]
+    assert sifted.selected == chosen == [n for n, line in enumerate(found) if line["selected"] == "yes"]
     assert records(sifted.rows) == [task.pool[n] for n in chosen]
 
 
 def least_similarity(folder):
-    return np.sort(json.loads((folder / "similar.jsonl").read_text())["target"])[1]
+    return np.sort(json.loads((folder / "similar.jsonl").read_text())["target"])[1].round(5)
 
 
 def test_rows_like_the_target_and_unlike_the_bad_rows_are_selected(given, bad, monkeypatch):
@@ -82,8 +82,8 @@ def test_rows_like_the_target_and_unlike_the_bad_rows_are_selected(given, bad, m
     remaining = np.argsort(sifted.bad_scores, kind="stable")[10:]
     assert sifted.selected == np.intersect1d(likely, remaining).tolist()
     assert 10 <= len(sifted.selected) < 20
-    assert len(named_rows(str(sifted.dropped))) == 36 - len(sifted.selected)
-    selected = [number for number, line in enumerate(table(sifted.folder)) if line["selected"] == "1"]
+    assert len(excluded(sifted.dropped)) == 36 - len(sifted.selected)
+    selected = [number for number, line in enumerate(table(sifted.folder)) if line["selected"] == "yes"]
     assert selected == sifted.selected
     assert "ten are left out" in sifted.reason
 
@@ -101,7 +101,9 @@ def test_bad_rows_in_the_pool_are_left_out_of_it_and_of_the_training_on_it(avoid
     assert len(sifted.places) == 36
     assert sifted.notes[0].startswith("2 rows of the pool are in the bad rows")
     gone = [f"{avoiding['train']}:{number}" for number in (1, 38)]
-    assert set(gone) <= set(named_rows(str(sifted.dropped)))
+    assert set(gone) <= excluded(sifted.dropped)
+    assert set(gone) <= excluded(sifted.folder / "avoid" / "scores.csv")  # no list brings them back
+    assert [line["score"] for line in table(sifted.folder / "avoid")[36:]] == ["", ""]
     trained = read_rows(load_recipe(sifted.folder / "avoid" / "pool" / "recipe.yaml")).parts["train"]
     assert [row.origin for row in trained] == sifted.places
 

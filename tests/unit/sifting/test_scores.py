@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siftune.sifting.rows import held_out_count
-from siftune.sifting.scores import choose, lowest, separation, unlike
+from siftune.sifting.scores import Choice, choose, lowest, separation, unlike, with_rare_answers
 
 LOSSES = st.floats(-20, 20, width=32)
 MANY = st.lists(LOSSES, min_size=1, max_size=60)
@@ -66,6 +66,32 @@ def test_pairs_in_order_are_counted_one_by_one(target, decoys):
     pairs = [(d > t) + (d == t) / 2 for d in decoys for t in target]
     expected = sum(pairs) / len(pairs) if pairs else 0.5
     assert separation(np.array(decoys), np.array(target)) == pytest.approx(expected, abs=1e-12)
+
+
+ANSWERS = st.lists(
+    st.tuples(st.integers(-1000, 1000), st.sampled_from("abc"), st.booleans()),
+    min_size=10,
+    max_size=80,
+    unique_by=lambda row: row[0],
+)
+
+
+@given(ANSWERS, st.integers(-1000, 1000), st.sets(st.sampled_from("ab")))
+def test_answers_of_the_target_are_selected_at_half_the_share_of_the_task(rows, limit, known):
+    scores, answers, task = (np.array(part) for part in zip(*rows, strict=True))
+    if not task.any():
+        task[0] = True
+    within = task & (scores <= limit)
+    chosen = with_rare_answers(Choice(within, "", limit), scores, task, answers.tolist(), known).rows_R
+    assert not (within & ~chosen).any()
+    for answer in "abc":
+        own = [n for n in range(len(rows)) if task[n] and answers[n] == answer]
+        best = sorted(own, key=lambda n: scores[n])
+        count = int(within[own].sum())
+        if answer in known and len(own) >= 10:
+            needed = Fraction(int(within.sum()), 2 * int(task.sum())) * len(own)
+            count = max(count, -(-needed.numerator // needed.denominator))
+        assert [n for n in best if chosen[n]] == best[:count]
 
 
 @given(st.integers(8, 10_000))

@@ -129,6 +129,23 @@ def test_plain_lines_without_a_terminal(clock):
     ]  # fmt: skip
 
 
+def test_without_a_terminal_there_is_a_line_in_ten_seconds(clock):
+    output = io.StringIO()
+    view = ProgressView(Console(file=output, width=200))
+    long = {"max_steps": 100}
+    for step in range(1, 9):
+        clock.now += 4
+        send(view, "on_step_end", state(step, **long))
+    send(view, "on_log", state(8, **long), {"loss": 3.0})
+    clock.now += 4
+    send(view, "on_step_end", state(9, **long))
+    send(view, "on_step_end", state(10, is_world_process_zero=False, **long))
+    assert output.getvalue().splitlines() == [
+        "step 2/100  6 min 32 s left", "step 5/100  6 min 20 s left", "step 8/100  6 min 8 s left",
+        "step 8/100  loss 3.0000  6 min 8 s left",
+    ]  # fmt: skip
+
+
 def test_a_bar_on_a_terminal():
     output = io.StringIO()
     view = ProgressView(Console(file=output, force_terminal=True, width=160, color_system=None))

@@ -16,7 +16,7 @@ QUIET = Console(quiet=True)
 
 
 def test_what_is_said_is_what_the_run_does(base, rows, tmp_path):
-    given = recipe(base, rows, tmp_path / "run", method="lisa", eval_share=0.3, max_length=14, bad_rows="stop")
+    given = recipe(base, rows, tmp_path / "run", method="rst", eval_share=0.3, max_length=14, bad_rows="stop")
     found = dry_run(given, QUIET)
     assert not (tmp_path / "run").exists()
     told = found.to_dict()
@@ -124,7 +124,7 @@ def test_what_comes_in_every_so_many_steps_comes_as_often_in_the_trial(tmp_path,
     def tries(method, **own):
         return _tries(recipe(tmp_path, rows, tmp_path, method=method, **own))
 
-    assert tries("dense") == tries("lisa") == 6
+    assert tries("dense") == tries("rst") == 6
     assert tries("ist", interval=10) == 10
     assert tries("ist", interval=4) == 8
     assert tries("ist", interval=100) == 24

@@ -75,7 +75,6 @@ def state_of(run):
         (0, {"method": "ist+gast", "support_every": 2}),
         (1, {"method": "dense", "adapter": "full", "layers": (0, -1), "dropout": 0.0}),
         (2, {"method": "gast", "accumulate": 2}),
-        (3, {"method": "lisa"}),
     ],
 )
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -76,7 +76,7 @@ def metrics(run):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "ist+gast", "support_every": 3, "accumulate": 2, "adapter": "dora", "dropout": 0.1},
+        {"method": "ist+gast", "support_every": 3, "accumulate": 2, "adapter": "series", "dropout": 0.1},
         {"method": "ist+gast", "support_every": 3, "dtype": "bfloat16", "adapter": "full", "layers": (0, -1)},
         {"method": "dense", "target": "few.jsonl", "target_last": 0.4, "steps": None, "epochs": 3},
     ],
@@ -156,7 +156,6 @@ def test_no_checkpoint(base, rows, tmp_path):
         ({}, {"method": "rst"}, "method ist, this recipe has rst"),
         ({}, {"active": 1}, "ist.active 0.5, this recipe has 1"),
         ({}, {"batch_size": 2}, "batch_size 4, this recipe has 2"),
-        ({}, {"batch_size": 2, "auto_batch": True}, "batch_size 4, this recipe has 2"),
         ({}, {"limit": 12}, "other training rows"),
         ({}, FULL, "method ist, this recipe has dense"),
         ({"method": "dense"}, FULL, "adapter"),

@@ -63,8 +63,7 @@ class LayerCallback(SelectionCallback[LayerSelection]):
 
         Args:
             model: Causal LM with adapters.
-            optimizer: If passed, its steps drive the selection, and LISA may drop parts of its state; else call
-                `step()` after each step.
+            optimizer: If passed, its steps drive the selection; else call `step()` after each step.
 
         Returns:
             A context manager; `last.layers` are the layers that train now.
@@ -111,10 +110,9 @@ class LayerCallback(SelectionCallback[LayerSelection]):
             chunk=rows_of_pass(args, trainer),
             alive=while_training(trainer),
         )
-        selection.optimizer = plain_optimizer(kwargs.get("optimizer"))
         if deepspeed.is_used(trainer):
-            forget = selection.policy.drops_state
-            selection.on_remove(deepspeed.skip(selection.optimizer, lambda: selection.idle, forget))
+            optimizer = plain_optimizer(kwargs.get("optimizer"))
+            selection.on_remove(deepspeed.skip(optimizer, lambda: selection.idle))
         loader = kwargs.get("train_dataloader")
         if loader is not None and selection.policy.needs_rows:
             selection.draws = RowDraws.of_loader(loader, selection.generator, "use RST, which needs none")

@@ -1,7 +1,7 @@
 """Layer selection on one model: a policy chooses layers, and gates apply the choice, step by step.
 
 The Trainer callbacks drive a `LayerSelection`, and their `attach` returns it for a custom training loop. A
-`LayerPolicy` chooses the layers: IST draws by importance; RST, LISA and Cut draw at random.
+`LayerPolicy` chooses the layers: IST draws by importance, RST at random.
 """
 
 from abc import ABC, abstractmethod
@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from siftune.base.errors import UnsupportedError
 from siftune.engine.gate import Alive, LayerGates, always
 from siftune.engine.groups import group_by_layer
 from siftune.engine.ranks import in_group, mean_over_ranks
@@ -62,7 +61,6 @@ class LayerPolicy(ABC):
     """Chooses the layers of every step."""
 
     needs_rows: bool = False  # it compares layers on rows, which the driver must supply
-    drops_state: bool = False  # the optimizer drops the state of the layers that leave
     importance: Tensor | None = None  # (L,) float64 importance logits, high = important; None without importance
 
     @abstractmethod
@@ -113,7 +111,6 @@ class LayerSelection:
         self.policy = policy(LayerStack(numbers, len(find_layers(model, layers).layers)), self.generator)
         self.draws = draws
         self.loss = loss
-        self.optimizer: torch.optim.Optimizer | None = None
         self.steps = 0
         self.last: LayerChoice | None = None
         self._chunk = chunk
@@ -138,14 +135,6 @@ class LayerSelection:
         sets = tuple(self._numbers(positions) for positions in choice.suppressed)
         self.last = replace(choice, layers=self._numbers(choice.layers), suppressed=sets)
         self._gates.set_active(self.last.layers)
-        if self.policy.drops_state and self.optimizer is not None:
-            if getattr(self.optimizer, "is_paged", False):
-                raise UnsupportedError(
-                    "LISA drops the optimizer's state of layers that stop training, but a paged optimizer never "
-                    "returns its memory: use the same optimizer without paging, such as adamw_8bit"
-                )
-            for parameter in self._gates.inactive_parameters():
-                self.optimizer.state.pop(parameter, None)
         return self.last
 
     def drop_inactive_grads(self) -> None:
@@ -159,7 +148,6 @@ class LayerSelection:
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Call `drop_inactive_grads()` before and `step()` after every step of `optimizer`."""
-        self.optimizer = optimizer
         self._handles += around_steps(optimizer, self.drop_inactive_grads, self.step)
 
     def on_remove(self, handle: Any) -> None:

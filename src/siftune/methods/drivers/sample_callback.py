@@ -90,35 +90,31 @@ class SampleCallback(SelectionCallback[SampleSelection]):
             model: Causal LM with adapters.
             batches: Support sets, one per step, if the method compares with rows; restarted at the end.
             optimizer: If passed, its steps drive the selection; else call `end()` before and `step()` after each.
-                GAST's support "rest" needs neither. GREATS uses its learning rate.
+                GAST's support "rest" needs neither.
             loss: Loss of a support batch, a scalar.
 
         Returns:
             A context manager; `last` is the choice in the last batch that went backward.
 
         Raises:
-            RecipeError: `batches` or `optimizer` is missing.
+            RecipeError: `batches` is missing.
             UnsupportedError: The optimizer is DeepSpeed's.
         """
-        self._check_attach(batches, optimizer)
-        deepspeed.refuse_in_loops(optimizer)
-        draws = None if batches is None else UserBatches(batches)
-        selection = SampleSelection(
-            model, self.rule, seed=self.seed, draws=draws, loss=loss, layers=self.layers, pairs=bool(self.pairs)
-        )
-        selection.rule.optimizer = optimizer = plain_optimizer(optimizer)
-        if optimizer is not None:
-            selection.follow(optimizer)
-        selection.begin_before_forward()
-        return selection
-
-    def _check_attach(self, batches: Any, optimizer: Any) -> None:
-        """Refuse a loop without the arguments that the method needs."""
         if batches is None and self.support_source is not None:
             raise RecipeError(
                 f"{type(self).__name__} compares with support rows: pass attach(..., batches=...), or with GAST set "
                 'support="rest"'
             )
+        deepspeed.refuse_in_loops(optimizer)
+        draws = None if batches is None else UserBatches(batches)
+        selection = SampleSelection(
+            model, self.rule, seed=self.seed, draws=draws, loss=loss, layers=self.layers, pairs=bool(self.pairs)
+        )
+        optimizer = plain_optimizer(optimizer)
+        if optimizer is not None:
+            selection.follow(optimizer)
+        selection.begin_before_forward()
+        return selection
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -153,7 +149,6 @@ class SampleCallback(SelectionCallback[SampleSelection]):
             compiled=bool(args.torch_compile),
             alive=while_training(trainer),
         )
-        selection.rule.optimizer = plain_optimizer(kwargs.get("optimizer"))
         if self.select_until < 1:
             selection.rule.until = round(self.select_until * state.max_steps)
         selection.numbers = self._numbers = None if trainer is None else row_numbers(trainer)

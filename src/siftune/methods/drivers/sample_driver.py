@@ -1,7 +1,7 @@
 """Sample selection on one model: support gradient, seeds, draws and tape, step by step.
 
 The callbacks drive a `SampleSelection`, and their `attach` returns it for a custom training loop. A `SampleRule`
-chooses the samples: GAST for every layer, GREATS once for the model.
+chooses the samples: GAST for every layer; a rule that reduces all layers at once chooses once for the model.
 """
 
 import logging
@@ -41,9 +41,7 @@ class SampleRule(ABC):
     at_once: bool = False  # reduce all layers at once, after backward has passed all of them
     always: bool = False  # call `reduce` even if all samples are followed
     support: Support | None = None  # the support set, if it has rows of its own
-    optimizer: torch.optim.Optimizer | None = None  # for its learning rate, if the driver has it
     until: int | None = None  # optimizer step from which all samples are followed
-    loss_scale: Callable[[], float] | None = None  # what a scaler multiplies losses in float16 by; None: 1
 
     def __init__(self, units: Sequence[Unit], select: int | float) -> None:
         self.units = units

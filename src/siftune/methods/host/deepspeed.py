@@ -111,13 +111,12 @@ def keep_unsharded(trainer: Trainer | None, model: nn.Module, layers: str | None
         waiting[0].all_gather(param_list=waiting)
 
 
-def skip(optimizer: Any, idle: Callable[[], Collection[int]], forget: bool) -> Any:
+def skip(optimizer: Any, idle: Callable[[], Collection[int]]) -> Any:
     """Have every step of an optimizer skip some layers.
 
     Args:
         optimizer: The one that DeepSpeed drives, with groups split by `prepare`.
         idle: Returns the numbers of the layers that do not train in this step.
-        forget: Drop their state in the optimizer.
 
     Returns:
         A handle with `remove()`.
@@ -136,8 +135,6 @@ def skip(optimizer: Any, idle: Callable[[], Collection[int]], forget: bool) -> A
         for group in stepping.param_groups:  # one at a time in most stages
             for flat in group["params"] if group[_LAYER] in layers else ():
                 flat.grad = None
-                if forget:
-                    stepping.state.pop(flat, None)
 
     return optimizer.register_step_pre_hook(hook)
 

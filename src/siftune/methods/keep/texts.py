@@ -4,7 +4,7 @@ At the base model the KL divergence to itself and its gradient are zero on every
 the Fisher information, so that the penalty is second order in the update: ½ δᵀ F δ.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import GenerationConfig
@@ -40,7 +40,7 @@ def sample_texts(
         seed: Seed; torch's own generators are restored.
         prompts: Token ids of prompts that begin the first texts, one text each; the others begin with the model's
             first token.
-        progress: Receives the number of sampled texts.
+        progress: Receives the number of sampled texts; those of a batch count by their share of the tokens.
         least: Tokens that may follow a prompt, however long it is.
 
     Returns:
@@ -54,10 +54,15 @@ def sample_texts(
     texts: dict[int, list[int]] = {}
     with evaluating(model), contiguous_head_input(model), own_randomness(model_device(model), seed):
         for places in by_length([len(ids) for ids in begins], _AT_A_TIME):
-            found = _continued(model, [begins[place] for place in places], [rooms[place] for place in places])
+            room = [rooms[place] for place in places]
+
+            def report(tokens: int, done: int = len(texts), here: int = len(places), most: int = max(room)) -> None:
+                if progress is not None:
+                    progress("sampling texts", done + here * tokens // most, count)
+
+            report(0)
+            found = _continued(model, [begins[place] for place in places], room, report)
             texts |= zip(places, found, strict=True)
-            if progress is not None:
-                progress("sampling texts", len(texts), count)
     return [
         {"input_ids": texts[place], "labels": [IGNORED] * len(begin) + texts[place][len(begin) :]}
         for place, begin in enumerate(begins)
@@ -77,14 +82,16 @@ def first_token(model: Any) -> int:
     )
 
 
-def _continued(model: Any, begins: Sequence[list[int]], rooms: Sequence[int]) -> list[list[int]]:
+def _continued(
+    model: Any, begins: Sequence[list[int]], rooms: Sequence[int], report: Callable[[int], None]
+) -> list[list[int]]:
     """Continue each beginning up to a token that ends a text, or by as many tokens as it has room for."""
     ends = _end_tokens(model)
     settings = GenerationConfig(
         do_sample=True, top_k=0, max_new_tokens=max(rooms), pad_token_id=0, eos_token_id=ends or None
     )
     texts = []
-    for begin, room, new in zip(begins, rooms, continued(model, begins, settings), strict=True):
+    for begin, room, new in zip(begins, rooms, continued(model, begins, settings, report), strict=True):
         stops = [place for place, token in enumerate(new) if token in ends]
         texts.append(begin + new[: min(room, stops[0] + 1 if stops else room)])
     return texts

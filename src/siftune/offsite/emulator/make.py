@@ -70,11 +70,13 @@ def compress_middle(
         recording: Of its middle layers; a layer's part is freed after use.
         jobs: Settings of each, and the layers to compress.
         take: Called with the job's place, the layer's number and the layer.
-        progress: Called after every layer.
+        progress: Called at the start and after every layer.
     """
     wanted = [(settings, {step.number: step for step in steps}) for settings, steps in jobs]
     numbers = sorted(set().union(*(steps for _, steps in wanted)), reverse=True)
     slopes = any(settings.lambda_attn or settings.lambda_mlp for settings, _ in jobs)
+    if progress is not None:
+        progress("compression", 0, len(numbers))
     for done, number in enumerate(numbers, 1):
         here = {
             place: replace(settings, keep=steps[number].keep, shares=steps[number].shares)

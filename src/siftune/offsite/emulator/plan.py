@@ -214,6 +214,8 @@ def measure(
     """
     forms = list(dict.fromkeys(choice.form for choice in choices if choice.measures))
     slopes = any(choice.lambda_attn or choice.lambda_mlp for choice in choices)
+    if forms and progress is not None:
+        progress("costs", 0, len(recording.numbers))
     for done, number in enumerate(reversed(recording.numbers) if forms else (), 1):
         if missing := [form for form in forms if not recording.costs(form).has(number)]:
             _measure_one(base, recording, number, missing, slopes)

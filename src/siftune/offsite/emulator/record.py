@@ -272,6 +272,8 @@ def _upwards(
     start = max((number for number in range(first, depth + 1) if recording.hidden.has(number)), default=0)
     if recording.hidden.has(start):
         states = recording.hidden.get(start)
+    if start < depth:
+        tell(start)
     for number in range(start, depth):
         if number >= first:
             recording.hidden.put(number, states)

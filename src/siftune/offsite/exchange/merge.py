@@ -19,10 +19,9 @@ from torch import Tensor
 from siftune.base.errors import KitError
 from siftune.base.numerics import in_float64
 from siftune.offsite.exchange.returned import OpenReturn, Tuned, is_thin
-from siftune.offsite.exchange.settings import Merging
 from siftune.offsite.exchange.updates import Part, compare, rounded_like
 from siftune.offsite.kit.strict import about
-from siftune.offsite.maths.merging import mean, shares, trimmed_mean
+from siftune.offsite.maths.merging import mean, shares
 
 _SAME = 0.999  # cosine of two updates
 
@@ -74,9 +73,9 @@ def _check_together(names: Sequence[str], returns: Sequence[Mapping[str, Tensor]
 
 
 def merged(
-    before: Mapping[str, Tensor], returns: Sequence[Candidate], how: Merging
+    before: Mapping[str, Tensor], returns: Sequence[Candidate], weights: Sequence[float] | None
 ) -> tuple[dict[str, Tensor], list[Part]]:
-    """Merge returns, from `candidates`, by checked settings.
+    """Merge returns, from `candidates`, by checked weights.
 
     Returns:
         The outer layers with the merged update in them, in float32 or wider, and what became of every return. A single
@@ -91,13 +90,13 @@ def merged(
         values = {name: _stored(one.tuned[name], before[name]) for name in before}
         return values, [replace(one.part, cosine=1.0 if moves else None)]
     norms = [candidate.part.report.whole.change for candidate in returns]
-    weights = shares(how.weights or [1.0] * len(returns))
+    weights = shares(weights or [1.0] * len(returns))
     values, dots, square = {}, torch.zeros(len(returns), dtype=torch.float64), 0.0
     gram_NN = torch.zeros(len(returns), len(returns), dtype=torch.float64)
     for name, old in before.items():
         old = old.detach()
         updates_NX = torch.stack([_update(old, candidate.tuned[name].detach()) for candidate in returns])
-        update_X = trimmed_mean(updates_NX, how.trim) if how.merge == "trimmed" else mean(updates_NX, weights)
+        update_X = mean(updates_NX, weights)
         values[name] = _stored(in_float64(old) + update_X, old)
         flat_NX = updates_NX.reshape(len(returns), -1)
         dots += (flat_NX @ update_X.flatten()).cpu()

@@ -66,7 +66,8 @@ def own_texts(
         return known
     begins = [prompts[place % len(prompts)] for place in range(sampled(count))] if prompts else ()
     texts = sample_texts(model, sampled(count), length, seed, begins, progress)
-    scores = row_nll(model, [(text["input_ids"], text["labels"]) for text in texts], progress=progress)
+    pairs = [(text["input_ids"], text["labels"]) for text in texts]
+    scores = row_nll(model, pairs, progress=progress, stage="scoring texts")
     likely = np.argsort(scores.nll / scores.tokens, kind="stable")[:count]
     texts = [texts[place] for place in sorted(likely.tolist())]
     _write(path, texts)

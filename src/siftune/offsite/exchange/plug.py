@@ -1,8 +1,8 @@
 """The owner's way back: check what data owners returned, and put it into the base model.
 
 A return is refused for having moved a tensor too far (`updates`), and, where the owner gives rows to measure on, for a
-model that got worse on them. Of several returns each must pass by itself, and so must what they are merged to
-(`merge`).
+model that got worse on them. Of several returns each must pass by itself, and their mean (`merge`) must not make the
+model worse either.
 """
 
 import logging
@@ -25,7 +25,7 @@ from siftune.models.save import save_model, save_tokenizer
 from siftune.offsite.emulator.model import outer_names
 from siftune.offsite.exchange.merge import Candidate, candidates, merged
 from siftune.offsite.exchange.returned import open_return
-from siftune.offsite.exchange.settings import MAX_UPDATE, Merging, PlugSettings
+from siftune.offsite.exchange.settings import MAX_UPDATE, PlugSettings, check_weights
 from siftune.offsite.exchange.updates import LossChange, OwnRows, UpdateReport, compare
 from siftune.offsite.kit.config import check_of_base
 from siftune.offsite.kit.folder import Kit
@@ -63,7 +63,7 @@ def plug(
         kit: The kit that was handed out, from `read_kit`.
         returns: The folder of the return, or those of several that are merged.
         out: Folder of the plugged model; must be new or empty.
-        settings: Checks, merging, rows to measure on, and the dtype: auto is the checkpoint's, whatever is computed in.
+        settings: Checks, weights, rows to measure on, and the dtype: auto is the checkpoint's, whatever is computed in.
 
     Raises:
         InputError: On a return, model, folder or setting that cannot be used; nothing is written then.
@@ -81,7 +81,7 @@ def plug(
             own = OwnRows(prepare_rows(rows, tokenizer, (PERPLEXITY,), settings.template), settings.loss_limit)
             if torch.accelerator.is_available():
                 model = model.to(torch.accelerator.current_accelerator())
-        report = plug_in(model, kit, opened, settings.max_update, own, settings)
+        report = plug_in(model, kit, opened, settings.max_update, own, settings.weights)
         with quiet_bars():
             save_model(model, partial)
         save_tokenizer(tokenizer, partial)
@@ -95,7 +95,7 @@ def plug_in(
     returns: Sequence[Mapping[str, Tensor]],
     max_update: float = MAX_UPDATE,
     rows: OwnRows | None = None,
-    merging: Merging | None = None,
+    weights: Sequence[float] | None = None,
 ) -> UpdateReport:
     """Put returned tensors into the outer layers of a base model, in place and in the model's dtype.
 
@@ -107,7 +107,7 @@ def plug_in(
         max_update: Relative updates of tensors must stay below it; see `updates`.
         rows: Rows on which the model must not get worse, measured before and after: with every return by itself, then
             with all of them.
-        merging: How several returns are merged; by their mean if not given.
+        weights: Of several returns: what each counts in their mean, finite numbers above 0; all equal if not given.
 
     Returns:
         How far every tensor and layer moved, the loss on the rows, and the part of every return.
@@ -126,16 +126,13 @@ def plug_in(
         >>> plug_in(base, kit, [returned], rows=rows).rounding  # of `read_return`; here nothing was tuned
         0.0
     """
-    merging = merging or Merging()
-    merging.check_merging(len(returns))
+    check_weights(weights, len(returns))
     before = _outer(model, kit)
     checked = candidates(before, returns, max_update, kit.manifest.model_type)
-    values, parts = merged(before, checked, merging)
+    values, parts = merged(before, checked, weights)
     report = parts[0].report
-    if len(parts) > 1:
-        with about(_MERGED):
-            report = compare(before, values, report.limit, kit.manifest.model_type)
-            report.check()
+    if len(parts) > 1:  # their mean moves no tensor further than the one that moves it most, so no further check
+        report = compare(before, values, report.limit, kit.manifest.model_type)
     if rows is None:
         _fill(before, values)
     else:

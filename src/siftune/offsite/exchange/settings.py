@@ -1,9 +1,9 @@
 """The owner's limits on returns. Nothing here imports torch, so that commands can show their options quickly."""
 
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import RecipeError
@@ -12,50 +12,15 @@ from siftune.base.settings import CONFIG, Columns, Count, NotNegative, Positive,
 MAX_UPDATE = 0.25
 # no worse, on rows that the owner chose: there is no other figure that suits rows of the task and any other text alike
 MAX_LOSS_INCREASE = 0.0
-TRIM = 0.2  # (ours) one of up to nine returns
-MIN_ROBUST = 3  # of two that differ nobody can say which is the bad one
 
 
 @dataclass(kw_only=True, config=CONFIG)
-class Merging(Validated):
-    """Merging of the updates of several returns; see `maths.merging`."""
+class PlugSettings(Validated):
+    """Limits on returns, their weights, and the format of the tuned model."""
 
     weights: tuple[Positive, ...] | None = None
-    """Of several returns: what each counts, in their order, such as its number of rows; all equal if not given."""
-    merge: Literal["mean", "trimmed"] = "mean"
-    """Of several returns: their mean; or, element by element, the mean without the largest and the smallest."""
-    trim: Annotated[float, Field(gt=0, lt=0.5)] = TRIM
-    """With --merge trimmed: share of the returns that is dropped at either end; at least one is."""
-
-    def check_merging(self, count: int) -> None:
-        """Check the ranges, and that `count` returns can be merged with these settings.
-
-        Raises:
-            RecipeError: With one sentence on the first value that cannot be used.
-        """
-        if count < 1:
-            raise RecipeError("no return was given: name one or more with --return")
-        if self.weights is not None and self.merge == "trimmed":
-            raise RecipeError(
-                "--weights has no effect on a trimmed mean, where all count equally: leave one of them out"
-            )
-        if self.weights is not None and (len(self.weights) != count or count == 1):
-            raise RecipeError(
-                f"--weights has {len(self.weights)} numbers for {count} returns: give one for each of several returns"
-            )
-        if self.trim != TRIM and self.merge != "trimmed":
-            raise RecipeError("--trim has no effect on a mean of all: add --merge trimmed, or leave it out")
-        if self.merge == "trimmed" and count < MIN_ROBUST:
-            raise RecipeError(
-                f"--merge trimmed needs {MIN_ROBUST} returns or more, to tell which of them is far off, and {count} "
-                f"{'is' if count == 1 else 'are'} given: give more, or leave it out"
-            )
-
-
-@dataclass(kw_only=True, config=CONFIG)
-class PlugSettings(Merging):
-    """Limits on returns, their merging, and the format of the tuned model."""
-
+    """Of several returns: what each counts in their mean, in their order, such as its number of rows; all equal if not
+    given."""
     max_update: Positive = MAX_UPDATE
     """Each tensor must have moved by less, relative to its norm; at 1 nothing needs be left of what it was."""
     eval: str | None = None
@@ -82,7 +47,7 @@ class PlugSettings(Merging):
         Raises:
             RecipeError: With one sentence on the first value that cannot be used.
         """
-        self.check_merging(returns)
+        check_weights(self.weights, returns)
         defaults = {field.name: field.default for field in fields(PlugSettings)}
         for name in ("max_loss_increase", "eval_limit", "columns", "template"):
             if self.eval is None and getattr(self, name) != defaults[name]:
@@ -93,6 +58,24 @@ class PlugSettings(Merging):
     def loss_limit(self) -> float:
         """Largest increase of the loss, in nats per token."""
         return MAX_LOSS_INCREASE if self.max_loss_increase is None else self.max_loss_increase
+
+
+def check_weights(weights: Sequence[float] | None, count: int) -> None:
+    """Refuse weights with which `count` returns cannot be merged.
+
+    Raises:
+        RecipeError: There is no return, or not one positive finite weight for each of several.
+    """
+    if count < 1:
+        raise RecipeError("no return was given: name one or more with --return")
+    if weights is None:
+        return
+    if len(weights) != count or count == 1:
+        raise RecipeError(
+            f"--weights has {len(weights)} numbers for {count} returns: give one for each of several returns"
+        )
+    if not all(0 < weight < float("inf") for weight in weights):
+        raise RecipeError(f"the weights are {list(weights)}, but must be finite numbers above 0")
 
 
 def check_max_update(value: float) -> None:

@@ -34,7 +34,8 @@ to the owner, who makes the tuned model of it:
 siftune plug --model BASE --kit KIT --return RUN/return --out TUNED
 ```
 
-`siftune eval RUN --data FILE` measures the kit's emulator before and after.
+`siftune eval RUN --data FILE` measures the kit's emulator before and after, and `siftune ask RUN PROMPT` shows its
+answers.
 """
 
 # of a LoRA's config: the values with which it changes neither weights nor layers of the base, and merges into any

@@ -3,6 +3,7 @@
 A card is for publication: it has the names of files and folders without their paths, which name the user.
 """
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -210,14 +211,17 @@ def _name(base: Origin) -> str:
 
 
 def _usage(load: str, base: Origin, folder: Path, chat: bool) -> str:
-    """Code that runs beside the folder, in which base models from the hub have their ids, and the prompt format."""
+    """A command and code to run beside the folder, and the prompt format; base models from the hub have their ids."""
     code = load.format(base=_name(base), folder=folder.name) + (_CHAT if chat else _PLAIN) + _ANSWER
     if chat:
         prompts = "Prompts are formatted with the tokenizer's chat template, as in training."
     else:
         prompts = "Prompts are plain text, directly followed by the answer: no chat template, as in training."
-    local = "" if base.hub_id else f" The base model `{_name(base)}` is a folder: give its path."
-    return f"```python\n{code}```\n{prompts}{local}"
+    local = ""
+    if "{base!r}" in load and not base.hub_id:
+        local = f" The base model `{_name(base)}` is a folder: give its path, to the command with `--base`."
+    command = ["siftune", "ask", folder.name, "What can you do?", *([] if chat else ["--template", "none"])]
+    return f"```sh\n{shlex.join(command)}\n```\nor\n```python\n{code}```\n{prompts}{local}"
 
 
 def _description(recipe: Recipe) -> str:

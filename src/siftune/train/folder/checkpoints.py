@@ -2,34 +2,32 @@
 
 While a checkpoint is written it holds a mark. At the end come a list of its files with sizes and hashes, and the mark
 is removed. A process that was killed while saving, or a disk that lost data, therefore never makes a run resume from
-less than was saved.
+less than was saved. The callbacks that write a checkpoint's files are in saving.py. Nothing here imports torch, so that
+commands find a checkpoint quickly.
 """
 
 import json
 import logging
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from siftune.base.errors import InputError, TrainingError
+from siftune.base.environment import ran_out
+from siftune.base.errors import InputError, RecipeError, TrainingError
 from siftune.base.files import hash_of, to_disk, why_unreadable, write_beside
 from siftune.base.text import parsed
-from siftune.engine.ranks import wait_for_all
 
 logger = logging.getLogger(__name__)
 
 SEAL = "files.json"  # name -> [bytes, sha256]
 _MARK = ".unfinished"
 _STATE = "trainer_state.json"
-_SOURCE = "source.json"  # of a kit: hashes by name, see `SourceNote`
+SOURCE = "source.json"  # of a kit: hashes by name, see `saving.SourceNote`
 _READING = (  # errors of reading a file that is no state of a run
     pickle.UnpicklingError, RuntimeError, OSError, EOFError, SafetensorError,
     KeyError, ValueError, TypeError, AttributeError, IndexError,
@@ -63,52 +61,16 @@ class _State(BaseModel):
     stateful_callbacks: dict[str, Any] = {}
 
 
-class Sealing(TrainerCallback):  # type: ignore[misc]
-    """Seals a checkpoint once every other callback has written its part, then deletes older ones.
-
-    It must be the last callback.
-    """
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """List the files."""
-        wait_for_all()  # every rank writes the state of its generators
-        if args.should_save:
-            seal(checkpoint_of(args, state))
-            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
-
-
-class SourceNote(TrainerCallback):  # type: ignore[misc]
-    """Adds the identity of what is trained to every checkpoint, so that a run does not resume on something else.
-
-    Args:
-        identity: Hashes by name, as of `prepare.Source`.
-    """
-
-    def __init__(self, identity: Mapping[str, str]) -> None:
-        self._identity = dict(identity)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write it."""
-        if args.should_save and self._identity:
-            with write_beside(checkpoint_of(args, state) / _SOURCE) as [beside]:
-                beside.write_text(json.dumps(self._identity) + "\n", encoding="utf-8")
-
-
 def identity_in(checkpoint: Path) -> dict[str, str]:
     """The identity of what a complete checkpoint was trained on; empty for an ordinary model.
 
     Raises:
         TrainingError: It cannot be read.
     """
-    path = checkpoint / _SOURCE
+    path = checkpoint / SOURCE
     with read_of(str(path)):
         content = parsed(path.read_text(encoding="utf-8")) if path.exists() else {}
         return {str(name): str(value) for name, value in content.items()}
-
-
-def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
-    """Folder of the checkpoint of this step."""
-    return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 @contextmanager
@@ -121,7 +83,7 @@ def read_of(checkpoint: str | None) -> Iterator[None]:
     try:
         yield
     except _READING as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if ran_out(error):
             raise
         raise TrainingError(
             f"{checkpoint} cannot be read ({why_unreadable(error)}): resume from another checkpoint, or train in "
@@ -184,7 +146,7 @@ def _state(checkpoint: Path) -> _State:
 
 def best_in(folder: Path, checkpoint: Path) -> Path | None:
     """The checkpoint in `folder` with the least held-out loss up to another one; None if it is not there."""
-    path = folder / f"{PREFIX_CHECKPOINT_DIR}-{_state(checkpoint).best_global_step}"
+    path = folder / f"checkpoint-{_state(checkpoint).best_global_step}"
     return path if path.is_dir() else None
 
 
@@ -197,6 +159,23 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def whole_checkpoints(folder: Path, hashes: bool = True) -> Iterator[Path]:
     """Intact checkpoints, the newest first. Without `hashes` only names and sizes are checked."""
     return (path for path in reversed(checkpoints_in(folder)) if fault_of(path, hashes) is None)
+
+
+def named_checkpoint(name: str, hashes: bool = True) -> Path:
+    """The checkpoint that a recipe's `resume` names.
+
+    Args:
+        name: Its folder.
+        hashes: As for `fault_of`.
+
+    Raises:
+        RecipeError: It is not complete.
+    """
+    checkpoint = Path(name).expanduser()
+    if (fault := fault_of(checkpoint, hashes)) is not None:
+        why = f" ({fault})" if checkpoint.is_dir() else ""
+        raise RecipeError(f"{checkpoint} is no complete checkpoint{why}; give a folder RUN/checkpoints/checkpoint-N.")
+    return checkpoint
 
 
 def newest_checkpoint(folder: Path) -> Path:

@@ -7,7 +7,7 @@
       bad_rows.txt        rows that were left out and the reasons, if any
       metrics.jsonl       a line for each log: step, loss, learning rate, tokens per second, peak memory
       rows.parquet        a line for each row and visit: its loss; see records/visits.py
-      losses.parquet      a line for each row: its loss under the final model; see suspects/losses.py
+      losses.parquet      a line for each row: its loss without training on it; see suspects/losses.py
       selections.parquet  a line for each choice of layers or rows; see selections.py
       eval.json           results of siftune eval
       adapter/            the adapter in PEFT's format, or the tuned layers, and the tokenizer
@@ -15,7 +15,8 @@
       checkpoints/        the Trainer's checkpoints
       README.md           model card
 
-Every file is written beside its place and moved there, so a full disk leaves the old one intact.
+Every file is written beside its place and moved there, so a full disk leaves the old one intact. Nothing here imports
+torch, so that commands refuse a folder quickly.
 """
 
 import contextlib
@@ -33,22 +34,26 @@ from siftune.base.text import parsed
 from siftune.records.rows import BAD_ROWS
 from siftune.records.visits import NAME as VISITS
 from siftune.train.folder.checkpoints import checkpoints_in, fault_of, step_of, whole_checkpoints
-from siftune.train.folder.selections import SELECTIONS
 
-RECIPE, ROWS, METRICS = "recipe.yaml", "rows.sha256", "metrics.jsonl"
+RECIPE, ROWS, METRICS, SELECTIONS = "recipe.yaml", "rows.sha256", "metrics.jsonl", "selections.parquet"
 LOSSES, EVALS = "losses.parquet", "eval.json"
+HALVES = "halves"  # folder of a scoring of rows that was interrupted
 SIFT = "sift"  # folder of a pool that was sifted before the run
 
 
 class RunFolder:
-    """A run folder, created if it is missing.
+    """A run folder.
+
+    Args:
+        path: The folder.
+        create: Whether to create it if it is missing, and to try a write; False: only look at it.
 
     Raises:
         InputError: It holds a link, which could lead a write of the run to a file elsewhere.
         RecipeError: It cannot be created or written to.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, create: bool = True) -> None:
         self.path = Path(path)
         refuse_links(self.path)  # the folder may come from another party
         self._created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]  # deepest first
@@ -56,7 +61,8 @@ class RunFolder:
         self.adapter, self.returned = self.path / "adapter", self.path / "return"
         self.checkpoints = self.path / "checkpoints"
         try:
-            writable_folder(self.path)
+            if create:
+                writable_folder(self.path)
         except OSError as error:
             raise RecipeError(
                 f"The run folder {self.path} cannot be written to ({error.strerror}); give another with --out."

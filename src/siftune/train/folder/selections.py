@@ -31,11 +31,11 @@ from siftune.base.text import one_line
 from siftune.methods.drivers.layer_driver import LayerChoice
 from siftune.methods.drivers.sample_choice import ALL_LAYERS, SampleChoice
 from siftune.methods.host.callback import resumed_from
+from siftune.train.folder.run import SELECTIONS
 
 if TYPE_CHECKING:
     import pyarrow
 
-SELECTIONS = "selections.parquet"
 
 _MOST_SOURCES = 2**16  # more names than this name single rows, not kinds of rows
 _MOST_LAYERS = 2**10  # an untrusted file could name any layer

@@ -1,4 +1,4 @@
-"""Out of memory: advice, and smaller batches for `auto_batch` (ours)."""
+"""Out of memory: advice on options that need less (ours)."""
 
 import gc
 import logging
@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from siftune.base.environment import empty_cache, launch_size, ran_out
-from siftune.base.errors import RecipeError, TrainingError
+from siftune.base.errors import TrainingError
 from siftune.base.text import counted
 from siftune.recipe.schema import Recipe, method_of
 
@@ -42,8 +42,6 @@ def memory_faults(recipe: Recipe) -> Iterator[None]:
 def _options(recipe: Recipe) -> Iterator[str]:
     smaller = halved(recipe)
     if smaller is not None:
-        if not recipe.auto_batch and launch_size() == 1:
-            yield "--auto-batch"
         yield f"--batch-size {smaller.batch_size} --accumulate {smaller.accumulate}"
     if not recipe.checkpointing:
         yield "--checkpointing"
@@ -63,16 +61,6 @@ def halved(recipe: Recipe) -> Recipe | None:
     least = 2 if any(part.rows for part in method_of(recipe).parts) else 1
     sizes = [size for size in range(recipe.batch_size // 2, least - 1, -1) if rows % size == 0]
     return replace(recipe, batch_size=sizes[0], accumulate=rows // sizes[0]) if sizes else None
-
-
-def refuse_ranks(recipe: Recipe) -> None:
-    """Refuse `auto_batch` on several ranks: the others would keep the old batch size.
-
-    Raises:
-        RecipeError: There are several ranks.
-    """
-    if recipe.auto_batch and launch_size() > 1:
-        raise RecipeError("auto_batch is for one process: leave it out, and give a smaller batch_size")
 
 
 def free() -> None:

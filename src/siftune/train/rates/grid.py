@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # ours: the default grid around a recipe's rate
 
+RECORD = "start.json"  # in the folder of a sweep
 # settings that a sweep varies, or that do not affect its results
 _FREE = {
     "method", "lr", "seed", "out", "resume", "save_every", "eval_every", "patience", "log_every", "report_to",

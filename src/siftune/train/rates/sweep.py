@@ -32,10 +32,11 @@ from siftune.base.files import Progress
 from siftune.base.work_folder import WorkFolder
 from siftune.data.rows import Row
 from siftune.evaluate.likelihood import perplexity
+from siftune.recipe.checks import NO_TRACKER
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import Recipe, compares, rate_of
 from siftune.records.rows import Read, read_rows
-from siftune.train.build import NONE, build
+from siftune.train.build import build
 from siftune.train.callbacks import StepProgress
 from siftune.train.prepare import (
     NAMED,
@@ -47,7 +48,7 @@ from siftune.train.prepare import (
     refuse_read,
     trained_and_held_out,
 )
-from siftune.train.rates.grid import Grid, LRRun, facts_of, rate_text, recipes_of
+from siftune.train.rates.grid import RECORD, Grid, LRRun, facts_of, rate_text, recipes_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class LRFolder(WorkFolder):
     """The folder of a sweep."""
 
     def __init__(self, path: str | Path) -> None:
-        super().__init__(path, "start.json", "*.yaml", _RESULTS)
+        super().__init__(path, RECORD, "*.yaml", _RESULTS)
 
     @property
     def base_loss(self) -> float:
@@ -208,7 +209,7 @@ def _tuned(
     """
     quiet = replace(
         recipe, eval=None, eval_share=0.0, eval_every=None, patience=None, save_every=None, log_every=1,
-        report_to=(NONE,),
+        report_to=(NO_TRACKER,),
     )  # fmt: skip
     parts = {"train", *(["support"] if compares(recipe) else []), *({"keep"} & data.keys())}
     model, tokenizer = source.load(recipe.dtype, recipe.quantize)

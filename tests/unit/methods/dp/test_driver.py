@@ -172,16 +172,6 @@ def test_parts_of_a_batch_add_up(kind):
     assert_close(clipped(model, pieces), clipped(model, [inputs]))
 
 
-@every_case
-def test_checkpointing_changes_nothing(kind):
-    model = MODELS[kind]().double()
-    inputs = batch(model, ROWS)
-    wanted = clipped(model, [inputs])
-    getattr(model, "get_base_model", lambda: model)().gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    assert_close(clipped(model, [inputs]), wanted)
-
-
 def test_layers_that_do_not_train_have_neither_gradient_nor_noise():
     """The others have all of C for themselves."""
     model = adapted().double()

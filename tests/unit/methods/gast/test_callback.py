@@ -165,15 +165,7 @@ def _shares(model, inputs, labels):
     return {p: torch.stack([grads[p] for grads in single]) for p in single[0]}
 
 
-def test_ist_and_gast_together(tmp_path):
-    ist, method = IST(active=0.5, interval=2, score_batch_size=6), GAST(2, "sample", keep=True)
-    chosen = []
-    ist.on_select = chosen.append
-    _, trainer = train(tmp_path, ist, method)
-    watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
-    for layers, samples, changed in zip(chosen, method.history, watch.changed, strict=True):
-        assert samples.layers == layers.layers
-        assert {int(name.split(".layers.")[1].split(".")[0]) for name in changed} == set(layers.layers)
+def test_gast_before_ist_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="IST"):
         train(tmp_path, GAST(2, "rest"), IST())
 

@@ -6,7 +6,7 @@ from support.seen import assert_same
 from support.trainers import At, adapted, arguments, rows, stop, train, weights
 from transformers import Trainer, TrainerCallback
 
-from siftune import GAST, GREATS, LISA, RST, LabelLogits
+from siftune import GAST, IST, RST, LabelLogits
 from siftune.base.errors import RecipeError, SiftuneError
 
 
@@ -79,7 +79,7 @@ def test_a_callback_that_is_refused_leaves_no_hooks(tmp_path):
 
 @pytest.mark.parametrize(
     "callbacks",
-    [(GAST(select=2), GAST(select=2)), (GAST(select=2), GREATS(select=2)), (RST(active=0.5), LISA(active=1))],
+    [(GAST(select=2), GAST(select=2)), (RST(active=0.5), IST(active=0.5))],
 )
 def test_two_methods_of_a_kind_are_refused(tmp_path, callbacks):
     with pytest.raises(RecipeError, match="already: use one of them"):

@@ -6,7 +6,7 @@ from support.trainers import adapted, arguments, rows, train
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, default_data_collator
 
-from siftune import GAST, GREATS, IST, RST, Keep
+from siftune import GAST, IST, RST, Keep
 from siftune.base.errors import DataError, RecipeError
 
 
@@ -48,7 +48,7 @@ def of_logits(outputs, labels, num_items_in_batch=None):
     return outputs.logits.float().logsumexp(-1).mean()
 
 
-@pytest.mark.parametrize("method", [GAST(0.5), GREATS(), IST(active=0.5, interval=1, score_batch_size=4)])
+@pytest.mark.parametrize("method", [GAST(0.5), IST(active=0.5, interval=1, score_batch_size=4)])
 def test_scoring_takes_as_few_rows_as_training_does_after_out_of_memory(tmp_path, method):
     model, passes = adapted(), []
 
@@ -66,7 +66,7 @@ def test_scoring_takes_as_few_rows_as_training_does_after_out_of_memory(tmp_path
     assert [count for count in passes if count > 2] == [4, 3]
 
 
-@pytest.mark.parametrize("make", [lambda: GAST(0.5), GREATS, lambda: IST(active=0.5, interval=1, score_batch_size=4)])
+@pytest.mark.parametrize("make", [lambda: GAST(0.5), lambda: IST(active=0.5, interval=1, score_batch_size=4)])
 def test_a_run_that_is_resumed_with_smaller_batches_scores_with_these(tmp_path, make):
     train(tmp_path, make(), max_steps=2, save_strategy="steps", save_steps=1)
     model, passes = adapted(), []
@@ -111,7 +111,7 @@ def test_a_loader_that_is_a_list(tmp_path):
             train(tmp_path, method, trainer=ListLoader)
 
 
-@pytest.mark.parametrize("method", [IST(active=0.5, interval=1), GAST(2), GREATS()])
+@pytest.mark.parametrize("method", [IST(active=0.5, interval=1), GAST(2)])
 def test_losses_that_need_the_number_of_items_or_no_labels(tmp_path, method):
     train(tmp_path, method, trainer=Dividing)
     unlabelled = rows().remove_columns("labels")
@@ -121,7 +121,7 @@ def test_losses_that_need_the_number_of_items_or_no_labels(tmp_path, method):
     assert trainer.train().global_step == 6
 
 
-@pytest.mark.parametrize("method", [IST(active=0.5, interval=1, score_batch_size=4), GAST(2), GREATS()])
+@pytest.mark.parametrize("method", [IST(active=0.5, interval=1, score_batch_size=4), GAST(2)])
 @pytest.mark.parametrize("shifted", [False, True])
 def test_scoring_counts_labels_as_training_does(tmp_path, monkeypatch, method, shifted):
     data = rows()

@@ -20,7 +20,7 @@ from siftune.offsite.emulator.model import outer_names
 from siftune.offsite.exchange.emulate import KitOptions
 from siftune.offsite.exchange.plug import plug, plug_in
 from siftune.offsite.exchange.returned import OpenReturn, open_return, write_return
-from siftune.offsite.exchange.settings import Merging, PlugSettings
+from siftune.offsite.exchange.settings import PlugSettings
 from siftune.offsite.exchange.updates import OwnRows
 
 UP = "last.0.mlp.up_proj.weight"
@@ -61,55 +61,38 @@ def change(before, returned, name):
     return sum(torch.outer(up[:, r], down[r]) for r in range(up.shape[1]))
 
 
-def plain(before, returns, weights=None, trim=None):
+def plain(before, returns, weights=None):
     """The merged outer layers, by loops."""
     weights = weights or [1.0] * len(returns)
     changes = [{name: change(before, returned, name) for name in before} for returned in returns]
     merged = {}
     for name, old in before.items():
-        if trim is None:
-            update = sum(p[name] * w / sum(weights) for p, w in zip(changes, weights, strict=True))
-        else:
-            stack = torch.stack([parts[name] for parts in changes]).flatten(1)
-            kept = [sorted(column)[trim : len(returns) - trim] for column in stack.T.tolist()]
-            update = torch.tensor([sum(k) / len(k) for k in kept], dtype=torch.float64).reshape(old.shape)
-        merged[name] = old.double() + update
+        merged[name] = old.double() + sum(p[name] * w / sum(weights) for p, w in zip(changes, weights, strict=True))
     return merged
 
 
-HOW = {
-    "mean": (Merging(), 3, {}),
-    "mean of two": (Merging(), 2, {}),
-    "weights": (Merging(weights=(1, 2, 7.5)), 3, {"weights": [1, 2, 7.5]}),
-    "trimmed": (Merging(merge="trimmed"), 4, {"trim": 1}),
-    "trimmed more": (Merging(merge="trimmed", trim=0.4), 5, {"trim": 2}),
-}
-
-
 @pytest.mark.parametrize("kind", [whole, thin])
-@pytest.mark.parametrize("how", HOW)
-def test_against_a_plain_loop(model, kit, how, kind):
-    merging, count, given = HOW[how]
+@pytest.mark.parametrize(("count", "weights"), [(2, None), (3, None), (3, (1, 2, 7.5))])
+def test_against_a_plain_loop(model, kit, count, weights, kind):
     returns = [kind(kit, seed, 0.01 * (1 + seed)) for seed in range(count)]
     before = {name: tensor.clone() for name, tensor in outer_of(model, kit).items()}
     plugged = copy.deepcopy(model)
-    report = plug_in(plugged, kit, returns, LIMIT, merging=merging)
-    wanted, found = plain(before, returns, **given), outer_of(plugged, kit)
+    report = plug_in(plugged, kit, returns, LIMIT, weights=weights)
+    wanted, found = plain(before, returns, weights), outer_of(plugged, kit)
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor.float()) or torch.allclose(
             found[name].double(), tensor, rtol=2e-7, atol=1e-9
         ), name
     inner = set(model.state_dict()) - set(outer_names(model, kit.manifest.split).values())
     assert all(torch.equal(plugged.state_dict()[name], model.state_dict()[name]) for name in inner)
-    check_parts(report.parts, before, returns, wanted, given)
+    check_parts(report.parts, before, returns, wanted, weights or [1] * count)
 
 
-def check_parts(parts, before, returns, wanted, given):
+def check_parts(parts, before, returns, wanted, weights):
     """Sizes, cosines and weights against flat vectors."""
     flat = [torch.cat([change(before, r, name).flatten() for name in before]) for r in returns]
     merged = torch.cat([(wanted[name] - before[name].double()).flatten() for name in before])
     size = torch.cat([before[name].double().flatten() for name in before]).norm()
-    weights = given.get("weights", [1] * len(returns))
     assert [part.name for part in parts] == [str(n) for n in range(1, len(returns) + 1)]
     for part, vector, weight in zip(parts, flat, weights, strict=True):
         assert part.report.whole.relative == pytest.approx(float(vector.norm() / size), rel=1e-5)
@@ -125,34 +108,6 @@ def test_the_mean_of_products_is_no_product_of_means(model, kit):
     up, down = ((returns[0][f"{UP}{end}"] + returns[1][f"{UP}{end}"]) / 2 for end in (".up", ".down"))
     old = outer_of(model, kit)[UP]
     assert float((outer_of(plugged, kit)[UP] - (old + up @ down)).abs().max()) > 0.1
-
-
-@pytest.mark.parametrize("kind", [whole, thin])
-def test_one_bad_return_is_held_back(model, kit, kind):
-    """A sign-flipped update, twenty times as large, among four that pull one way."""
-    before, good = outer_of(model, kit), [kind(kit, 0) for _ in range(4)]
-    for n, one in enumerate(good):
-        generator = torch.Generator().manual_seed(n)
-        for name, tensor in one.items():
-            size = 0.002 if kind is whole else 0.005
-            one[name] = tensor + size * torch.randn(tensor.shape, generator=generator)
-    bad = {name: before[name] - 20 * change(before, good[0], name).float() for name in before}
-    honest = plain(before, good)
-    if kind is thin:
-        bad = {n: t * (-20 if n.endswith(".up") else 1) for n, t in good[0].items()}
-    way = torch.cat([(honest[name] - before[name].double()).flatten() for name in before])
-
-    def cosine(merging):
-        plugged = copy.deepcopy(model)
-        report = plug_in(plugged, kit, [*good, bad], LIMIT, merging=merging)
-        found = outer_of(plugged, kit)
-        moved = torch.cat([(found[name].double() - before[name].double()).flatten() for name in before])
-        return float(torch.cosine_similarity(way, moved, dim=0)), report.parts[-1]
-
-    assert cosine(Merging())[0] < -0.9  # a mean follows whoever moves most
-    found, part = cosine(Merging(merge="trimmed"))
-    assert found > 0.9
-    assert part.cosine < -0.9
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -184,46 +139,26 @@ def test_each_is_held_to_what_a_single_one_is(model, kit, factor):
     untouched(model, kit, returns, f"return 2: .*{UP}", limit=0.9)
 
 
-def test_the_merged_update_is_held_to_the_limit_too(model, kit):
-    """A trimmed mean can move a tensor further than any of the returns does."""
-    before, returns = outer_of(model, kit), []
-    for number in range(3):
-        moved = {name: tensor.clone() for name, tensor in before.items()}
-        step = torch.ones_like(moved[UP])
-        step.flatten()[number::3] = 0  # each leaves out another third
-        moved[UP] = moved[UP] + 0.1 * step * moved[UP].norm() / step.numel() ** 0.5
-        returns.append(moved)
-    untouched(
-        model, kit, returns, r"the returns, merged: .* last\.0\.mlp\.up_proj\.weight moved by 0\.1 ",
-        limit=0.0999, merging=Merging(merge="trimmed"),
-    )  # fmt: skip
-    for one in returns:
-        plug_in(copy.deepcopy(model), kit, [one], 0.0999)
-
-
 @pytest.mark.parametrize(
-    ("merging", "count", "option"),
+    ("weights", "count", "words"),
     [
-        (Merging(), 0, "--return"),
-        (Merging(weights=(1,)), 2, "--weights"),
-        (Merging(weights=(1, 1, 1)), 2, "--weights"),
-        (Merging(weights=(1,)), 1, "--weights"),
-        (Merging(weights=()), 2, "--weights"),
-        (Merging(weights=(1, 1, 1), merge="trimmed"), 3, "--weights"),
-        (Merging(merge="trimmed"), 2, "--merge trimmed"),
-        (Merging(trim=0.3), 3, "--trim"),
+        (None, 0, "--return"),
+        ((1,), 2, "--weights"),
+        ((1, 1, 1), 2, "--weights"),
+        ((1,), 1, "--weights"),
+        ((), 2, "--weights"),
+        ((1, 0), 2, "weights are"),
+        ((1, math.nan), 2, "weights are"),
     ],
 )
-def test_settings_that_cannot_be(model, kit, merging, count, option):
-    untouched(model, kit, [whole(kit, seed) for seed in range(count)], option, RecipeError, merging=merging)
+def test_weights_that_cannot_be_used(model, kit, weights, count, words):
+    untouched(model, kit, [whole(kit, seed) for seed in range(count)], words, RecipeError, weights=weights)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
 def test_a_setting_out_of_its_range_is_refused(bad):
-    for given in ({"weights": (1.0, bad)}, {"trim": bad}):
-        (name,) = given
-        with pytest.raises(RecipeError, match=name):
-            Merging(**given)
+    with pytest.raises(RecipeError, match="weights"):
+        PlugSettings(weights=(1.0, bad))
 
 
 def test_two_kinds_are_refused(model, kit):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from support.commands import siftune
 from support.tiny_run import recipe, save_base, save_rows
 from support.tokenizer import byte_tokenizer
 
 from siftune.cli.main import main
 from siftune.data.encode import Encoder
-from siftune.data.rows import Message, Row
+from siftune.data.rows import Row
+from siftune.data.turns import Message
 from siftune.models.source import Origin
 from siftune.recipe.schema import Recipe
 from siftune.train.folder.card import merged_card, model_card
@@ -44,6 +47,15 @@ def run_code(card, folder, base):
     return printed.getvalue(), names["inputs"], names["output"]
 
 
+def asked(capsys, card, folder, *more):
+    """Run the card's command beside its folder; the answer of its model."""
+    program, *words = shlex.split(card.split("```sh\n")[1].split("```")[0])
+    assert program == "siftune"
+    with contextlib.chdir(folder):
+        [found] = siftune(capsys, *words, "--max-new-tokens", 64, *more)[0]["answers"]
+    return found["tuned"] or found["base"]
+
+
 def head_of(card):
     return yaml.safe_load(card.split("---\n")[1])
 
@@ -56,7 +68,7 @@ def head_of(card):
     ],
     ids=["adapter", "layers"],
 )
-def test_the_code_runs_as_printed(licensed, tmp_path, monkeypatch, settings, library):
+def test_code_and_command_run_as_printed(licensed, tmp_path, monkeypatch, capsys, settings, library):
     base, _ = licensed
     monkeypatch.chdir(base.parent)
     given = {"method": "dense", "steps": 2, "lr": 0.05, **settings}
@@ -67,11 +79,12 @@ def test_the_code_runs_as_printed(licensed, tmp_path, monkeypatch, settings, lib
         "base_model": base.name, "library_name": library, "tags": ["siftune", "dense", given.get("adapter", "lora")],
         "license": "mit",
     }  # fmt: skip
-    _, inputs, output = run_code(card, tmp_path / "run", base)
+    printed, inputs, output = run_code(card, tmp_path / "run", base)
     row = Row((Message("user", ASKED),), "", origin="here")
     assert inputs["input_ids"][0].tolist() == Encoder(byte_tokenizer(), settings["template"]).prompt(row)
     ours = done.model.eval().generate(**inputs, max_new_tokens=64)
     assert torch.equal(ours, output)
+    assert f"{asked(capsys, card, tmp_path / 'run', '--base', base)}\n" == printed
 
 
 def test_a_merged_model_has_card_and_licence_and_runs_as_printed(licensed, tmp_path, capsys):
@@ -92,6 +105,8 @@ def test_a_merged_model_has_card_and_licence_and_runs_as_printed(licensed, tmp_p
     again, _, apart = run_code((tmp_path / "run" / "README.md").read_text(), tmp_path / "run", base)
     assert torch.equal(output, apart)
     assert printed == again
+    assert "give its path" not in card
+    assert f"{asked(capsys, card, tmp_path / 'run')}\n" == printed
 
 
 def test_an_adapter_without_a_run_gets_a_card_as_well(licensed, tmp_path, capsys):

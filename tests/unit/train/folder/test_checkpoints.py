@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.tiny_run import recipe
 
-from siftune.train.folder import checkpoints
+from siftune.train.folder import saving
 from siftune.train.folder.checkpoints import SEAL, begin, fault_of, is_complete, newest_checkpoint, seal
 from siftune.train.run import train
 
@@ -147,7 +147,7 @@ def test_older_ones_go_only_when_the_new_one_is_sealed(base, rows, tmp_path, mon
         sealed.append(sorted(path.name for path in folder.parent.iterdir() if fault_of(path) is None))
         seal(folder)
 
-    monkeypatch.setattr(checkpoints, "seal", looked)
+    monkeypatch.setattr(saving, "seal", looked)
     monkeypatch.setattr("siftune.train.callbacks._LEAST", 1)
     train(recipe(base, rows, tmp_path / "run", method="gast", support_every=2, steps=3))
     assert sealed == [[], ["checkpoint-1"], ["checkpoint-1", "checkpoint-2"]]

@@ -13,7 +13,8 @@ from siftune.base.errors import InputError
 from siftune.methods.drivers.layer_driver import LayerChoice
 from siftune.methods.drivers.sample_choice import SampleChoice
 from siftune.train.folder import selections
-from siftune.train.folder.selections import SELECTIONS, SelectionRecord, read_selections
+from siftune.train.folder.run import SELECTIONS
+from siftune.train.folder.selections import SelectionRecord, read_selections
 
 SOURCES = ("web", "books", "web", "code")
 

@@ -1,4 +1,4 @@
-"""Out of memory: the message, and a run that continues with fewer rows in a pass and as many in a step."""
+"""Out of memory: the message, and a resumed run with fewer rows in a pass and as many in a step."""
 
 import json
 
@@ -9,8 +9,6 @@ from safetensors.torch import load_file
 from support.tiny_run import choices_of, recipe
 
 from siftune.base.environment import ran_out
-from siftune.base.errors import RecipeError
-from siftune.recipe.read import load_recipe
 from siftune.train.guards.memory import OutOfMemory, halved, memory_faults
 from siftune.train.run import train
 from siftune.train.trainer import SiftTrainer
@@ -54,21 +52,20 @@ def test_the_sentence_names_what_takes_less(base, rows, tmp_path, small_memory):
     said = str(failed.value)
     assert "Out of memory (" in said
     assert "with 4 rows of up to 64 tokens" in said
-    assert "--auto-batch, --batch-size 2 --accumulate 2, --checkpointing, a smaller --max-length" in said
+    assert "Reduce memory with --batch-size 2 --accumulate 2, --checkpointing, a smaller --max-length" in said
     assert "So far, the adapter after step 2 is in" in said
     assert "\n" not in said
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
 
 
-def test_auto_batch_is_the_same_run_in_smaller_passes(base, rows, tmp_path, small_memory, caplog):
+def test_it_resumes_as_the_same_run_in_smaller_passes(base, rows, tmp_path, small_memory):
     settings = {"save_every": 2, "batch_size": 8, "steps": 4}
     whole = train(recipe(base, rows, tmp_path / "whole", **settings), QUIET)
     small_memory(2, step=3)
-    done = train(recipe(base, rows, tmp_path / "run", auto_batch=True, **settings), QUIET)
-    told = load_recipe(tmp_path / "run" / "recipe.yaml")
-    assert (told.batch_size, told.accumulate, told.resume) == (2, 4, False)
-    assert "with batch_size 8: continuing with batch_size 4, accumulate 2" in caplog.text
-    assert "with batch_size 4: continuing with batch_size 2, accumulate 4" in caplog.text
+    with pytest.raises(OutOfMemory, match=r"run` continues from there"):
+        train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
+    smaller = {**settings, "batch_size": 2, "accumulate": 4}
+    done = train(recipe(base, rows, tmp_path / "run", resume=True, **smaller), QUIET)
     assert done.summary["steps"] == 4
     drawn = [[choice["layers"] for choice in choices_of(tmp_path / name)] for name in ("run", "whole")]
     assert drawn[0] == drawn[1]
@@ -82,14 +79,8 @@ def test_auto_batch_is_the_same_run_in_smaller_passes(base, rows, tmp_path, smal
 def test_where_a_single_row_is_too_much_it_says_so(base, rows, tmp_path, small_memory):
     small_memory(0)
     with pytest.raises(OutOfMemory, match=r"with 1 row .* --checkpointing, a smaller --max-length"):
-        train(recipe(base, rows, tmp_path / "run", auto_batch=True, method="dense", batch_size=2), QUIET)
+        train(recipe(base, rows, tmp_path / "run", method="dense", batch_size=1), QUIET)
     assert not (tmp_path / "run").exists()
-
-
-def test_it_is_for_one_process(base, rows, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match="auto_batch is for one process"):
-        train(recipe(base, rows, tmp_path / "run", auto_batch=True), QUIET)
 
 
 @pytest.mark.parametrize(

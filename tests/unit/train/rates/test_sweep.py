@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from siftune.base.errors import InputError, RecipeError, TrainingError
 from siftune.data.read import load_rows
 from siftune.data.tasks import arithmetic_rows
-from siftune.methods.options import GASTSettings, ISTSettings, LISASettings
+from siftune.methods.options import GASTSettings, ISTSettings
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.records.rows import read_rows
@@ -224,9 +224,9 @@ def test_a_method_that_cannot_run_is_refused_before_the_first_run(plain, tmp_pat
     with pytest.raises(InputError, match="adapter is full and no layers are given"):
         open_sweep(replace(plain, adapter="full", rank=None), grid("rst", "gast"), tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
-    deep = replace(plain, lisa=LISASettings(active=9))  # only training finds out how many layers there are
-    with pytest.raises(RecipeError, match=r"lisa.active is 9, but only 4 layers"):
-        swept(deep, grid("dense", "lisa"), tmp_path / "sweep")
+    deep = replace(plain, layers=(9,))  # only training finds out how many layers there are
+    with pytest.raises(InputError, match="9"):
+        swept(deep, grid("dense"), tmp_path / "sweep")
     assert not (tmp_path / "sweep" / "results.jsonl").exists()
 
 

@@ -1,4 +1,6 @@
-"""LISA: a few layers drawn at random and held for some steps.
+"""LISA: a few layers drawn at random and held for some steps. A method outside the package.
+
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=[LISA(active=2, interval=20)])
 
 Pan et al., "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning", NeurIPS 2024,
 arXiv 2403.17919, algorithm 1: every K steps draw γ decoder layers uniformly; these train, and the embeddings and the
@@ -8,8 +10,7 @@ head; all others are frozen.
     K   `interval`
 
 The paper trains the layers' full weights, and embeddings and head as well. Here the trainable parameters of a layer
-train, be they adapters or (`siftune train --adapter full`) weights. Trainable parameters outside of the layers train in
-every step; here they are frozen.
+train, be they adapters or weights. Trainable parameters outside of the layers train in every step.
 
 Ours, not the paper's: a share of the layers instead of a number. The optimizer drops the state of the layers that
 leave. The paper does not mention it, but its claim on memory requires it.
@@ -20,23 +21,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic.dataclasses import dataclass as checked
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from siftune.base.errors import RecipeError
+from siftune.base.errors import RecipeError, UnsupportedError
 from siftune.base.numerics import draw_uniform
-from siftune.base.settings import documented
+from siftune.base.settings import CONFIG, Count, CountOrShare, Settings
+from siftune.engine.groups import group_by_layer
 from siftune.methods.drivers.layer_callback import LayerCallback
 from siftune.methods.drivers.layer_driver import Compare, LayerChoice, LayerPolicy, LayerStack
-from siftune.methods.options import LISASettings, count_of
+from siftune.methods.options import count_of
+
+
+@checked(config=CONFIG)
+class LISASettings(Settings):
+    """Options, whose ranges are checked."""
+
+    group = "lisa"
+
+    active: CountOrShare = 2
+    """Layers that train: a number of layers, or a share such as 0.25."""
+    interval: Count = 20
+    """Optimizer steps between two draws."""
 
 
 class HeldLayers(LayerPolicy):
-    """Draws layers and holds them for `interval` optimizer steps.
-
-    Raises:
-        RecipeError: `active` is above the number of layers with trainable parameters.
-    """
-
-    drops_state = True
+    """Draws layers and holds them for `interval` optimizer steps."""
 
     def __init__(self, stack: LayerStack, settings: LISASettings, generator: torch.Generator) -> None:
         self._layers = len(stack.numbers)
@@ -62,27 +72,30 @@ class HeldLayers(LayerPolicy):
         self._current = tuple(state["current"])
 
 
-@documented
 @dataclass(eq=False)
 class LISA(LayerCallback, LISASettings):
-    """LISA: a few layers at random, held for some steps (arXiv 2403.17919).
+    """A few layers at random, held for some steps. In a plain loop with `attach`, the optimizer keeps its state.
 
     Args:
-        seed: Seed of LISA's own generator.
+        active: Layers that train: a number of layers, or a share such as 0.25.
+        interval: Optimizer steps between two draws.
+        seed: Seed of the method's own generator.
         layers: Path of the decoder layers, if their structure does not identify them.
-
-    Attributes:
-        last: The `LayerChoice` of the current step; its `layers` are the numbers of the layers that train.
-        on_select: Callback for each step's choice, optional.
-
-    Raises:
-        RecipeError: A setting is out of its range.
-
-    Example:
-        >>> trainer = Trainer(model, args, train_dataset=rows, callbacks=[LISA(active=2, interval=20)])
-        >>> output = trainer.train()
     """
 
     def policy(self, stack: LayerStack, generator: torch.Generator) -> HeldLayers:
         """Layers at random, held."""
         return HeldLayers(stack, self, generator)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Choose the layers of a step, and drop the optimizer's state of the others."""
+        super().on_step_begin(args, state, control, **kwargs)
+        optimizer = kwargs["optimizer"]
+        if args.deepspeed:
+            raise UnsupportedError("LISA drops parts of the optimizer's state, which DeepSpeed holds: train with DDP")
+        assert self.last is not None
+        for group in group_by_layer(kwargs["model"], self.layers):
+            for parameter in group.parameters.values() if group.index not in self.last.layers else ():
+                optimizer.state.pop(parameter, None)

@@ -1,0 +1,200 @@
+"""Rows of decision files, as report pages show them: the scores of a sifted pool, or a list of rows."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from siftune.base.errors import InputError
+from siftune.base.text import finite
+from siftune.records.decisions import PLACE, SELECTED, is_selected
+from siftune.sifting.run import SCORES
+from siftune.sifting.scores import NO_LIMITS, Limits
+from siftune.sifting.scoring import AVOID
+
+TEXTS = ("source", "prompt", "completion", "reason")  # columns; the others are numbers
+_WIDEST = 2**31 - 1  # characters of a field
+
+# states of a row, in their order on a page
+CHOSEN, BY_SCORE, LIKE_BAD, OTHER = "selected", "score", "like the bad rows", "other task"
+
+
+class Scored(NamedTuple):
+    """A row of a decision file.
+
+    Attributes:
+        fields: Its fields as in the file, in the order of the header.
+        place: Its place.
+        selected: Whether a training takes it.
+        score: Its score; None if it has none, as a row of another task or a bad row in the pool.
+        similarity: Similarity of its prompt to the target's; None if it has none.
+        losses: Losses before and after a training on bad rows; None if it has none.
+        source: Its source.
+        prompt: Its prompt as in the file, which may be cut: see `plain`.
+        completion: Its completion as in the file.
+        state: "selected", or why a sifted pool goes without it; empty in another file.
+    """
+
+    fields: Sequence[str]
+    place: str
+    selected: bool
+    score: float | None
+    similarity: float | None
+    losses: tuple[float, float] | None
+    source: str
+    prompt: str
+    completion: str
+    state: str = ""
+
+
+class DecisionList(NamedTuple):
+    """The rows of a decision file: its header, and its rows in their order."""
+
+    path: Path
+    header: Sequence[str]
+    rows: list[Scored]
+
+
+def read_list(path: Path) -> DecisionList:
+    """Read a decision file.
+
+    Raises:
+        InputError: It cannot be read, it is no decision file, or it has no rows; the message names the file.
+    """
+    before = csv.field_size_limit(_WIDEST)
+    try:
+        reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
+        header = next(reader, [])
+        if missing := [name for name in (PLACE, SELECTED, "prompt", "completion") if name not in header]:
+            raise InputError(
+                f"{path} has no column {missing[0]!r}, so it is no list of rows: give scores.csv of siftune sift, or a "
+                "file of siftune rows --csv"
+            )
+        rows = []
+        for fields in reader:
+            if not fields:
+                continue
+            try:
+                rows.append(_scored(dict(zip(header, fields, strict=True)), tuple(fields)))
+            except ValueError as error:
+                raise InputError(f"{path}:{reader.line_num} cannot be read ({error}): correct the line") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read ({error}): write it again") from error
+    finally:
+        csv.field_size_limit(before)
+    if not rows:
+        raise InputError(f"{path} has no rows: give a list with rows")
+    return DecisionList(path, header, rows)
+
+
+def _scored(line: dict[str, str], fields: Sequence[str]) -> Scored:
+    before, after = (_number(line.get(name, "")) for name in ("loss_before", "loss_after"))
+    return Scored(
+        fields,
+        line[PLACE],
+        is_selected(line[SELECTED]),
+        _number(line.get("score", "")),
+        _number(line.get("similarity", "")),
+        None if before is None or after is None else (before, after),
+        line.get("source", ""),
+        line["prompt"],
+        line["completion"],
+    )
+
+
+def _number(text: str) -> float | None:
+    return finite(text) if text.strip() else None
+
+
+def plain(field: str) -> str:
+    """The text of a field, without the apostrophe that keeps a spreadsheet from computing it.
+
+    Example:
+        >>> plain("'=1+1"), plain("'tis")
+        ('=1+1', "'tis")
+    """
+    return field[1:] if field.startswith("'") and field[1:2] in ("=", "+", "-", "@", "\t", "\n") else field
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A sifted pool.
+
+    Attributes:
+        path: Its file of scores.
+        header: Columns of the file.
+        rows: Its rows in the order of their scores; those on one side of the limit first.
+        count: Number of rows on that side: selected ones by a target, by bad rows those that are left out.
+        limits: The limits by which rows were selected, if there were any.
+    """
+
+    path: Path
+    header: Sequence[str]
+    rows: list[Scored]
+    count: int
+    limits: Limits = NO_LIMITS
+
+
+def by_target(folder: Path, state: dict[str, Any]) -> Pool | None:
+    """The pool of a folder of `siftune sift`, by the scores of the target; None without a target.
+
+    Selected rows by score come first, then the others of the task by score, those like the bad rows, and other tasks by
+    their prompts.
+
+    Raises:
+        InputError: As `read_list`.
+    """
+    if not (folder / SCORES).is_file():
+        return None
+    read, bad = read_list(folder / SCORES), by_bad_rows(folder)
+    limits = Limits(_limit(state, "score_limit"), _limit(state, "similarity_limit"))
+    like_bad = {row.place for row in bad.rows if not row.selected} if bad else set()
+    outside = -math.inf if limits.similarity is None else limits.similarity
+
+    def state_of(row: Scored) -> str:
+        if row.selected:
+            return CHOSEN
+        if row.similarity is None:  # of the pool's rows, only bad rows in it are not compared
+            return LIKE_BAD
+        if row.score is None or row.similarity < outside:
+            return OTHER
+        return LIKE_BAD if row.place in like_bad else BY_SCORE
+
+    rows = [row._replace(state=state_of(row)) for row in read.rows]
+    rows.sort(key=_order)
+    return Pool(read.path, read.header, rows, sum(row.selected for row in rows), limits)
+
+
+def _limit(state: dict[str, Any], name: str) -> float | None:
+    """A limit from the record of a sifting; None without one."""
+    try:
+        return finite(state[name])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _order(row: Scored) -> tuple[int, bool, float]:
+    by_prompt = row.state == OTHER or row.score is None
+    return (
+        (CHOSEN, BY_SCORE, LIKE_BAD, OTHER).index(row.state),
+        by_prompt,
+        -(row.similarity or 0.0) if by_prompt or row.score is None else row.score,
+    )
+
+
+def by_bad_rows(folder: Path) -> Pool | None:
+    """The pool of a folder of `siftune sift`, by the scores of the bad rows, lowest first; None without bad rows.
+
+    Raises:
+        InputError: As `read_list`.
+    """
+    path = folder / AVOID / SCORES
+    if not path.is_file():
+        return None
+    read = read_list(path)
+    rows = [row._replace(state=CHOSEN if row.selected else LIKE_BAD) for row in read.rows]
+    rows.sort(key=lambda row: (row.selected, -math.inf if row.score is None else row.score))
+    return Pool(path, read.header, rows, sum(not row.selected for row in rows))

@@ -1,0 +1,127 @@
+"""Complete texts of the rows of a list, and its rows with another completion.
+
+Decision files cut texts, and change those that a spreadsheet would compute. The rows themselves are in the files that
+the places name. A list from another party could name any file, so one is read only if the user has written this list
+on this machine (records/again.py), or names the file in the command.
+"""
+
+import json
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from siftune.base.errors import DataError, InputError
+from siftune.base.text import counted, file_of, inert, one_line, path_and_split
+from siftune.data.read import placed_records
+from siftune.data.rows import Row, parse_rows
+from siftune.records.rows import Text, text_of
+from siftune.report.scored import Scored
+
+
+class Complete(NamedTuple):
+    """A row as it is in its file.
+
+    Attributes:
+        text: Its text.
+        around: The row as a line of JSON: the parts before and after its completion, a string in quotes. None if only
+            its text can be read.
+    """
+
+    text: Text
+    around: tuple[str, str] | None
+
+
+def complete_rows(
+    rows: Sequence[Scored], own: bool, files: Sequence[str] = (), columns: Sequence[str] = ()
+) -> tuple[dict[str, Complete], list[str]]:
+    """Read rows from the files that their places name.
+
+    Args:
+        rows: The rows.
+        own: Whether the user has written their list, so that the files it names may be read.
+        files: Files that the user names. They stand for those of the same name in places.
+        columns: Names of columns, as for `siftune.data.rows.parse_rows`.
+
+    Returns:
+        The rows by their places, without those that cannot be read or that have changed since they were listed; and a
+        clause for each reason.
+    """
+    wanted: dict[str, dict[str, Scored]] = {}
+    for row in rows:
+        wanted.setdefault(file_of(row.place), {})[row.place] = row
+    complete: dict[str, Complete] = {}
+    reasons: list[str] = []
+    for source, of_file in wanted.items():
+        named = next((file for file in files if Path(file).name == Path(source).name), None)
+        if named is None and not own:
+            reasons.append(
+                f"{one_line(source)} is not read, because this user has not written the list on this machine; name the "
+                "file with `--files`"
+            )
+            continue
+        file = named or source
+        if not Path(path_and_split(file)[0]).expanduser().exists():
+            reasons.append(f"{one_line(source)} is no file here; name it with `--files` if it was moved")
+            continue
+        try:
+            read = _read(file, {file + place.removeprefix(source): row for place, row in of_file.items()}, columns)
+        except InputError as error:
+            reasons.append(f"{one_line(source)} cannot be read: {error}")
+            continue
+        complete |= {source + place.removeprefix(file): row for place, row in read.items()}
+        if changed := len(of_file) - len(read):
+            verb = "has" if changed == 1 else "have"
+            reasons.append(f"{counted(changed, 'row')} of {one_line(source)} {verb} changed, or cannot be read as text")
+    return complete, reasons
+
+
+def _read(file: str, wanted: Mapping[str, Scored], columns: Sequence[str]) -> dict[str, Complete]:
+    """The rows of a file that are wanted, by their places, without those whose text is another one."""
+    records = {}
+    for number, (place, record) in enumerate(placed_records(file)):
+        if number == 0 or place in wanted:  # the first row determines the format
+            records[place] = record
+    bad: list[DataError] = []
+    complete = {}
+    for row in parse_rows(records.items(), columns, bad):
+        listed = wanted.get(row.origin)
+        text = text_of(row)
+        if listed and _same(listed.prompt, text.prompt) and _same(listed.completion, text.completion):
+            complete[row.origin] = Complete(text, _around(records[row.origin], row, columns))
+    return complete
+
+
+def _same(field: str, text: str) -> bool:
+    """Whether the field of a list holds a text, or its start with an ellipsis."""
+    whole = inert(text)
+    return whole == field or (field.endswith("…") and whole.startswith(field[:-1]))
+
+
+def _around(record: dict[str, Any], row: Row, columns: Sequence[str]) -> tuple[str, str] | None:
+    """JSON of a record before and after its completion; None if no string of it is the completion."""
+    mark = secrets.token_hex(16)
+    for keys in _completions(record, columns):
+        changed = deepcopy(record)
+        inner: Any = changed
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = mark
+        if parse_rows([(row.origin, changed)], columns, []) == [replace(row, completion=mark)]:
+            before, after = json.dumps(changed, default=str).split(f'"{mark}"')
+            return before, after
+    return None
+
+
+def _completions(record: Mapping[str, Any], columns: Sequence[str]) -> Iterator[list[Any]]:
+    """Where a record may have its completion, as keys from the outside to the string."""
+    names = dict(pair.split("=", 1) for pair in columns if "=" in pair)
+    for name in ("completion", "output", "messages", "conversations", "text"):
+        column = names.get(name, name)
+        value = record.get(column)
+        if isinstance(value, str):
+            yield [column]
+        elif isinstance(value, list) and value and isinstance(value[-1], dict):
+            yield from ([column, -1, key] for key in ("content", "value") if isinstance(value[-1].get(key), str))

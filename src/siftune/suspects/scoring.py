@@ -1,0 +1,227 @@
+"""Score the training rows of a run under models that were not trained on them.
+
+A model repeats the rows that it was trained on, wrong ones too, so that their losses say little after a few passes. The
+rows are therefore split into halves (ours). Two short trainings with the run's own settings take a half each, and score
+the other half and its decoys. Copies are in the same half. Rows of a target are trusted: they are in both trainings,
+and get no score.
+
+A training takes one pass over its half, at least 30 and at most 300 steps (ours). With the losses of the rows and of
+two decoys each, the time is nearly that of two passes over all rows. Where a decoy is more likely than the row, both
+completions are also scored after another prompt. An interrupted call continues:
+
+    RUN/halves/0/, 1/         run folders of the trainings
+    RUN/halves/0.parquet, …   losses of the half that a training scores, as in `losses`
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from siftune.base.errors import DataError, TrainingError
+from siftune.base.files import Progress
+from siftune.base.stages import stages, text_console
+from siftune.base.text import counted
+from siftune.data.rows import Row, row_texts
+from siftune.data.tokens import Form, tokens_of
+from siftune.evaluate.likelihood import row_nll
+from siftune.models.attention import short_rows
+from siftune.recipe.schema import Recipe
+from siftune.records.again import recipe_again
+from siftune.records.decisions import absolute_place
+from siftune.records.rows import read_rows
+from siftune.suspects.decoys import decoys_of
+from siftune.suspects.losses import Losses, read_losses, trained_rows, write_losses
+from siftune.suspects.rule import COMPARED
+from siftune.train.folder.run import HALVES, LOSSES, RunFolder
+from siftune.train.guards.memory import free
+from siftune.train.prepare import ModelSource, Source
+from siftune.train.run import Run
+from siftune.train.run import train as tune
+
+FEWEST, MOST = 30, 300  # steps of a training (ours)
+_LARGER = 2  # rows per forward pass, over those of a training batch: no activations are kept
+
+
+def score_run(
+    run: Path,
+    files: Sequence[str] = (),
+    base: str | None = None,
+    console: Console | None = None,
+    source_of: Callable[[str], Source] = ModelSource,
+) -> None:
+    """Score the training rows of a run, and write `losses.parquet` into its folder.
+
+    Args:
+        run: The run folder.
+        files: Files of the rows, if the recipe is not the user's own: see `records.again`.
+        base: The model to train, in the place of that of the recipe.
+        console: For progress; stderr by default.
+        source_of: Maps the name of the model to its source, as for `siftune.train.run.train`.
+
+    Raises:
+        InputError: As `trained_rows`, or the model cannot be used, or too few rows can be compared.
+        TrainingError: A training failed.
+    """
+    console = console or text_console(stderr=True)
+    rows, about = trained_rows(run, files)
+    recipe = recipe_again(run, files)
+    recipe = replace(recipe, model=base or recipe.model)
+    numbers = np.array([at for at, row in enumerate(rows) if not row.of_target])
+    half_R = half_of([rows[at] for at in numbers])
+    halves = [[rows[at] for at in numbers[half_R == half]] for half in (0, 1)]
+    decoys = [decoys_of(own, recipe.seed) for own in halves]
+    compared = sum(int((own_RD[:, 0] >= 0).sum()) for own_RD in decoys)
+    if compared < COMPARED:
+        raise DataError(
+            f"only {counted(compared, 'row')} of {run} can be compared with a row that has another answer, but "
+            f"{COMPARED} are needed; rows of plain text have no answers"
+        )
+    folder, parts = run / HALVES, []
+    folder.mkdir(exist_ok=True)
+    try:
+        for half in (0, 1):
+            path = folder / f"{half}.parquet"
+            if not path.is_file():
+                own = numbers[half_R == half]
+                tuned = tuned_on(halves[1 - half], recipe, folder / str(half), console, source_of)
+                with stages(console) as progress:
+                    losses = losses_of(tuned, halves[half], decoys[half], recipe, progress)
+                other = np.where(losses.other < 0, -1, own[losses.other]).astype(np.int32)
+                write_losses(path, replace(losses, row=own.astype(np.int32), other=other), about)
+                del tuned
+                free()
+            parts.append(read_losses(path, about))
+    except KeyboardInterrupt as stop:
+        stop.__notes__ = ["the same command continues"]  # not that of the training
+        raise
+    every = Losses(*(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(Losses)))
+    order = np.argsort(every.row)
+    write_losses(run / LOSSES, Losses(*(getattr(every, each.name)[order] for each in fields(Losses))), about)
+    shutil.rmtree(folder)
+
+
+def half_of(rows: Sequence[Row]) -> NDArray[np.int64]:
+    """Number of each row's half, 0 or 1, by its text; (R,).
+
+    Example:
+        >>> from siftune.data.rows import rows_from
+        >>> half_of(rows_from([{"text": text} for text in ("one", "two", "one", "three")])).tolist()
+        [0, 0, 0, 1]
+    """
+    texts = [*row_texts(rows)]
+    numbers = {text: number for number, text in enumerate(sorted({*texts}))}
+    return np.array([numbers[text] % 2 for text in texts])
+
+
+def tuned_on(
+    rows: Sequence[Row], recipe: Recipe, folder: Path, console: Console, source_of: Callable[[str], Source]
+) -> Run:
+    """Train on some of the rows of a run, and on its target.
+
+    Args:
+        rows: The rows, without those of the target.
+        recipe: The run's recipe, whose files may be read.
+        folder: Run folder of the training; a training that was interrupted there continues.
+        console: For progress.
+        source_of: As for `score_run`.
+
+    Raises:
+        TrainingError: The training failed.
+    """
+    continues = folder.exists() and RunFolder(folder).has_checkpoint() and not RunFolder(folder).has_finished()
+    if folder.exists() and not continues:
+        shutil.rmtree(folder)
+    places = {absolute_place(row.origin) for row in rows}
+    recipe = replace(recipe, eval=None, eval_share=0.0, keep=None)
+    every = read_rows(replace(recipe, target=None, drop_rows=None, method="dense", bad_rows="drop")).parts["train"]
+    others = [place for row in every if (place := absolute_place(row.origin)) not in places]
+    drop_rows = folder.with_suffix(".txt")
+    drop_rows.write_text("".join(f"{place}\n" for place in others), encoding="utf-8")
+    of_target = recipe.target_share if recipe.target else 0.0
+    steps = round(len(rows) / (1 - of_target) / (recipe.batch_size * recipe.accumulate))
+    recipe = replace(
+        recipe,
+        drop_rows=str(drop_rows),
+        from_adapter=None,
+        steps=min(max(steps, FEWEST), MOST),
+        warmup=Recipe.warmup,
+        out=str(folder),
+        resume=continues,
+        save_every=None,
+        eval_every=None,
+        patience=None,
+        report_to=("none",),
+        sharding="none",
+    )
+    console.print(f"training on {counted(len(rows), 'row')}, to score the others", markup=False)
+    try:
+        return tune(recipe, console, source_of)
+    except TrainingError as error:  # without the advice to resume that training as a run
+        cause = error.__cause__ if isinstance(error.__cause__, TrainingError) else error
+        raise TrainingError(f"training on half of the rows: {cause}") from error
+
+
+def losses_of(
+    tuned: Run, rows: Sequence[Row], decoys_RD: NDArray[np.int64], recipe: Recipe, progress: Progress | None = None
+) -> Losses:
+    """Score rows and their decoys by one model.
+
+    Args:
+        tuned: The model and its tokenizer.
+        rows: Rows that it was not trained on.
+        decoys_RD: Their decoys, by `decoys_of`.
+        recipe: Its recipe.
+        progress: Receives the number of scored rows.
+
+    Returns:
+        The losses; numbers of rows are those of `rows`.
+    """
+    form = Form(tuned.tokenizer, recipe.max_length, recipe.template)
+
+    def scored(every: Sequence[Row], stage: str) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Losses and label tokens; NaN and 0 for rows that cannot be tokenised, such as those of cut prompts."""
+        nll, counts = np.full(len(every), np.nan), np.zeros(len(every), np.int64)
+        if every:
+            tokens = tokens_of(every, form)
+            pairs = list(zip(tokens.data["input_ids"], tokens.data["labels"], strict=True))
+            usable = [place for place in range(len(every)) if place not in tokens.bad]
+            with short_rows():
+                result = row_nll(tuned.model, pairs, _LARGER * recipe.batch_size, progress, stage)
+            nll[usable], counts[usable] = result.nll, result.tokens
+        return nll, counts
+
+    def crossed(prompts: NDArray[np.int64], completions: NDArray[np.int64]) -> list[Row]:
+        """Prompts of some rows with the completions of others."""
+        return [replace(rows[own], prompt=rows[other].prompt) for other, own in zip(prompts, completions, strict=True)]
+
+    loss_R, tokens_R = scored(rows, "scoring rows")
+    decoy_loss_RD = np.full(decoys_RD.shape, np.inf)
+    prompts, places = np.nonzero(decoys_RD >= 0)
+    decoy_losses, _ = scored(crossed(prompts, decoys_RD[prompts, places]), "scoring other answers")
+    decoy_loss_RD[prompts, places] = np.nan_to_num(decoy_losses, nan=np.inf)
+
+    number_R = np.arange(len(rows))
+    likeliest_R = decoy_loss_RD.argmin(1)
+    other_loss_R, other_R = decoy_loss_RD[number_R, likeliest_R], decoys_RD[number_R, likeliest_R]
+    third_R = np.where(decoys_RD[other_R, 0] == number_R, decoys_RD[other_R, 1], decoys_RD[other_R, 0])
+    elsewhere_R, other_elsewhere_R = np.full((2, len(rows)), np.nan)
+    lost = np.flatnonzero((other_loss_R < loss_R) & (third_R >= 0))
+    elsewhere_R[lost], _ = scored(crossed(other_R[lost], lost), "scoring other prompts")
+    other_elsewhere_R[lost], _ = scored(crossed(third_R[lost], other_R[lost]), "scoring other prompts")
+
+    missing_R = np.isinf(other_loss_R)
+    other_R[missing_R], other_loss_R[missing_R] = -1, np.nan
+    return Losses(
+        row=number_R.astype(np.int32),
+        tokens=tokens_R.astype(np.int32),
+        other=other_R.astype(np.int32),
+        loss=loss_R.astype(np.float32),
+        other_loss=other_loss_R.astype(np.float32),
+        elsewhere=elsewhere_R.astype(np.float32),
+        other_elsewhere=other_elsewhere_R.astype(np.float32),
+    )

@@ -1,0 +1,59 @@
+"""Decoys have the answers of rows with similar prompts."""
+
+import numpy as np
+
+from siftune.data.rows import rows_from
+from siftune.suspects import decoys as module
+from siftune.suspects.decoys import decoys_of
+
+
+def test_decoys_are_of_the_nearest_prompts_with_other_answers():
+    tasks = [f"What is {n} plus {n + 3}?" for n in range(10, 40)], [f"Spell backwards: word{n}" for n in range(10, 40)]
+    rows = rows_from(
+        {"prompt": text, "completion": f"{text[-3:]} {n % 7}"} for task in tasks for n, text in enumerate(task)
+    )
+    decoys = decoys_of(rows, seed=0)
+    assert decoys.shape == (60, 2)
+    for at, others in enumerate(decoys):
+        answers = {rows[other].completion for other in others}
+        assert len(answers | {rows[at].completion}) == 3
+        assert {other // 30 for other in others} == {at // 30}  # of the same task
+
+
+def test_the_similarity_is_the_cosine_of_weighted_trigrams():
+    prompts = [f"{a} {b}" for a in ("apple", "maple", "staple") for b in ("tree", "pie", "leaf")]
+    rows = rows_from({"prompt": text, "completion": str(n)} for n, text in enumerate(prompts))
+    grams = [{f" {text} ".encode()[i : i + 3] for i in range(len(text))} for text in prompts]
+    rarity = {gram: np.log(10 / (1 + sum(gram in own for own in grams))) for own in grams for gram in own}
+
+    def similar(one, other):
+        lengths = [np.sqrt(sum(rarity[gram] ** 2 for gram in own)) for own in (one, other)]
+        return sum(rarity[gram] ** 2 for gram in one & other) / np.prod(lengths)
+
+    for at, others in enumerate(decoys_of(rows, seed=0)):
+        best = sorted((similar(grams[at], own), place) for place, own in enumerate(grams) if place != at)[-2:]
+        assert {*others} == {place for _, place in best}
+
+
+def test_rows_of_two_answers_have_two_decoys_of_the_other_one():
+    rows = rows_from({"prompt": f"number {n}?", "completion": "yes" if n % 3 else "no"} for n in range(30))
+    decoys = decoys_of(rows, seed=0)
+    assert all(
+        rows[other].completion != row.completion for row, both in zip(rows, decoys, strict=True) for other in both
+    )
+    assert (decoys[:, 0] != decoys[:, 1]).all()
+
+
+def test_rows_without_a_prompt_or_another_answer_have_none():
+    assert (decoys_of(rows_from([{"text": str(n)} for n in range(50)]), seed=0) == -1).all()
+    assert (decoys_of(rows_from([{"prompt": str(n), "completion": "yes"} for n in range(50)]), seed=0) == -1).all()
+
+
+def test_of_many_rows_a_sample_is_compared(monkeypatch):
+    rows = rows_from({"prompt": f"number {n}?", "completion": str(n)} for n in range(60))
+    monkeypatch.setattr(module, "_CANDIDATES", 10)
+    monkeypatch.setattr(module, "_AT_ONCE", 7)
+    decoys = decoys_of(rows, seed=0)
+    assert (decoys >= 0).all()
+    assert len(np.unique(decoys)) <= 10
+    assert (decoys_of(rows, seed=1) != decoys).any()

@@ -1,0 +1,197 @@
+"""Losses of a run's rows: those of models that were not trained on them, in a file that fits the rows."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from support.commands import error_of, siftune
+from support.tiny_run import recipe, save_rows
+
+from siftune.base.errors import DataError
+from siftune.data.rows import rows_from
+from siftune.data.tokens import Form, tokens_of
+from siftune.recipe.read import load_recipe
+from siftune.records.again import recipe_again
+from siftune.records.visits import NAME, read_visits
+from siftune.suspects import scoring
+from siftune.suspects.losses import read_losses, trained_rows
+from siftune.suspects.scoring import half_of, score_run, tuned_on
+from siftune.train.folder.run import HALVES, LOSSES
+from siftune.train.prepare import ModelSource
+from siftune.train.run import train
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(scoring, "FEWEST", 2)
+
+
+@pytest.fixture
+def run(base, tmp_path):
+    """A run on 40 rows, two of them copies, with a target, whose rows come last."""
+    few, rows = tmp_path / "few.jsonl", save_rows(tmp_path / "rows.jsonl", 38)
+    few.write_text('{"prompt": "2?", "completion": "4"}\n{"prompt": "3?", "completion": "6"}\n')
+    rows.write_text(rows.read_text() + "".join(rows.read_text().splitlines(keepends=True)[:2]))
+    train(recipe(base, rows, tmp_path / "run", method="dense", target=str(few), steps=1), QUIET)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """The models of the two trainings, and the rows of each."""
+    runs = []
+
+    def kept(settings, *others):
+        tuned = train(settings, *others)
+        places = read_visits(tuned.folder.path / NAME).places
+        runs.append((tuned, {int(place.rpartition(":")[2]) for place in places if "rows.jsonl" in place}, {*places}))
+        return tuned
+
+    monkeypatch.setattr(scoring, "tune", kept)
+    return runs
+
+
+def test_losses_are_those_of_the_model_that_was_not_trained_on_the_row(run, trainings):
+    score_run(run, console=QUIET)
+    rows, about = trained_rows(run)
+    losses = read_losses(run / LOSSES, about)
+    assert losses.row.tolist() == [*range(40)]  # those of the target are trusted
+    assert not (run / HALVES).exists()
+    (_, seen, every), (_, others, _) = trainings
+    assert (seen | others, seen & others) == ({*range(1, 41)}, set())
+    assert {1, 39} <= seen or {1, 39} <= others  # copies
+    assert any("few.jsonl" in place for place in every)
+
+    def loss_of(at, prompt, completion):
+        tuned = next(tuned for tuned, own, _ in trainings if at + 1 not in own)
+        row = replace(rows[completion], prompt=rows[prompt].prompt)
+        encoded = tokens_of([row], Form(tuned.tokenizer, 64, "none")).data[0]
+        labels = np.array(encoded["labels"][1:])
+        with torch.no_grad():
+            logits = tuned.model(input_ids=torch.tensor([encoded["input_ids"]])).logits[0, :-1].double()
+        own = torch.log_softmax(logits, 1).numpy()[np.arange(len(labels)), np.maximum(labels, 0)]
+        return pytest.approx(-own[labels >= 0].sum(), abs=1e-3)
+
+    lost = losses.other_loss < losses.loss
+    assert lost.any()
+    assert (np.isnan(losses.elsewhere) == ~lost).all()
+    thirds = 0
+    for at, other in enumerate(losses.other):
+        assert rows[other].completion != rows[at].completion
+        assert losses.loss[at] == loss_of(at, at, at)
+        assert losses.other_loss[at] == loss_of(at, at, other)
+        if lost[at]:
+            assert losses.elsewhere[at] == loss_of(at, other, at)
+            half = half_of(rows[:40])
+            candidates = [third for third in range(40) if third not in (at, other) and half[third] == half[at]]
+            thirds += any(losses.other_elsewhere[at] == loss_of(at, third, other) for third in candidates)
+    assert thirds == lost.sum()
+
+
+def test_halves_are_equally_large_and_have_copies_together():
+    half = half_of(rows_from([{"prompt": str(n % 90), "completion": "?"} for n in range(100)]))
+    assert (half[:10] == half[90:]).all()
+    assert half[:90].sum() == 45
+
+
+@pytest.mark.parametrize(("rows", "target", "steps"), [(20, 0.0, 5), (20, 0.5, 10), (4, 0.0, 2), (400, 0.0, 9)])
+def test_a_training_takes_one_pass_over_its_half(run, monkeypatch, tmp_path, rows, target, steps):
+    monkeypatch.setattr(scoring, "MOST", 9 if rows == 400 else 300)
+    monkeypatch.setattr(scoring, "tune", lambda settings, *_: settings)
+    own = replace(recipe_again(run), target_share=target, batch_size=2, accumulate=2, warmup=500)
+    every = rows_from([{"prompt": str(n), "completion": "?"} for n in range(rows)])
+    settings = tuned_on(every, own, tmp_path / "0", QUIET, ModelSource)
+    assert (settings.steps, settings.lr, settings.target) == (steps, 1e-2, own.target)
+    assert settings.warmup == load_recipe(run / "recipe.yaml").warmup < 1
+
+
+def test_rows_that_the_run_left_out_are_in_neither_half(base, tmp_path, trainings):
+    rows, drop = save_rows(tmp_path / "rows.jsonl", 60), tmp_path / "drop.txt"
+    drop.write_text(f"{rows}:3\n{rows}:4\n")
+    rows.write_text(rows.read_text() + json.dumps({"prompt": "no completion"}) + "\n")
+    settings = recipe(base, rows, tmp_path / "run", method="dense", drop_rows=str(drop), eval_share=0.2, steps=1)
+    train(replace(settings, bad_rows="drop"), QUIET)
+    used = {place for place in read_visits(tmp_path / "run" / NAME).places}
+    score_run(tmp_path / "run", console=QUIET)
+    (_, _, one), (_, _, other) = trainings
+    every = {row.origin for row in trained_rows(tmp_path / "run")[0]}
+    assert one | other == every
+    assert used <= every
+    assert 30 < len(every) < 58
+
+
+def test_an_interrupted_call_continues(run, trainings, monkeypatch):
+    whole = scoring.losses_of
+
+    def interrupted(*arguments):
+        if len(trainings) == 2:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(scoring, "losses_of", interrupted)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        score_run(run, console=QUIET)
+    assert stop.value.__notes__ == ["the same command continues"]
+    assert (run / HALVES / "0.parquet").is_file()
+    monkeypatch.setattr(scoring, "losses_of", whole)
+    score_run(run, console=QUIET)
+    assert len(trainings) == 3  # of the second half again
+    resumed = read_losses(run / LOSSES, trained_rows(run)[1])
+    score_run(run, console=QUIET)
+    again = read_losses(run / LOSSES, trained_rows(run)[1])
+    assert np.array_equal(resumed.loss, again.loss)
+
+
+def test_the_command_scores_once_and_training_again_removes_the_scores(run, capsys, monkeypatch):
+    result, said = siftune(capsys, "rows", run)
+    assert (result["rows"], "No row is listed" in said or result["suspects"] > 0) == (40, True)
+    monkeypatch.setattr(scoring, "tune", None)  # would be called to score again
+    assert siftune(capsys, "rows", run)[0] == result
+    (run / HALVES).mkdir()
+    train(replace(load_recipe(run / "recipe.yaml"), resume=True, steps=2), QUIET)
+    assert not (run / LOSSES).exists()
+    assert not (run / HALVES).exists()
+
+
+def test_too_few_rows_are_refused_before_a_training(base, tmp_path, capsys, monkeypatch):
+    rows = save_rows(tmp_path / "rows.jsonl", 24)
+    train(recipe(base, rows, tmp_path / "run", method="dense", steps=1), QUIET)
+    monkeypatch.setattr(scoring, "tune", None)
+    said = error_of(capsys, "rows", tmp_path / "run")
+    assert "only 24 rows of" in said
+    assert "30 are needed" in said
+
+
+def test_a_run_of_another_method_is_scored_with_it(base, tmp_path, trainings):
+    rows = save_rows(tmp_path / "rows.jsonl", 40)
+    train(
+        recipe(base, rows, tmp_path / "run", method="gast", adapter="full", rank=None, layers=(0,), lr=1e-3, steps=1),
+        QUIET,
+    )
+    score_run(tmp_path / "run", console=QUIET)
+    assert len(trainings) == 2
+    assert np.isfinite(read_losses(tmp_path / "run" / LOSSES, trained_rows(tmp_path / "run")[1]).loss).all()
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(path.read_bytes()[:50]), lambda path: path.unlink()])
+def test_a_missing_or_damaged_file(tmp_path, spoil):
+    (tmp_path / LOSSES).write_bytes(b"PAR1")
+    spoil(tmp_path / LOSSES)
+    with pytest.raises(DataError, match=LOSSES):
+        read_losses(tmp_path / LOSSES, "")
+
+
+def test_scores_of_other_rows_are_refused(run):
+    score_run(run, console=QUIET)
+    with pytest.raises(DataError, match="other rows"):
+        read_losses(run / LOSSES, "another digest")
+
+
+def test_a_run_without_a_record_of_its_rows(run, capsys):
+    (run / NAME).unlink()
+    assert "no rows were recorded" in error_of(capsys, "rows", run)
