@@ -90,7 +90,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
 
 # results of earlier code, and the figures that they support
 NOTES = {
-    "natural.jsonl": "It supports docs/sifting.md, which README.md quotes. `afbc9681+changes` is the code of 73d6ed86 "
+    "natural.jsonl": "It supports docs/sifting.md, which README.md quotes. `0bb37074+changes` is the code of 979e1bad "
     "before its commit.",
     "avoid.jsonl": "Lines without `commit` are of earlier code, which had a second implementation of `--avoid`; their "
     "methods other than `dense`, `oracle` and `right late` are scores. They support docs/avoid.md, which is quoted in "

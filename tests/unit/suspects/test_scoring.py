@@ -116,7 +116,7 @@ def test_rows_that_the_run_left_out_are_in_neither_half(base, tmp_path, training
     rows.write_text(rows.read_text() + json.dumps({"prompt": "no completion"}) + "\n")
     settings = recipe(base, rows, tmp_path / "run", method="dense", drop_rows=str(drop), eval_share=0.2, steps=1)
     train(replace(settings, bad_rows="drop"), QUIET)
-    used = {place for place in read_visits(tmp_path / "run" / NAME).places}
+    used = {*read_visits(tmp_path / "run" / NAME).places}
     score_run(tmp_path / "run", console=QUIET)
     (_, _, one), (_, _, other) = trainings
     every = {row.origin for row in trained_rows(tmp_path / "run")[0]}
