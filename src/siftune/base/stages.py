@@ -38,16 +38,20 @@ def stages(console: Console, clock: Clock = time.monotonic, names: Sequence[str]
 
 
 class _Pace:
-    """The time left of a stage, at its speed since the first report: a stage that continues may begin late."""
+    """The time left of a stage, at its speed since the first report: a stage that continues may begin late.
+
+    A stage that prepares something first repeats its first report after that, whose time then does not count.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._stage, self._last, self._first, self._began = "", 0, 0, 0.0
+        self._stage, self._last, self._first, self._began, self._reports = "", 0, 0, 0.0, 0
 
     def report(self, stage: str, done: int, total: int) -> tuple[bool, float | None]:
         """Whether a stage begins, perhaps with the name of the last one; and the seconds left, if they are known."""
         now, begins = self._clock(), stage != self._stage or done < self._last
-        if begins:
+        self._reports = 1 if begins else self._reports + 1
+        if begins or (self._reports == 2 and done == self._first):
             self._first, self._began = done, now
         self._stage, self._last = stage, done
         if not self._first < done < total:

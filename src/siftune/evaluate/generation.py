@@ -60,12 +60,13 @@ def greedy(
     with evaluating(model), contiguous_head_input(inner):
         for batch in by_length([len(ids) for ids in prompts_ids], batch_size):
 
-            def report(tokens: int, before: int = done, here: int = len(batch)) -> None:
+            def report(steps: int, before: int = done, here: int = len(batch)) -> None:
                 if progress is not None:
-                    progress("writing answers", before + here * tokens // max_new_tokens, len(prompts_ids))
+                    progress("writing answers", before + here * steps // max_new_tokens, len(prompts_ids))
 
             report(0)
             texts = continued(inner, [prompts_ids[i] for i in batch], settings, report)
+            report(max_new_tokens)
             done += len(batch)
             for i, ids in zip(batch, texts, strict=True):
                 outputs[i] = _until_end(ids, eos_ids)

@@ -11,14 +11,14 @@ from siftune.models.modules import model_device
 
 
 class _Report(StoppingCriteria):  # type: ignore[misc]
-    """Reports each step of a generation, and stops nothing."""
+    """Reports each step of a generation after the prompts, and stops nothing."""
 
     def __init__(self, prompt: int, report: Callable[[int], None]) -> None:
         self._prompt, self._report = prompt, report
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Report the number of new tokens."""
-        self._report(input_ids.shape[1] - self._prompt)
+        """Report the number of steps: the first new token takes none, since it follows from reading the prompts."""
+        self._report(input_ids.shape[1] - self._prompt - 1)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -34,7 +34,7 @@ def continued(
         model: transformers' own model.
         begins: Token ids, at least one each; they are padded on the left.
         settings: With `pad_token_id`; they replace the model's own meanwhile, which `generate` would merge into them.
-        report: Receives the number of new tokens so far, after each.
+        report: Receives the number of steps since the prompts were read, from 0; one fewer than the new tokens.
     """
     longest, device = max(map(len, begins)), model_device(model)
     gaps = [longest - len(ids) for ids in begins]

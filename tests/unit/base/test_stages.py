@@ -37,6 +37,14 @@ def test_the_time_left_is_that_at_the_speed_of_this_call():
     ]
 
 
+def test_the_time_before_the_first_report_is_repeated_does_not_count():
+    """As that of reading prompts, before the first token is written."""
+    told = [(0, "texts", 0, 400), (50, "texts", 0, 400), (53, "texts", 0, 400), (60, "texts", 200, 400)]
+    assert shown(*told).splitlines() == [
+        "texts: 0 of 400", "texts: 0 of 400", "texts: 200 of 400, 10 s left",
+    ]  # fmt: skip
+
+
 def test_a_stage_that_begins_again_has_a_speed_of_its_own():
     first = [(0, "rows", 0, 300), (40, "rows", 200, 300)]
     again = [(100, "rows", 0, 600), (110, "rows", 300, 600)]

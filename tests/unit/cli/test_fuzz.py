@@ -27,7 +27,7 @@ COMMANDS = {
 }
 READ = {  # what of a run each reads; the rest of the run's files is of no account to it
     "report": ("run.json", "recipe.yaml", "metrics.jsonl", "selections.parquet", "rows.parquet", "eval.json"),
-    "rows": ("run.json", "recipe.yaml", "rows.parquet", "rows.txt"),
+    "rows": ("run.json", "recipe.yaml", "rows.parquet", "rows.txt", "losses.parquet"),
     "eval": ("recipe.yaml", "run.json", "adapter/"),
     "export": ("recipe.yaml", "run.json", "adapter/"),
     "resume": ("recipe.yaml", "run.json", "metrics.jsonl", "selections.parquet", "checkpoints/"),
@@ -39,11 +39,12 @@ READ = {  # what of a run each reads; the rest of the run's files is of no accou
 def place(base, tmp_path_factory):
     """A folder with a run that was measured, and beside it a copy: a recipe names its folder, so runs stay in place."""
     place = tmp_path_factory.mktemp("place")
-    rows = save_rows(place / "rows.jsonl")
+    rows = save_rows(place / "rows.jsonl", 64)
     given = ["--train", str(rows), "--eval", str(rows), "--template", "none", "--rank", "2"]
     given += ["--model", str(base), "--steps", "4", "--batch-size", "4", "--log-every", "1", "--save-every", "2"]
     assert main(["train", *given, "--method", "gast", "--gast.support", "rest", "--out", str(place / "run")]) == 0
     assert main(["eval", str(place / "run"), "--limit", "2"]) == 0
+    assert main(["rows", str(place / "run")]) == 0
     shutil.copytree(place / "run", place / "sound")
     return place
 

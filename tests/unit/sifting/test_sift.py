@@ -109,7 +109,7 @@ def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, 
     pool = on_pool(given, tmp_path, of_it.nonzero()[0], steps=steps)
     after, held_out = [], []
     for number, half in enumerate(halves):
-        adapter = by_hand(given, tmp_path, number, pool)
+        adapter = by_hand(given, tmp_path, number, pool, steps=2)  # half of those that are given
         tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
         after.append([score(tuned, tokenizer, row) for row in task.pool])
         held_out += [score(tuned, tokenizer, row) for row in half]
@@ -211,7 +211,7 @@ def test_a_larger_target_has_one_training_that_leaves_out_a_fifth(given, tmp_pat
 def test_the_held_out_rows_determine_the_steps(given, base, tmp_path, monkeypatch):
     """The weights are those of the least held-out loss, and training stops soon after it."""
     monkeypatch.setattr(module, "_EVERY", 1)
-    sift(**{**given, "steps": 12, "lr": 0.1}, share=9, console=QUIET)
+    sift(**{**given, "steps": 24, "lr": 0.1}, share=9, console=QUIET)  # at most 12 of them on the target
     run = RunFolder(tmp_path / "sifted" / "tuning")
     losses = [line["eval_loss"] for line in records(run.path / "metrics.jsonl") if "eval_loss" in line]
     best = int(np.argmin(losses)) + 1

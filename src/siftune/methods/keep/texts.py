@@ -56,13 +56,14 @@ def sample_texts(
         for places in by_length([len(ids) for ids in begins], _AT_A_TIME):
             room = [rooms[place] for place in places]
 
-            def report(tokens: int, done: int = len(texts), here: int = len(places), most: int = max(room)) -> None:
+            def report(steps: int, done: int = len(texts), here: int = len(places), most: int = max(room)) -> None:
                 if progress is not None:
-                    progress("sampling texts", done + here * tokens // most, count)
+                    progress("sampling texts", done + here * steps // most, count)
 
             report(0)
             found = _continued(model, [begins[place] for place in places], room, report)
             texts |= zip(places, found, strict=True)
+            report(max(room))
     return [
         {"input_ids": texts[place], "labels": [IGNORED] * len(begin) + texts[place][len(begin) :]}
         for place, begin in enumerate(begins)
