@@ -293,7 +293,8 @@ def _tuned_on_target(work: Work, few: Few, number: int, trained: Sequence[Row]) 
     """
     top = work.folder.path
     if trained:
-        steps = min(work.steps, math.ceil(_PASS * len(trained) / work.recipe.batch_size))
+        of_step = work.recipe.batch_size * work.recipe.accumulate * world_size()
+        steps = min(work.steps, math.ceil(_PASS * len(trained) / of_step))
         _tune_on_pool(work, ".", trained, steps)
     folder = top / (TUNING if number == 0 else f"{TUNING}-{number}")
     seen, unseen = (_of_training(number, name) for name in (_SEEN, _UNSEEN))
