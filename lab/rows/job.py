@@ -1,8 +1,9 @@
 """One job in a process of its own: `python -m lab.rows.job OUT DATA` reads it from stdin and adds a line to OUT.
 
-A job writes its rows to pool.jsonl, runs `siftune train` and `siftune rows` in their folder, and compares the list, and
-rival scores, with the rows that are wrong. If the job trains for a number of passes, the losses under the model that
-was trained on the rows are a rival; with none, the run has a single step, since `siftune rows` only needs its settings.
+A job writes its rows to pool.jsonl, and runs `siftune train` and `siftune rows` in their folder. The line holds the
+recorded losses, so that the report can apply another rule without training. If the job trains for a number of passes,
+it also holds the losses under the model that was trained on the rows; with none, the run has a single step, since
+`siftune rows` only needs its settings.
 """
 
 import sys
@@ -16,23 +17,22 @@ from numpy.typing import NDArray
 from lab.commands import Commands, flags, load_tuned, settings_of, write_rows
 from lab.lines import work_off
 from lab.rows.cells import Row, rows_of
-from lab.rows.metrics import metrics_of
 from siftune.data.rows import rows_from
 from siftune.data.tokens import tokenize_rows
 from siftune.evaluate.likelihood import row_nll
 from siftune.models.attention import short_rows
 from siftune.records.decisions import read_decisions
 from siftune.suspects.losses import read_losses, trained_rows
-from siftune.suspects.named import ScoredRows
 
 Job = dict[str, Any]
 Record = dict[str, Any]
+
+LOSSES = ("loss", "other_loss", "elsewhere", "other_elsewhere")  # recorded columns of `siftune.suspects.losses.Losses`
 
 
 def scored(job: Job, data: Path, folder: Path) -> Record:
     """Run the commands of a job, and compare."""
     rows, known = rows_of(job, data)
-    bad = np.array([row["bad"] for row in rows])
     commands = Commands()
     with chdir(folder):
         write_rows("pool.jsonl", [_plain(row) for row in rows])
@@ -42,25 +42,23 @@ def scored(job: Job, data: Path, folder: Path) -> Record:
         commands.run(*words, *settings_of(job, "none"), *flags({"max-length": 1024, **length}), "--out", "run")
         before = commands.seconds
         commands.run("rows", "run", "--csv", "suspects.csv")
-        listed = ScoredRows(Path("run"))
-        places = read_decisions("suspects.csv").selected if listed.suspects else {}
-        chosen = np.array([f"{Path('pool.jsonl').resolve()}:{line}" in places for line in range(1, len(rows) + 1)])
         losses = read_losses(Path("run/losses.parquet"), trained_rows(Path("run"))[1])
-        score = np.full(len(rows), np.nan)
-        score[losses.row] = losses.loss - losses.other_loss
-        scores = {"score": score, "loss": losses.loss, "per token": losses.loss / losses.tokens}
-        if job["epochs"]:
-            scores["loss, trained on"] = _trained_on(rows)
+        trained_on = _trained_on(rows) if job["epochs"] else None
+        listed = read_decisions("suspects.csv").selected.values() if Path("suspects.csv").exists() else []
     return {
         "rows": len(rows),
-        "bad": int(bad.sum()),
-        "suspects": int(chosen.sum()),
-        "suspects_bad": int(bad[chosen].sum()),
-        "doubt": listed.doubt,
-        "scores": {name: metrics_of(values, bad) for name, values in scores.items()} if bad.any() else {},
+        "wrong": [number for number, row in enumerate(rows) if row["bad"]],
+        "listed": len(listed),
+        "tokens": losses.tokens.tolist(),
+        "losses": {name: _rounded(getattr(losses, name)) for name in LOSSES},
+        **({} if trained_on is None else {"trained_on": _rounded(trained_on)}),
         "commands": commands.texts,
         "processor_seconds": round(commands.seconds - before, 1),
     }
+
+
+def _rounded(values: NDArray[np.floating]) -> list[float | None]:
+    return [None if np.isnan(value) else round(float(value), 2) for value in values]
 
 
 def _plain(row: Row) -> Row:

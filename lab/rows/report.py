@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lab.lines import read
+from lab.rows.job import LOSSES
+from lab.rows.metrics import auroc, lowest, precision
 from siftune.report.table import Table, markdown_table
+from siftune.suspects.rule import judge
 
 Line = dict[str, Any]
 _SCORES = ("score", "loss", "per token", "loss, trained on")
@@ -25,18 +30,23 @@ def report(lines: Sequence[Line]) -> str:
     """The list of each job, and AUROC and precision among as many rows as are wrong, by score."""
     lists, scores = [], []
     for line in sorted(lines, key=lambda one: (one["job"]["model"], one["job"]["cell"]["name"], one["job"]["seed"])):
-        job, suspects, wrong = line["job"], line["suspects"], line["suspects_bad"]
-        cell = job["cell"]
+        job, cell, count = line["job"], line["job"]["cell"], line["rows"]
         known = f", {cell['known']} correct rows as target" if cell["known"] else ""
         name = [job["model"], f"{cell['name']}{known}", f"{job['lr']:g}", str(job["epochs"]), str(job["seed"])]
-        shares = [f"{100 * part / of:.0f} %" if of else "–" for part, of in ((wrong, suspects), (wrong, line["bad"]))]
-        lists.append([*name, str(line["rows"]), str(line["bad"]), str(suspects), *shares])
-        if line["bad"]:
-            values = [line["scores"].get(kind) for kind in _SCORES]
-            scores.append([*name, *(f"{one['auroc']:.3f}, {one['precision']:.0%}" if one else "–" for one in values)])
+        bad = np.isin(np.arange(count), line["wrong"])
+        losses = [np.array(line["losses"][name], dtype=np.float64) for name in LOSSES]  # None becomes NaN
+        verdict = judge(*losses)
+        suspects, wrong = verdict.count, int(bad[verdict.order[: verdict.count]].sum())
+        shares = [f"{100 * part / of:.0f} %" if of else "–" for part, of in ((wrong, suspects), (wrong, bad.sum()))]
+        lists.append([*name, str(count), str(bad.sum()), str(suspects), *shares, verdict.doubt or "–"])
+        if bad.any():
+            values = [verdict.score, losses[0], losses[0] / np.array(line["tokens"])]
+            values += [np.array(line["trained_on"])] if "trained_on" in line else []
+            figures = [f"{auroc(one, bad):.3f}, {precision(one, bad):.0%}" for one in map(lowest, values)]
+            scores.append([*name, *figures, *["–"] * (4 - len(figures))])
     names = ["model", "pool", "lr", "passes", "seed"]
-    every = Table([*names, "rows", "wrong", "suspects", "of them wrong", "of the wrong ones"], lists, words=(0, 1))
-    ordered = Table([*names, *_SCORES], scores, words=(0, 1))
+    titles = [*names, "rows", "wrong", "suspects", "of them wrong", "of the wrong ones", "if none, why"]
+    every, ordered = Table(titles, lists, words=(0, 1, 10)), Table([*names, *_SCORES], scores, words=(0, 1))
     return f"{markdown_table(every)}\n\nAUROC, precision@k\n\n{markdown_table(ordered)}"
 
 

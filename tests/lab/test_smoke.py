@@ -100,9 +100,8 @@ def test_rows_job(base, suite, tmp_path, monkeypatch):
     cell = {"name": "mixed-50", "rows": 46, "known": 0}
     job = {"cell": cell, "model": base, "seed": 0, "batch": 4, "lr": 1e-2, "epochs": 1, "method": {"name": "rows"}}
     line = {"job": job, **scored(job, suite, tmp_path)}
-    assert (line["rows"], line["bad"]) == (46, 10)
-    assert {"score", "loss", "per token", "loss, trained on"} == line["scores"].keys()
-    assert line["suspects_bad"] <= line["suspects"]
+    assert (line["rows"], len(line["wrong"])) == (46, 10)
+    assert [len(values) for values in (line["tokens"], line["trained_on"], *line["losses"].values())] == [46] * 6
     assert "| mixed-50 |" in report.report([line])
 
 

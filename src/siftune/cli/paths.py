@@ -54,7 +54,7 @@ def check_paths(options: Any) -> None:
         for source in (each for name in _ROWS for each in given.get(name, ())):
             check_columns(source, options.columns)
     for model in (each for name in _MODELS for each in given.get(name, ())):
-        if model != SMOLLM2 and not _manifest_of(model):
+        if model != SMOLLM2 and not (Path(model).expanduser() / "manifest.json").exists():  # a kit, checked later
             resolve(model)
     if isinstance(template := getattr(options, "template", None), Path):
         read_template(template)

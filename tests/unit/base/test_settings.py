@@ -27,6 +27,7 @@ from siftune.base.settings import (
     nearest,
     types_of,
 )
+from siftune.cli.sift import Options as Sift
 from siftune.methods import all_parts
 from siftune.methods.options import GASTSettings, ISTSettings
 from siftune.recipe.schema import Recipe
@@ -158,5 +159,5 @@ def test_nearest_knows_the_names_of_other_trainers():
     assert nearest("per-device-train-batch-size", names) == "batch_size"
     assert nearest("Epoch", names) == "epochs"
     assert nearest("qqqqq", names) is None
-    assert {*ELSEWHERE.values()} <= {*names}
+    assert {*ELSEWHERE.values()} <= {*names, *(field.name for field in fields(Sift))}
     assert get_args(Count)[0] is int

@@ -97,7 +97,7 @@ def test_the_rows_of_the_run_are_the_selected_ones_and_the_target(sifted, task, 
     assert recipe.drop_rows == str(sifted / "sift" / "dropped.csv")
     assert not set(pool) & {*read_decisions(recipe.drop_rows).selected}
     tuning = load_recipe(sifted / "sift" / "tuning" / "recipe.yaml")
-    assert (tuning.steps, tuning.rank, tuning.lr, tuning.template) == (3, 2, 0.01, "none")
+    assert (tuning.steps, tuning.rank, tuning.lr, tuning.template) == (2, 2, 0.01, "none")  # half of 3, rounded up
 
 
 def test_a_run_resumes_without_sifting_in_another_folder(sifted, tmp_path, monkeypatch):

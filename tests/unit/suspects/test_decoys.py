@@ -20,19 +20,22 @@ def test_decoys_are_of_the_nearest_prompts_with_other_answers():
         assert {other // 30 for other in others} == {at // 30}  # of the same task
 
 
-def test_the_similarity_is_the_cosine_of_weighted_trigrams():
-    prompts = [f"{a} {b}" for a in ("apple", "maple", "staple") for b in ("tree", "pie", "leaf")]
+def test_the_similarity_is_the_cosine_of_trigrams_by_rarity():
+    """Words of the task count less than the few words in which its prompts differ."""
+    frames = ("Please classify this message", "What is the request")
+    words = ("zebra", "monkey", "falcon", "salmon", "hamster", "spider", "beetle", "turtle")
+    prompts = [f"{frame}: {word}" for frame in frames for word in words]
     rows = rows_from({"prompt": text, "completion": str(n)} for n, text in enumerate(prompts))
-    grams = [{f" {text} ".encode()[i : i + 3] for i in range(len(text))} for text in prompts]
-    rarity = {gram: np.log(10 / (1 + sum(gram in own for own in grams))) for own in grams for gram in own}
+    grams = [{f" {text.lower()} ".encode()[i : i + 3] for i in range(len(text))} for text in prompts]
+    rarity = {gram: np.log(17 / (1 + sum(gram in own for own in grams))) for own in grams for gram in own}
 
     def similar(one, other):
         lengths = [np.sqrt(sum(rarity[gram] ** 2 for gram in own)) for own in (one, other)]
         return sum(rarity[gram] ** 2 for gram in one & other) / np.prod(lengths)
 
     for at, others in enumerate(decoys_of(rows, seed=0)):
-        best = sorted((similar(grams[at], own), place) for place, own in enumerate(grams) if place != at)[-2:]
-        assert {*others} == {place for _, place in best}
+        best = max((place for place in range(16) if place != at), key=lambda place: similar(grams[at], grams[place]))
+        assert others[0] == best == (at + 8) % 16
 
 
 def test_rows_of_two_answers_have_two_decoys_of_the_other_one():

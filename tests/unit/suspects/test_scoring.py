@@ -94,9 +94,9 @@ def test_losses_are_those_of_the_model_that_was_not_trained_on_the_row(run, trai
 
 
 def test_halves_are_equally_large_and_have_copies_together():
-    half = half_of(rows_from([{"prompt": str(n % 90), "completion": "?"} for n in range(100)]))
-    assert (half[:10] == half[90:]).all()
-    assert half[:90].sum() == 45
+    half = half_of(rows_from([{"prompt": str(n % 91), "completion": "?"} for n in range(101)]))
+    assert (half[:10] == half[91:]).all()
+    assert half[:91].sum() == 45
 
 
 @pytest.mark.parametrize(("rows", "target", "steps"), [(20, 0.0, 5), (20, 0.5, 10), (4, 0.0, 2), (400, 0.0, 9)])
@@ -123,6 +123,19 @@ def test_rows_that_the_run_left_out_are_in_neither_half(base, tmp_path, training
     assert one | other == every
     assert used <= every
     assert 30 < len(every) < 58
+
+
+def test_an_interrupted_training_continues(run, tmp_path, monkeypatch):
+    every, folder = trained_rows(run)[0][:20], tmp_path / "0"
+    tuned_on(every, recipe_again(run), folder, QUIET, ModelSource)
+    ended = json.loads((folder / "run.json").read_text())
+    asked = []
+    monkeypatch.setattr(scoring, "tune", lambda settings, *_: asked.append(settings.resume))
+    for status in ("interrupted", "finished"):
+        (folder / "run.json").write_text(json.dumps({**ended, "status": status}))
+        tuned_on(every, recipe_again(run), folder, QUIET, ModelSource)
+    assert asked == [True, False]
+    assert not folder.exists()  # a training that has finished, but whose rows were not scored, begins again
 
 
 def test_an_interrupted_call_continues(run, trainings, monkeypatch):
