@@ -1,7 +1,7 @@
 """The documentation as a site: `pip install -e ".[docs]" && sphinx-build -W docs site`.
 
 The same pages are readable in a repository browser. They link to each other and to files of the repository by relative
-paths. On the site, links to files outside of `docs/` become plain text.
+paths. On the site, links to files outside of `docs/` become their paths.
 """
 
 import re
@@ -45,9 +45,10 @@ _LINK = re.compile(r"\[([^\]]+)\]\((\.\./[^)\s]*)\)")
 
 
 def _inside(match: re.Match[str]) -> str:
-    """Replace a link that leaves `docs/`: the README becomes the index, other targets become plain text."""
+    """Replace a link that leaves `docs/`: the README becomes the index, other targets become the path of a file."""
     text, target = match.groups()
-    return f"[{text}](index.md)" if target.partition("#")[0] == "../README.md" else text
+    path = target.partition("#")[0].removeprefix("../")
+    return f"[{text}](index.md)" if path == "README.md" else text if text == path else f"{text} (`{path}`)"
 
 
 def _add_options(app: Sphinx, name: str, source: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Draw the README's chart: quality of the methods against their time and memory.
+"""Draw the chart of docs/which_method.md: quality of the methods against their time and memory.
 
     python -m lab.chart
 

@@ -16,6 +16,7 @@ from lab.avoid import report as avoid
 from lab.keep import report as keep
 from lab.lines import key, read
 from lab.pays import report as pays
+from lab.recorded import COMMANDS, NOTES
 from lab.rows import report as rows
 from siftune.report.table import Table, markdown_table
 
@@ -54,8 +55,8 @@ def _private(path: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _reproduced(path: Path) -> str:
-    """The tables that `python -m lab.reproduce` recorded."""
+def _printed(path: Path) -> str:
+    """Tables that a command printed."""
     record = json.loads(path.read_text(encoding="utf-8"))
     tables = [f"## {one['title']}\n\n{markdown_table(Table(one['header'], one['rows']))}" for one in record["tables"]]
     return "\n\n".join([*tables, "\n".join(record["notes"])])
@@ -67,10 +68,12 @@ _OFFSITE = (
     "offsite_middle.jsonl", "offsite_outer.jsonl", "offsite_own.jsonl", "offsite_rates.jsonl",
 )  # fmt: skip
 TABLES: dict[str, Callable[[Path], str]] = {
+    "audit.json": _printed,
     "avoid.jsonl": lambda path: avoid.report(read(path)),
+    "bench.json": _printed,
     "calibration_leak.jsonl": lambda path: calibration_leak.report(read(path)),
-    "commonsense_smollm2.json": _reproduced,
-    "commonsense_smollm2_texts.json": _reproduced,
+    "commonsense_smollm2.json": _printed,
+    "commonsense_smollm2_texts.json": _printed,
     "dp_cost.jsonl": _costs,
     "federated.jsonl": lambda path: federated.report(read(path)),
     "gast_cost.jsonl": _costs,
@@ -86,25 +89,16 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "private.jsonl": _private,
     "quality.jsonl": _quality,
     "rows.jsonl": lambda path: rows.report(read(path)),
+    "scores.json": _printed,
 }
 
-# results of earlier code, and the figures that they support
-NOTES = {
-    "natural.jsonl": "It supports docs/sifting.md, which README.md quotes. `0bb37074+changes` is the code of 979e1bad "
-    "before its commit.",
-    "avoid.jsonl": "Lines without `commit` are of earlier code, which had a second implementation of `--avoid`; their "
-    "methods other than `dense`, `oracle` and `right late` are scores. They support docs/avoid.md, which is quoted in "
-    "README.md and docs/which_method.md.",
-    "pays.jsonl": "Lines without `commit` are of earlier code, which had second implementations of `--target` and "
-    "`--sift`, an earlier score of rows, and methods that are gone. `late-known` is now `target`, `late-gast-half` "
-    "`target-gast`, `known-alone` `few`, and `oracle` replaces `ceiling`. They support target rows and selection of "
-    "layers in docs/measured.md; docs/which_method.md; rates in docs/guide.md; and the table and the chart of "
-    "README.md, but no figure of sifting.",
-    "private.jsonl": "Lines without `commit` are of an earlier script on the same training path. They support "
-    "docs/privacy.md.",
-    "quality.jsonl": "Recorded with an earlier script. It supports the quality of GAST in docs/measured.md, which "
-    "docs/which_method.md quotes, and the chart of README.md.",
-}
+
+def _header(file: str) -> str:
+    """Source of a table, a note on it, and the commands that record it."""
+    source = f"Generated from {file} by `python -m lab.tables {Path(file).stem}`."
+    about = " ".join(part for part in (source, NOTES.get(file)) if part)
+    commands = COMMANDS.get(file, "").strip()
+    return f"{about}\n\n```sh\n{commands}\n```" if commands else about
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,8 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.names or files:
         path = (RESULTS / files[name]).with_suffix(".md")
         table = TABLES[files[name]](RESULTS / files[name])
-        note = f" {NOTES[files[name]]}" if files[name] in NOTES else ""
-        text = f"Generated from {files[name]} by `python -m lab.tables {name}`.{note}\n\n{table}\n"
+        text = f"{_header(files[name])}\n\n{table}\n"
         if not args.check:
             path.write_text(text, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != text:

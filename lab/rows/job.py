@@ -27,7 +27,7 @@ from siftune.suspects.losses import read_losses, trained_rows
 Job = dict[str, Any]
 Record = dict[str, Any]
 
-LOSSES = ("loss", "other_loss", "elsewhere", "other_elsewhere")  # recorded columns of `siftune.suspects.losses.Losses`
+LOSSES = ("loss", "other_loss", "usual", "other_usual")  # recorded columns of `siftune.suspects.losses.Losses`
 
 
 def scored(job: Job, data: Path, folder: Path) -> Record:

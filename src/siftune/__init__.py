@@ -1,4 +1,4 @@
-"""Spend the update only where it counts: layer and sample selection for adapter fine-tuning."""
+"""siftune fine-tunes language models on messy data: a few correct rows of your task show which others to train on."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

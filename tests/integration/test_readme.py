@@ -1,31 +1,61 @@
-"""The README's script and its two-party commands run as printed, in order, in one folder, on few texts of the base."""
+"""The README's commands and its script run as printed on SmolLM2, in one folder with rows of the demo's task."""
 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from siftune.data.tasks import mixed_pool
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FAST = {"train": "--steps 2", "emulate": "--rows 32"}  # instead of one pass over the rows, and of 1,024 texts
 
 pytestmark = pytest.mark.integration
 
 
-@pytest.mark.usefixtures("smollm2")
-def test_blocks_run_in_order(tmp_path):
-    rows = [{"prompt": f"Sum of {i} and {2 * i}?", "completion": f" {3 * i}"} for i in range(1, 33)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    script = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    commands = re.findall(r"owner +(siftune [^#\n]+)", README)
-    assert [command.split()[1] for command in commands] == ["emulate", "train", "plug"]
+@pytest.fixture
+def run(tmp_path):
+    """Run a command in the folder of the rows."""
+    names, parts = ("pool", "few", "heldout"), mixed_pool(96, 24, 8, 0)
+    for name, rows in zip(names, parts, strict=True):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    commands[0] += " --rows 32"
-    for command in ([sys.executable, "-c", script], *(line.replace("FILE", "rows.jsonl").split() for line in commands)):
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    def run(*words):
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "runs" / "script" / "checkpoint-30").is_dir()
+
+    return run
+
+
+def as_words(line):
+    """A command with the packaged model and a file of the folder, and with little to do."""
+    line = line.partition("#")[0].replace("HUB_ID", "smollm2").replace("FILE", "few.jsonl")
+    words = shlex.split(line)
+    return [*words, *FAST.get(words[1], "").split()]
+
+
+@pytest.mark.usefixtures("smollm2")
+def test_commands_run_in_order(run, tmp_path):
+    section = README.partition("## Your rows")[2].partition("In your own script")[0]
+    block = re.search(r"```sh\n(.*?)```", section, re.DOTALL).group(1)
+    own = [part for line in block.splitlines() for part in line.split(" && ")]
+    parties = re.findall(r"owner +(siftune [^#\n]+)", README)
+    assert [line.split()[1] for line in own] == ["train", "train", "eval", "ask", "export"]
+    assert [line.split()[1] for line in parties] == ["emulate", "train", "plug"]
+    for line in (*own, *parties):
+        run(*as_words(line))
+    assert (tmp_path / "runs" / "sifted" / "merged" / "model.safetensors").is_file()
     assert (tmp_path / "TUNED" / "model.safetensors").is_file()
+
+
+@pytest.mark.usefixtures("smollm2")
+def test_the_script_runs(run, tmp_path):
+    run(sys.executable, "-c", re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1).replace("=60", "=2"))
+    assert (tmp_path / "runs" / "script" / "checkpoint-2").is_dir()

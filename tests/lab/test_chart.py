@@ -1,4 +1,4 @@
-"""The README's chart is what the recorded runs give."""
+"""The chart of docs/which_method.md is what the recorded runs give."""
 
 from pathlib import Path
 

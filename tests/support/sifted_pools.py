@@ -5,6 +5,7 @@ import math
 import random
 from pathlib import Path
 
+from siftune.base.work_folder import record_text
 from siftune.records.again import note_file
 from siftune.records.decisions import Decision, decisions_csv
 
@@ -51,7 +52,7 @@ def save_sifting(folder: Path, pool: Path, own: bool = True) -> Path:
         "score_limit": 1.25,
         "similarity_limit": 0.6,
     }
-    (folder / "sift.json").write_text(json.dumps({"facts": {"model": "tiny", "columns": []}, "state": state}))
+    (folder / "sift.json").write_text(record_text({"model": "tiny", "columns": []}, state))
     if own:
         note_file(folder / "scores.csv")
     return folder

@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import tomllib
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+import siftune
+from lab import recorded, tables
+from siftune.base.environment import ABOUT
 from siftune.cli.bench import chosen
 from siftune.cli.main import COMMANDS, main
 from siftune.cli.options import parse
@@ -19,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "lab/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "lab" / "results").glob("*.md")),
 ]
 FOLDERS = ("src", "tests", "lab", "examples")
 
@@ -91,6 +96,12 @@ def test_a_blank_line_is_between_tables(page):
     lines = page.read_text(encoding="utf-8").splitlines()
     heads = [place for place, line in enumerate(lines) if line.startswith("|--")]
     assert [lines[place - 2] for place in heads if lines[place - 2].startswith("|")] == []
+
+
+@every_page
+def test_no_line_begins_with_a_per_cent_sign(page):
+    """The site takes such a line as a comment."""
+    assert re.findall(r"^\s*%.*", page.read_text(encoding="utf-8"), re.MULTILINE) == []
 
 
 @every_page
@@ -180,7 +191,51 @@ def test_wording():
 
 
 def test_the_readme_is_short():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    script = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
-    assert len(text.splitlines()) <= 90
-    assert len(script.splitlines()) <= 12
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 95
+    assert [line for line in lines if len(line) > 140] == []
+
+
+def test_one_sentence_describes_the_project_everywhere(capsys):
+    assert siftune.__doc__ == ABOUT
+    for page in ("README.md", "docs/index.md"):
+        assert ABOUT in (ROOT / page).read_text(encoding="utf-8").splitlines()[1:3], page
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["description"] == ABOUT
+    assert main(["--help"]) == 0
+    assert ABOUT in " ".join(capsys.readouterr().out.split())
+
+
+def words_of(page):
+    return len(page.read_text(encoding="utf-8").split())
+
+
+def test_documentation_is_short():
+    """Measurements have a page per question, with an answer, a table and its results with their commands."""
+    assert sum(map(words_of, (ROOT / "docs").glob("*.md"))) <= 19_000
+    pages = sorted((ROOT / "docs").glob("measured_*.md"))
+    assert len(pages) == 7
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert words_of(page) <= 300, page.name
+        assert len(re.findall(r"^\|--", text, re.MULTILINE)) == 1, page.name
+        assert "../lab/results/" in text, page.name
+        assert "```" not in text, page.name
+
+
+@pytest.mark.parametrize("name", ["sifting", "avoid", "rows", "forgetting", "gast", "ist", "offsite"])
+def test_pages_of_methods_have_the_same_sections(name):
+    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    wanted = ["Use", "Mechanism", "Log entries and files", "Results", "API", "Papers"]
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == wanted
+
+
+def test_the_index_has_a_link_to_each_page_once():
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    linked = re.findall(r"\]\((\w+)\.(?:md|ipynb)\)", text)
+    pages = {page.stem for page in (ROOT / "docs").glob("*.md") if not page.stem.startswith("measured_")}
+    assert sorted(linked) == sorted(pages - {"index"} | {"notebook"})
+
+
+def test_recorded_results_have_their_commands():
+    assert {*recorded.COMMANDS} <= {*tables.TABLES}
+    assert {*recorded.NOTES} <= {*tables.TABLES}

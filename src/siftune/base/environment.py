@@ -18,6 +18,10 @@ from typing import Any
 
 _PACKAGES = ("siftune", "torch", "transformers", "peft", "accelerate", "datasets")
 
+ABOUT = (
+    "siftune fine-tunes language models on messy data: a few correct rows of your task show which others to train on."
+)
+
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
@@ -43,7 +47,7 @@ def hardware() -> str:
 
 
 def _processor() -> str:
-    """The processor's name, where the system tells it."""
+    """The processor's name, if the system states it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -150,7 +154,7 @@ def _number(name: str, usual: int) -> int:
 # --- threads ---
 
 _LIMITS = Path("/sys/fs/cgroup")
-_TURNS = "1000"  # times that a waiting thread looks before it sleeps; GNU's OpenMP looks some 300,000 times
+_TURNS = "1000"  # checks of a waiting thread before it sleeps; GNU's OpenMP makes some 300,000
 
 
 def settle_threads(environment: MutableMapping[str, str] = os.environ, limits: Path = _LIMITS) -> None:

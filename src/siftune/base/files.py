@@ -12,7 +12,7 @@ import pickle
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -165,29 +165,34 @@ def refuse_links(folder: Path) -> None:
 
 @contextmanager
 def only_process(folder: Path) -> Iterator[None]:
-    """Lock an existing folder while the block runs, so that two processes do not mix their files in it.
+    """Lock a folder while the block runs, so that two processes do not mix their files in it; create it if missing.
 
     The system releases the lock if the process ends in any way. Windows has no such lock, and nothing is locked there.
 
     Raises:
         InputError: Another process has locked the folder.
+        OSError: It cannot be created or locked.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ModuleNotFoundError:
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"another process is working in {folder}: wait until it ends, or give another folder with --out"
-            ) from error
+    with ExitStack() as stack:
+        while True:
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"another process is working in {folder}: wait until it ends, or give another folder with --out"
+                ) from error
+            if folder.exists() and os.path.samestat(os.fstat(handle), folder.stat()):
+                break
+            folder.mkdir(parents=True, exist_ok=True)  # another process has removed it since it was opened
         yield
-    finally:
-        os.close(handle)
 
 
 @contextmanager
@@ -216,7 +221,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     Raises:
         ModelError: `out` is in use, or cannot be made; before anything is written.
     """
-    place = Path(os.path.abspath(Path(out).expanduser()))  # "." has no name of its own
+    place = Path(os.path.realpath(Path(out).expanduser()))  # neither "." nor a link can be replaced
     refuse_full(out)
     with write_beside(place) as [beside]:
         try:
@@ -268,8 +273,9 @@ def disk_faults(folder: Path) -> Iterator[None]:
             raise
         file = getattr(error, "filename", None) or _newest(folder)
         raise TrainingError(
-            f"Writing {file} failed: {reason}. Free some space or choose another disk with --out; complete "
-            f"checkpoints in {folder} are intact, and --resume continues from the newest."
+            f"Writing {file} failed: {reason}. Free some space, raise a limit on the size of files (`ulimit -f`), or "
+            f"choose another disk with --out. Then train again; --resume continues from the newest complete checkpoint "
+            f"in {folder}, if there is one."
         ) from error
 
 

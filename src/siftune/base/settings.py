@@ -111,9 +111,9 @@ class Validated:
             close = nearest(name, types_of(cls))
             return RecipeError(f"unknown setting {prefix}{name}" + (f"; did you mean {close}?" if close else ""))
         missing = tuple(str(each["loc"][0]) for each in error.errors() if each["type"] == "missing")
-        given = dict(zip(types_of(cls), values.args, strict=False)) if isinstance(values, ArgsKwargs) else {}
-        given |= (values.kwargs or {}) if isinstance(values, ArgsKwargs) else {}
-        return SettingError(f"{prefix}{name}", given.get(name), described(types_of(cls)[name]), missing)
+        arguments = dict(zip(types_of(cls), values.args, strict=False)) if isinstance(values, ArgsKwargs) else {}
+        arguments |= (values.kwargs or {}) if isinstance(values, ArgsKwargs) else {}
+        return SettingError(f"{prefix}{name}", arguments.get(name), described(types_of(cls)[name]), missing)
 
 
 @dataclass(config=CONFIG)
@@ -217,8 +217,8 @@ def described(hint: Any) -> str:
         elif origin is tuple:
             (item, own), *_ = leaves(arguments[0])
             bounds = f"each {each}" if (each := bounds_of(own)) else ""
-            told = next((mark.description for mark in own if getattr(mark, "description", None)), None)
-            parts.append(f"a list of {told or many.get(item) or 'names, each ' + described(item)}")
+            description = next((mark.description for mark in own if getattr(mark, "description", None)), None)
+            parts.append(f"a list of {description or many.get(item) or 'names, each ' + described(item)}")
         elif leaf is not type(None):
             parts.append(names.get(leaf, getattr(leaf, "__name__", str(leaf))))
         if bounds:
@@ -253,13 +253,13 @@ def converted(value: Any, hint: Any) -> Any:
 
 
 def made(
-    kind: type[T], given: Mapping[str, tuple[Any, str]], names: Mapping[str, str] | None = None, hint: str = ""
+    kind: type[T], options: Mapping[str, tuple[Any, str]], names: Mapping[str, str] | None = None, hint: str = ""
 ) -> T:
     """Make settings from values as they are read from YAML or the command line.
 
     Args:
         kind: A dataclass of settings; a field may be a group, which is a dataclass of its own.
-        given: Name of a field, with a group's behind its name and a dot, to its value and how messages call it, such
+        options: Name of a field, with a group's behind its name and a dot, to its value and how messages call it, such
             as `r.yaml:3: rank` or `--rank`.
         names: Name of a field to how a message on a missing value calls it.
         hint: The end of that message.
@@ -268,7 +268,7 @@ def made(
         RecipeError: A value is not allowed or missing; the message names the option.
     """
     hints, values, groups = types_of(kind), dict[str, Any](), dict[str, dict[str, Any]]()
-    for name, (value, _) in given.items():
+    for name, (value, _) in options.items():
         group, _, own = name.rpartition(".")
         if group:
             groups.setdefault(group, {})[own] = converted(value, types_of(hints[group])[own])
@@ -282,9 +282,9 @@ def made(
         if error.missing:
             missing = [(names or {}).get(name, name) for name in error.missing]
             raise RecipeError(f"{' and '.join(missing)} must be given{hint}") from None
-        if error.field not in given:
+        if error.field not in options:
             raise
-        value, label = given[error.field]
+        value, label = options[error.field]
         words = value if isinstance(value, list) else [value]
         shown = " ".join(map(str, words)) if label.startswith("-") else repr(value)
         raise RecipeError(f"{label} is {shown}, but must be {error.valid}") from None
@@ -317,7 +317,7 @@ def documented(kind: type[S]) -> type[S]:
         kind.__doc__ = inspect.cleandoc(kind.__doc__).replace("Args:\n", "Args:\n" + "\n".join(lines) + "\n", 1)
     plain = get_type_hints(kind)
     signature = inspect.signature(kind.__init__)
-    _, *given = signature.parameters.values()
-    parameters = [each.replace(annotation=plain.get(each.name, Any)) for each in given]
+    _, *own = signature.parameters.values()
+    parameters = [each.replace(annotation=plain.get(each.name, Any)) for each in own]
     kind.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return kind

@@ -31,9 +31,9 @@ def stages(console: Console, clock: Clock = time.monotonic, names: Sequence[str]
     """
 
     def numbered(stage: str, done: int, total: int) -> None:
-        told(f"{names.index(stage) + 1} of {len(names)}: {stage}" if stage in names else stage, done, total)
+        report(f"{names.index(stage) + 1} of {len(names)}: {stage}" if stage in names else stage, done, total)
 
-    with _bar(console, clock) if console.is_terminal else _lines(console, clock) as told:
+    with _bar(console, clock) if console.is_terminal else _lines(console, clock) as report:
         yield numbered
 
 
@@ -70,7 +70,7 @@ def _bar(console: Console, clock: Clock) -> Iterator[Told]:
     with Progress(*columns, console=console, transient=True) as display:
         task = display.add_task("", total=None, left="")
 
-        def told(stage: str, done: int, total: int) -> None:
+        def report(stage: str, done: int, total: int) -> None:
             nonlocal task
             begins, left = pace.report(stage, done, total)
             if begins:
@@ -78,7 +78,7 @@ def _bar(console: Console, clock: Clock) -> Iterator[Told]:
                 task = display.add_task(stage, total=total or None, left="")
             display.update(task, completed=done, left="" if left is None else f"{duration(left)} left")
 
-        yield told
+        yield report
 
 
 @contextlib.contextmanager
@@ -86,7 +86,7 @@ def _lines(console: Console, clock: Clock) -> Iterator[Told]:
     """A line when another stage begins, and every ten seconds; also as soon as the time left is known to be longer."""
     pace, current, shown, estimated = _Pace(clock), "", 0.0, False
 
-    def told(stage: str, done: int, total: int) -> None:
+    def report(stage: str, done: int, total: int) -> None:
         nonlocal current, shown, estimated
         begins, left = pace.report(stage, done, total)
         now, estimated = clock(), estimated and not begins
@@ -97,4 +97,4 @@ def _lines(console: Console, clock: Clock) -> Iterator[Told]:
         console.print(", ".join([*counts, *([] if left is None else [f"{duration(left)} left"])]), markup=False)
         current, shown, estimated = stage, now, estimated or left is not None
 
-    yield told
+    yield report

@@ -1,6 +1,6 @@
 """Text of messages, and values as strict JSON can hold them."""
 
-import json
+import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -99,7 +99,7 @@ def path_and_split(source: str) -> tuple[str, str]:
         The name, and `@test`; or the source as it is and nothing, if no split is named or it is a hub id.
     """
     name, at, split = source.rpartition("@")
-    if at and not Path(source).expanduser().exists() and Path(name).expanduser().exists():
+    if at and not os.path.exists(os.path.expanduser(source)) and os.path.exists(os.path.expanduser(name)):
         return name, at + split
     return source, ""
 
@@ -139,18 +139,6 @@ def finite(value: Any) -> float:
     if not abs(number) < _BEYOND:
         raise ValueError(f"{value} is no figure")
     return number
-
-
-def parsed(text: str) -> Any:
-    """Parse JSON of whatever origin.
-
-    Raises:
-        ValueError: It is none, or nested so deeply that Python gives up.
-    """
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
 
 def inert(text: str) -> str:

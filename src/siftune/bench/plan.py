@@ -30,9 +30,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Tra
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from siftune.base.errors import ModelError, SiftuneError, UnsupportedError
+from siftune.base.json_files import read_json
 from siftune.base.text import one_line
 from siftune.bench.cost import Workload
 from siftune.bench.worker import random_rows
+from siftune.models.load import load_config
 from siftune.models.source import resolve
 from siftune.recipe.schema import Recipe, method_of, settings_of
 from siftune.train.build import build
@@ -44,6 +46,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 """Configs that need no file: LLaMA-7B (arXiv 2302.13971) and Llama 3 8B (arXiv 2407.21783)."""
 
+_MOST_LAYERS = 1024
 _DRAWS = 10  # steps to count if each draws layers
 META = torch.device("meta")
 _READ = torch.ops.aten._local_scalar_dense.default
@@ -76,15 +79,38 @@ def config_of(name: str) -> PretrainedConfig:
     """Config of a model: one of `CONFIGS`, a file config.json, or a source of `load_model`.
 
     Raises:
-        ModelError: There is none, or it cannot be read.
+        ModelError: There is none, it cannot be read, or no step of it can be computed.
+        InputError: It is no JSON object.
     """
     if name in CONFIGS:
         return AutoConfig.for_model("llama", dtype=torch.bfloat16, **CONFIGS[name])
     path = Path(name).expanduser()
+    for file in (path, path / "config.json"):
+        if file.is_file():
+            read_json(file, dict[str, Any], "give another config.json")
     try:
-        return AutoConfig.from_pretrained(path if path.is_file() else resolve(name), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{name} has no config of a model that can be read: {one_line(str(error))}") from error
+        config = load_config(path if path.is_file() else resolve(name))
+    except SiftuneError:
+        raise
+    except Exception as error:  # of many kinds: a config is code that checks itself
+        raise ModelError(f"{name} has no config of a model that can be read: {_said(error)}") from error
+    text: Any = config.get_text_config()
+    if not isinstance(text, PretrainedConfig):
+        raise ModelError(f"{name} has a config whose text_config is no object: give another config.json")
+    layers, heads = getattr(text, "num_hidden_layers", 1), getattr(text, "num_attention_heads", 1)
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    for is_wrong, why in (
+        (layers > _MOST_LAYERS, f"{layers:,} layers, but at most {_MOST_LAYERS:,} are computed"),
+        (getattr(text, "vocab_size", 1) < 1, "an empty vocabulary"),
+        (heads % groups, f"{heads} attention heads, which {groups} heads of keys and values do not divide"),
+    ):
+        if is_wrong:
+            raise ModelError(f"{name} has a config with {why}: give another config.json")
+    return config
+
+
+def _said(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}")
 
 
 def plan(config: PretrainedConfig, work: Workload, method: str, **settings: Any) -> Need:
@@ -119,9 +145,9 @@ def plan(config: PretrainedConfig, work: Workload, method: str, **settings: Any)
         recipe = replace(recipe, steps=1 + period)
         try:
             with META:
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except ValueError as error:
-            raise ModelError(f"the config is of no causal language model: {one_line(str(error))}") from error
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attention)
+        except Exception as error:  # of many kinds: a model's own code fails on a config that is wrong
+            raise ModelError(f"the config is of no causal language model: {_said(error)}") from error
         # a private step draws each of these rows with probability 1
         rows = random_rows(work, config.get_text_config().vocab_size).select(range(work.batch_size))
         try:

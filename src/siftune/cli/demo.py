@@ -27,9 +27,9 @@ _TASK = "two-digit arithmetic, held out"
 _NAMES = {
     "base": "base",
     "pool": "pool",
-    "few": "few alone",
-    "target": "pool and few",
-    "sifted": "sifted and few",
+    "few": "few rows alone",
+    "target": "pool and few rows",
+    "sifted": "sifted and few rows",
 }
 _RIVALS = ("target", "few")  # trainings on the few rows without sifting
 _NEXT = "siftune train --train pool.jsonl --target few.jsonl --sift"
@@ -52,7 +52,7 @@ class Options(Validated):
     """Optimizer steps of 16 rows, for each of the four."""
     lr: Positive = METHODS["dense"].lr
     """Peak learning rate."""
-    known: Annotated[int, Field(ge=8)] = 100
+    target_rows: Annotated[int, Field(ge=8)] = 100
     """Correct rows of the task."""
     rows: Count = 200
     """Held-out questions; none of their problems is in the training rows."""
@@ -110,7 +110,7 @@ def _about(options: Options) -> str:
     """A sentence on the pool and the few rows."""
     return (
         f"Pool: {options.steps * _ROWS:,} rows, a quarter two-digit arithmetic, a quarter two-digit arithmetic with "
-        f"wrong answers put in, half other tasks. Few: {options.known:,} correct rows of two-digit arithmetic."
+        f"wrong answers put in, half other tasks. Few rows: {options.target_rows:,} correct ones of this arithmetic."
     )
 
 
@@ -120,21 +120,21 @@ def _check(options: Options) -> None:
 
     if options.out is not None:
         refuse_full(options.out)
-    needed = options.steps * _ROWS // 2 + options.rows + options.known
+    needed = options.steps * _ROWS // 2 + options.rows + options.target_rows
     if needed > PROBLEMS - 4:  # the four kinds are asked for equally often
         raise RecipeError(
-            f"--steps {options.steps} takes {needed} problems of arithmetic with --rows and --known, but there are "
-            f"only {PROBLEMS}; lower --steps"
+            f"--steps {options.steps} takes {needed} problems of arithmetic with --rows and --target-rows, but there "
+            f"are only {PROBLEMS}; lower --steps"
         )
 
 
 def _write_rows(options: Options) -> Path:
-    """Draw the pool, the known rows and the questions, and write them into the folder."""
+    """Draw the pool, the correct rows and the questions, and write them into the folder."""
     from siftune.base.files import writable_folder
     from siftune.data.tasks import mixed_pool
 
     folder = Path(options.out or new_folder("demo"))
-    parts = mixed_pool(options.steps * _ROWS, options.known, options.rows, options.seed)
+    parts = mixed_pool(options.steps * _ROWS, options.target_rows, options.rows, options.seed)
     try:
         writable_folder(folder)
     except OSError as error:
@@ -146,7 +146,7 @@ def _write_rows(options: Options) -> Path:
 
 
 def _recipes(options: Options, folder: Path) -> dict[str, Recipe]:
-    """One for the pool, one for the known rows, one for both, and the same to sift the pool first."""
+    """One for the pool, one for the correct rows, one for both, and the same to sift the pool first."""
     both: dict[str, Any] = {
         "model": _MODEL,
         "train": str(folder / "pool.jsonl"),
@@ -178,20 +178,21 @@ def _measure(recipes: dict[str, Recipe], console: "Console") -> "tuple[dict[str,
 
     measured: dict[str, Metrics] = {}
     summaries: dict[str, Any] = {}
-    known: dict[tuple[Any, ...], Metrics] = {}
+    bases: dict[tuple[Any, ...], Metrics] = {}
     for number, (name, recipe) in enumerate(recipes.items(), 1):
         console.print(f"model {number} of {len(recipes)}, trained on: {_NAMES[name]}", markup=False)
         started = time.monotonic()
+        read = None
         if name == "sifted":
-            recipe, sifted = sift_first(recipe, None, console)
+            recipe, sifted, read = sift_first(recipe, None, console)
             console.print(text_of(sifted), markup=False)
-        tuned = train(recipe, console)
+        tuned = train(recipe, console, read=read)
         summaries[name] = {**tuned.summary, "seconds_with_sifting": round(time.monotonic() - started, 1)}
         run = str(recipe.out)
         del tuned  # siftune eval loads the model again
         options = evaluation.Options(runs=(run,), metrics=("exact_match", "choices"), level=_LEVEL)
         job = evaluation.job_of(find_subject(run), options)
-        base, own = evaluation.measure_job(job, options, known)
+        base, own = evaluation.measure_job(job, options, bases)
         assert own is not None  # there is an adapter
         evaluation.record_job(job, base, own, options, shown=False)
         measured |= {"base": base, name: own}

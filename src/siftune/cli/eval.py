@@ -156,8 +156,8 @@ def record_job(job: Job, base: "Metrics", tuned: "Metrics | None", options: Opti
 
     compared = compare(base, tuned, options.level, options.seed)
     if job.subject.recipe is not None and tuned is not None:  # a run folder, which `siftune report` reads
-        found = Eval(job.data, len(job.rows), options.level, tuple(compared), answers_of(job.rows, base, tuned))
-        record_eval(Path(job.subject.name).expanduser(), found)
+        result = Eval(job.data, len(job.rows), options.level, tuple(compared), answers_of(job.rows, base, tuned))
+        record_eval(Path(job.subject.name).expanduser(), result)
     if shown:
         table = metric_table(f"{job.subject.name} on {job.data}", compared, options.level)
         print_table(table, text_console())
@@ -187,18 +187,18 @@ def _compared(
     rows = [[name, *(value_text(metric, each.value) for metric, each in values.items())] for name, values in lines]
     print_table(Table(["model", *names], rows, f"{len(jobs[0].rows):,} rows of {jobs[0].data}"), console)
     (first, before), *others = models.items()
-    found = []
+    comparisons = []
     for name, after in others:
         metrics = compare(before, after, options.level, options.seed)
         console.print()
         title = f"{name} against {first}, paired by rows"
         print_table(metric_table(title, metrics, options.level, (first, name)), console)
-        found.append({"run": name, "against": first, "metrics": jsonable(metrics)})
-    return found
+        comparisons.append({"run": name, "against": first, "metrics": jsonable(metrics)})
+    return comparisons
 
 
 def measure_job(
-    job: Job, options: Options, known: "dict[tuple[Any, ...], Metrics]"
+    job: Job, options: Options, bases: "dict[tuple[Any, ...], Metrics]"
 ) -> "tuple[Metrics, Metrics | None]":
     """Measure the base, unless it's known, and the tuned model, if something was trained."""
     from siftune.base.stages import stages, text_console
@@ -218,8 +218,8 @@ def measure_job(
         progress(f"loading {subject.name}", 0, 0)
         model, tokenizer = load_base(subject, job.dtype)
         prepared = prepare_rows(job.rows, tokenizer, options.metrics, job.template, options.max_new_tokens)
-        if job.of_base not in known:
-            known[job.of_base] = measured(model, subject.base)
+        if job.of_base not in bases:
+            bases[job.of_base] = measured(model, subject.base)
         if subject.adapter is None:
-            return known[job.of_base], None
-        return known[job.of_base], measured(put_on(model, subject), subject.name)
+            return bases[job.of_base], None
+        return bases[job.of_base], measured(put_on(model, subject), subject.name)

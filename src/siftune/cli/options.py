@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin
 
 from siftune.base.errors import RecipeError
+from siftune.base.files import refuse_links
 from siftune.base.settings import bounds_of, described, help_of, leaves, made, nearest, types_of
 from siftune.methods import METHODS
-from siftune.recipe.presets import FIELDS
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 
@@ -26,6 +26,21 @@ _INSTEAD: dict[str, tuple[str | None, str]] = {
     "share": ("sift", "`--sift 0.5` trains on half of the pool"),
     "threshold": ("sift", "`siftune sift` has --max-score, and --drop-rows takes its file of dropped rows"),
     "processes": (None, "start several processes with `torchrun --nproc_per_node 2 -m siftune …`"),
+}
+# group of a recipe's settings in the help -> those that --help shows, and those that only --help-all shows
+_GROUPS = {
+    "data": ("train limit eval eval_share columns template max_length", "bad_rows completion_only"),
+    "which rows": ("target sift avoid drop_rows target_share target_last", ""),
+    "model": (
+        "model adapter rank",
+        "alpha dropout layers targets from_adapter dtype quantize attention public_key",
+    ),
+    "training": (
+        "method lr epochs steps batch_size accumulate schedule warmup keep checkpointing seed",
+        "keep_weight optim weight_decay clip group_by_length dp_epsilon dp_delta dp_clip "
+        "compile sharding deterministic",
+    ),
+    "run": ("out resume report_to dry_run", "save_every eval_every patience log_every"),
 }
 _WIDE = 28  # characters of choices that stand beside an option; longer ones stand in its help
 
@@ -111,15 +126,15 @@ class _Option:
         else:
             parser.add_argument(*names, dest=self.key, metavar=self.metavar(), **common)
 
-    def value(self, given: Any) -> Any:
+    def value(self, argument: Any) -> Any:
         """A value from argparse: numbers of a list may have commas between, and a single text may be no list."""
-        if not isinstance(given, list):
-            return given
-        if str in self.kinds and len(given) == 1:
-            return given[0]
+        if not isinstance(argument, list):
+            return argument
+        if str in self.kinds and len(argument) == 1:
+            return argument[0]
         items = [leaf for kind in self.kinds if get_origin(kind) is tuple for leaf, _ in leaves(get_args(kind)[0])]
         numbers = not {*items} - {int, float}
-        return [part for word in given for part in word.split(",") if part] if numbers else given
+        return [part for word in argument for part in word.split(",") if part] if numbers else argument
 
 
 class _Parser(argparse.ArgumentParser):
@@ -133,7 +148,7 @@ def parse(kind: type[T], arguments: Sequence[str], program: str) -> T:
     """Parse a command's arguments into its options.
 
     Options that derive from `Recipe` also take recipe files: every argument that ends in .yaml or .yml. Flags override
-    them. Their `--help` shows the settings of `siftune recipe` and the command's own options, `--help-all` all.
+    them. Their `--help` shows the usual options by group, `--help-all` all.
 
     Args:
         kind: The dataclass to fill.
@@ -149,23 +164,24 @@ def parse(kind: type[T], arguments: Sequence[str], program: str) -> T:
     files = [word for word in words if _is_recipe(word)] if issubclass(kind, Recipe) else []
     parser = _parser(kind, list(options.values()), program, every=_ALL in {*words})
     try:
-        found, rest = parser.parse_known_intermixed_args([word for word in words if word not in files])
+        namespace, rest = parser.parse_known_intermixed_args([word for word in words if word not in files])
     except argparse.ArgumentError as error:
         name = next(part for part in str(error.argument_name).split("/") if part.startswith("--"))
         wanted = next((described(option.hint) for option in options.values() if option.name == name), "")
         raise RecipeError(f"{name} needs a value: {wanted}" if wanted else f"{name}: {error.message}") from None
     if rest:
         raise RecipeError(_unexpected(rest, options, program))
-    values = {key: options[key].value(value) for key, value in vars(found).items() if value != []}
-    given = {key: (value, options[key].name) for key, value in values.items()}
+    values = {key: options[key].value(value) for key, value in vars(namespace).items() if value != []}
+    flags = {key: (value, options[key].name) for key, value in values.items()}
     if issubclass(kind, Recipe):
         run = Path(str(values.get("resume", "")))
         if isinstance(values.get("resume"), str) and (run / "recipe.yaml").is_file():
+            refuse_links(run)
             files = [str(run / "recipe.yaml"), *files]
-            given = {"out": (str(run), "--out"), **given, "resume": (True, "--resume")}
-        return cast(T, load_recipe(*files, kind=kind, flags=given))
+            flags = {"out": (str(run), "--out"), **flags, "resume": (True, "--resume")}
+        return cast(T, load_recipe(*files, kind=kind, flags=flags))
     names = {key: option.name for key, option in options.items()}
-    return made(kind, given, names, f"; see `{program} --help`")
+    return made(kind, flags, names, f"; see `{program} --help`")
 
 
 def options_page() -> str:
@@ -200,23 +216,29 @@ def _options(kind: type) -> list[_Option]:
 def _parser(kind: type, options: Sequence[_Option], program: str, every: bool) -> _Parser:
     positional = [option.name for option in options if option.flag.positional]
     places = ["[RECIPE.yaml ...]"] if issubclass(kind, Recipe) else positional
-    rare = {*types_of(Recipe)} - {*FIELDS} if issubclass(kind, Recipe) and not every else {*()}
+    recipe = issubclass(kind, Recipe)
     parser = _Parser(
         prog=program,
         usage=" ".join([program, *places, "[OPTIONS]", "[--json]"]),
         description=_about(kind),
-        epilog=f"`{program} {_ALL}` lists all options, and those of each method." if rare else None,
+        epilog=f"`{program} {_ALL}` lists all options, and those of each method." if recipe and not every else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
     )
-    shown = "show all options, and those of each method, and exit" if issubclass(kind, Recipe) else argparse.SUPPRESS
+    shown = "show all options, and those of each method, and exit" if recipe else argparse.SUPPRESS
     parser.add_argument(_ALL, action="help", help=shown)
-    groups: dict[str | None, Any] = {None: parser}
-    for option in options:
-        if option.group not in groups:
-            groups[option.group] = parser.add_argument_group(f"with --method {_methods_with(option.group)}")
-        option.add_to(groups[option.group], (option.group or option.key) in rare)
+    rest = {option.key: option for option in options}
+    for title, (usual, rare) in _GROUPS.items() if recipe else ():
+        group = parser.add_argument_group(title)
+        for key in f"{usual} {rare}".split():
+            if key in rest:
+                rest.pop(key).add_to(group, hidden=key in rare.split() and not every)
+    methods: dict[str, Any] = {}
+    for option in rest.values():
+        if option.group and option.group not in methods:
+            methods[option.group] = parser.add_argument_group(f"with --method {_methods_with(option.group)}")
+        option.add_to(methods[option.group] if option.group else parser, hidden=bool(option.group) and not every)
     return parser
 
 

@@ -45,32 +45,32 @@ def check_paths(options: Any) -> None:
     Raises:
         InputError: The message names the option, the path and the working directory.
     """
-    given = {field.name: _listed(getattr(options, field.name)) for field in fields(options)}
+    values = {field.name: _listed(getattr(options, field.name)) for field in fields(options)}
     for name in _DATA:
-        for source in given.get(name, ()):
+        for source in values.get(name, ()):
             if (name, source) not in (("keep", OWN), ("calibration", OWN)):
                 check_source(source)
     if getattr(options, "bad_rows", None) == "stop":
-        for source in (each for name in _ROWS for each in given.get(name, ())):
+        for source in (each for name in _ROWS for each in values.get(name, ())):
             check_columns(source, options.columns)
-    for model in (each for name in _MODELS for each in given.get(name, ())):
+    for model in (each for name in _MODELS for each in values.get(name, ())):
         if model != SMOLLM2 and not (Path(model).expanduser() / "manifest.json").exists():  # a kit, checked later
             resolve(model)
     if isinstance(template := getattr(options, "template", None), Path):
         read_template(template)
     for name in _FOLDERS:
-        for path in given.get(name, ()):
+        for path in values.get(name, ()):
             if not Path(path).expanduser().exists():
                 raise RecipeError(f"there is no folder {path} {_place(path)}")
     for name in _RUNS:
-        for path in given.get(name, ()):
+        for path in values.get(name, ()):
             if _is_path(path) and not Path(path).expanduser().exists():
                 raise ModelError(f"there is no run {path}: no such folder {_place(path)}")
     for name in _FILES:
-        for path in given.get(name, ()):
+        for path in values.get(name, ()):
             if not Path(path).expanduser().exists():
                 raise RecipeError(f"--{name.replace('_', '-')} {path}: no such file {_place(path)}")
-    _check_exchange(given.get("kit", ()), given.get("returned", ()))
+    _check_exchange(values.get("kit", ()), values.get("returned", ()))
 
 
 def _check_exchange(kits: Sequence[str], returns: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import DataError, RecipeError
+from siftune.base.files import refuse_links
 from siftune.base.settings import CONFIG, Count, Validated
 from siftune.base.text import counted
 from siftune.cli.options import Flag
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(config=CONFIG)
 class Options(Validated):
-    """List the training rows of a run that may be wrong: an answer of a similar row is ten times as likely.
+    """List the training rows of a run that may be wrong: the answer of a similar row fits ten times as well.
 
     Two short trainings take half of the rows each, and score the other half, so that no model scores rows that it was
     trained on. That takes nearly as long as two passes over the rows. The scores stay in the run folder, and the same
@@ -38,7 +39,7 @@ class Options(Validated):
 
 
 _SHOWN = 10
-NOTE = "The answer of a similar row is at least ten times as likely. A fifth may be correct: read before you drop any."
+NOTE = "The answer of a similar row fits at least ten times as well. A fifth may be correct: read before you drop any."
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -50,6 +51,7 @@ def run(options: Options) -> dict[str, Any]:
         raise DataError(f"there is no run folder {options.run}; give one that siftune train has made.")
     if not (folder / "recipe.yaml").is_file():
         raise DataError(f"{options.run} has no recipe.yaml, so it is no run folder; give one of siftune train.")
+    refuse_links(folder)
 
     from siftune.base.stages import text_console
     from siftune.report.rows import table, to_csv

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 from pydantic.dataclasses import dataclass
 
 from siftune.base.environment import launch_rank
@@ -46,8 +46,9 @@ class Options(Validated):
     """At least 8 rows with answers that the model must not give: a file or hub id. Rows like them are left out."""
     share: PoolShare | None = None
     """Rows to select: a share of the pool below 1, or a number. Default: those of the task within the limits."""
-    max_score: Annotated[float, Field(ge=0)] | None = None
-    """Select rows of the task up to this score. Default: the limit of the target's held-out rows."""
+    max_score: FiniteFloat | None = None
+    """Select rows of the task up to this score. Default: 1 if rows share answers, otherwise that of the target's
+    held-out rows."""
     min_similarity: Annotated[float, Field(ge=-1, le=1)] | None = None
     """Rows are of the task from this similarity of their prompts. Default: the limit of the target's own prompts."""
     steps: Count = 60

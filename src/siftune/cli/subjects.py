@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
-from siftune.base.errors import AdapterError, KitError, ModelError, RecipeError
-from siftune.base.text import parsed
+from siftune.base.errors import AdapterError, InputError, KitError, ModelError, RecipeError
+from siftune.base.files import refuse_links
+from siftune.base.json_files import read_json
+from siftune.base.links import check_links
 from siftune.cli.paths import refuse_unknown
 from siftune.data.encode import use_template
 from siftune.models.adapters.attach import load_adapter
+from siftune.models.adapters.saved import CONFIG, read_config
 from siftune.offsite.exchange.returned import open_return
 from siftune.offsite.exchange.tune import KitSource, find_kit, put_in_return
 from siftune.offsite.kit.folder import Kit
@@ -21,6 +24,7 @@ from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.records.again import is_own
 from siftune.train.folder.checkpoints import step_of, whole_checkpoints
+from siftune.train.folder.run import RunFolder
 from siftune.train.folder.weights import holds_tuned, put_in, read_about, read_tuned
 from siftune.train.prepare import ModelSource
 
@@ -95,12 +99,14 @@ def find_subject(
 def _subject(source: str) -> Subject:
     """Resolve a name, without its kit."""
     path = Path(source).expanduser()
-    if (path / "recipe.yaml").is_file():
+    if (path / "recipe.yaml").exists():
+        refuse_links(path)
         recipe: Recipe = load_recipe(path / "recipe.yaml")
         return Subject(source, recipe.model, _trained_in(path), recipe)
-    if (path / "adapter_config.json").is_file():
+    if (path / CONFIG).is_file():
         return Subject(source, _base_of(path), path)
     if holds_tuned(path):
+        check_links(path)
         return Subject(source, read_about(path).base, path)
     refuse_unknown(source)
     return Subject(source, source)
@@ -186,12 +192,9 @@ def take_template(folder: Path, tokenizer: Any) -> None:
     """Give a tokenizer the chat template of the training, if a file of it is in the folder of what was trained.
 
     Raises:
-        AdapterError: The file is a link.
         RecipeError: It cannot be read.
     """
     path = folder / "chat_template.jinja"
-    if path.is_symlink():  # of another party, it could have any file copied
-        raise AdapterError(f"{path} is a link: copy the file there, or remove it.")
     if path.is_file():
         use_template(path, tokenizer)
 
@@ -205,7 +208,7 @@ def is_of_kit(subject: Subject) -> bool:
 def _trained_in(run: Path) -> Path:
     """Find what a run has trained."""
     adapter, returned = run / "adapter", run / "return"
-    if (adapter / "adapter_config.json").is_file() or holds_tuned(adapter):
+    if (adapter / CONFIG).is_file() or holds_tuned(adapter):
         trained = adapter
     elif _is_return(returned):
         trained = returned
@@ -216,11 +219,13 @@ def _trained_in(run: Path) -> Path:
 
 
 def _tell_older(run: Path, trained: Path) -> None:
-    """Warn if the run was resumed and has not ended: what it trained is then older than its newest checkpoint."""
+    """Warn of weights that were changed since, and of those of a resumed run that has not ended, which are older."""
     try:
-        steps = int(parsed((run / "run.json").read_text(encoding="utf-8"))["summary"]["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
+        steps = int(read_json(run / "run.json", dict[str, Any])["summary"]["steps"])
+    except (InputError, ValueError, KeyError, TypeError):
         return
+    if changed := RunFolder(run, create=False).changed_weights():
+        logger.warning("%s is not what the run wrote: it was changed or damaged since", trained / changed[0])
     newest = next(map(step_of, whole_checkpoints(run / "checkpoints", hashes=False)), 0)
     if newest > steps:
         logger.warning(
@@ -235,11 +240,7 @@ def _is_return(folder: Path) -> bool:
 
 def _base_of(adapter: Path) -> str:
     """Read which model an adapter belongs to."""
-    path = adapter / "adapter_config.json"
-    try:
-        base = parsed(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise AdapterError(f"{path} can't be read ({error}); save the adapter again.") from error
-    if not isinstance(base, str) or not base:
-        raise AdapterError(f"{path} names no base model; fill in base_model_name_or_path.")
+    base: str | None = read_config(adapter).get("base_model_name_or_path")
+    if not base:
+        raise AdapterError(f"{adapter / CONFIG} names no base model; fill in base_model_name_or_path.")
     return base

@@ -22,6 +22,7 @@ from siftune.train.folder.run import RunFolder
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from siftune.records.rows import Read
     from siftune.train.prepare import Source
     from siftune.train.run import Run
 
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 @dataclass(config=CONFIG)
 class Options(Recipe):
     """Fine-tune a language model, or a kit of one.
+
+    For example:
+
+        siftune train --train rows.jsonl --eval-share 0.05
+        siftune train --model HUB_ID --train pool.jsonl --target few.jsonl --sift --eval heldout.jsonl
+        siftune train recipe.yaml --lr 1e-3 --out runs/second
 
     Give recipe files (.yaml), flags, or both: flags override recipes, a later recipe an earlier one.
     """
@@ -61,7 +68,8 @@ def run(options: Options) -> dict[str, Any]:
     console = text_console(stderr=True)
     sources = partial(source_of, public_key=options.public_key)
     with in_launch():
-        finished = train(_sifted(options, recipe, console, sources), source_of=sources)
+        recipe, read = _sifted(options, recipe, console, sources)
+        finished = train(recipe, source_of=sources, read=read)
     if launch_rank():
         return {}
     summary, path = finished.summary, finished.folder.path
@@ -87,17 +95,21 @@ def _check(options: Options, recipe: Recipe) -> None:
         RunFolder(Path(recipe.out).expanduser(), create=False).refuse_results(recipe.resume is not False)
 
 
-def _sifted(options: Options, recipe: Recipe, console: "Console", source_of: "Callable[[str], Source]") -> Recipe:
-    """The recipe without the rows that sifting leaves out."""
+def _sifted(
+    options: Options, recipe: Recipe, console: "Console", source_of: "Callable[[str], Source]"
+) -> "tuple[Recipe, Read | None]":
+    """The recipe without the rows that sifting leaves out, and its rows if sifting has read them."""
     from siftune.cli.sift import text_of
     from siftune.sifting.run import sift_first
 
     if not _sifts(options, recipe):
-        return recipe
-    recipe, sifted = sift_first(recipe, _share(options), console, source_of, options.avoid, options.sift is not False)
+        return recipe, None
+    recipe, sifted, read = sift_first(
+        recipe, _share(options), console, source_of, options.avoid, options.sift is not False
+    )
     if not launch_rank():
         console.print(text_of(sifted), markup=False)
-    return recipe
+    return recipe, read
 
 
 def _sifts(options: Options, recipe: Recipe) -> bool:
@@ -122,9 +134,9 @@ def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
     console = text_console(stderr=True)
     if _sifts(options, recipe):
         console.print("a dry run does not sift: rows, steps and time are those of the complete pool")
-    found = dry_run(recipe, console, partial(source_of, public_key=options.public_key))
-    console.print(shown(found))
-    return found.to_dict()
+    trial = dry_run(recipe, console, partial(source_of, public_key=options.public_key))
+    console.print(shown(trial))
+    return trial.to_dict()
 
 
 def _since(summary: dict[str, Any]) -> str:
@@ -136,10 +148,10 @@ def _since(summary: dict[str, Any]) -> str:
 def _losses(summary: dict[str, Any]) -> str:
     """Say what training came to."""
     first, last, held_out = (summary[name] for name in ("loss_first", "loss_last", "eval_loss"))
-    told = "" if last is None else f"loss {first:.4f}, " if first == last else f"loss {first:.4f} to {last:.4f}, "
+    losses = "" if last is None else f"loss {first:.4f}, " if first == last else f"loss {first:.4f} to {last:.4f}, "
     kept = f" at step {summary['kept_step']}, which is kept" if "kept_step" in summary else ""
     earlier = f" after step {summary['eval_step']}" if "eval_step" in summary else ""
-    return told if held_out is None else f"{told}held-out loss {held_out:.4f}{kept}{earlier}, "
+    return losses if held_out is None else f"{losses}held-out loss {held_out:.4f}{kept}{earlier}, "
 
 
 def _followed(shares: dict[str, float]) -> str:

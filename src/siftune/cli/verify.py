@@ -56,8 +56,8 @@ def run(options: Options) -> dict[str, Any]:
 def _show_kit(kit: "Kit", console: Console) -> dict[str, Any]:
     from siftune.offsite.kit.folder import facts
 
-    known = facts(kit)
-    split, middle, outer = known["split"], known["middle"], known["outer"]
+    figures = facts(kit)
+    split, middle, outer = figures["split"], figures["middle"], figures["outer"]
     signature = {
         "valid": "valid, by the key that was given",
         "not checked": "there is one; give --public-key to check it",
@@ -66,21 +66,21 @@ def _show_kit(kit: "Kit", console: Console) -> dict[str, Any]:
     rows = {
         "kit": f"{kit.path} is sound",
         "digest": kit.digest,
-        "base": f"{known['model_type']}, {known['layers']} layers",
+        "base": f"{figures['model_type']}, {figures['layers']} layers",
         "to tune": f"first {split['first']} and last {split['last']} layers: {outer['tensors']} tensors in "
-        f"{outer['dtype']}, {known['outer_mb']:,.1f} MB",
+        f"{outer['dtype']}, {figures['outer_mb']:,.1f} MB",
         "between": f"{middle['layers']} layers for {middle['of']}, {100 * middle['kept']:.1f} % of their parameters",
-        "frozen": f"{known['emulator_mb']:,.1f} MB in {known['dtype']}; all of the base would be "
-        f"{known['base_mb']:,.1f} MB",
+        "frozen": f"{figures['emulator_mb']:,.1f} MB in {figures['dtype']}; all of the base would be "
+        f"{figures['base_mb']:,.1f} MB",
         "calibration": f"{kit.manifest.calibration}: the owner's word",
-        "signature": signature[known["signature"]],
+        "signature": signature[figures["signature"]],
         "tokens": f"text is rewritten first: {'; '.join(kit.normalizers)}" if kit.normalizers else "of the text as is",
         "chats": "the chat template writes only this around messages:" if kit.fixed else "no chat template",
     }
     _show(rows, console)
     for before, after, text in kit.fixed:
         console.print(f"  {before} → {after}: {_escaped(text)}", markup=False)
-    return {**known, "normalizers": kit.normalizers, "chat_text": kit.fixed}
+    return {**figures, "normalizers": kit.normalizers, "chat_text": kit.fixed}
 
 
 def _escaped(text: str) -> str:
@@ -105,8 +105,8 @@ def _show_return(options: Options, kit: "Kit", console: Console) -> dict[str, An
     rows = {"return": f"{options.path} is sound", "kit": f"{kit.path}, {kit.digest}", "tensors": count}
     _show(rows | ({"privacy": in_words(promise)} if promise else {}), console)
     show_updates(report)
-    told = ({"privacy": promise} if promise else {}) | ({"ranks": ranks} if ranks else {})
-    return {"return": options.path, "kit": kit.path, "digest": kit.digest, **told, **report.to_dict()}
+    more = ({"privacy": promise} if promise else {}) | ({"ranks": ranks} if ranks else {})
+    return {"return": options.path, "kit": kit.path, "digest": kit.digest, **more, **report.to_dict()}
 
 
 def _show(rows: dict[str, str], console: Console) -> None:

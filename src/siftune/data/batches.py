@@ -1,8 +1,8 @@
 """Batches of tokenised rows: columns beside the tokens, padding, and the order of the rows in a run.
 
 Order (ours): if a target's rows come last, they come in the last part of the steps and the others from the start. The
-decay phase of MiniCPM (arXiv 2404.06395) likewise ends pretraining on the data that counts. docs/measured.md compares
-it with rows in random order throughout.
+decay phase of MiniCPM (arXiv 2404.06395) likewise ends pretraining on the data that counts. docs/measured_target.md
+compares it with rows in random order throughout.
 
 With D rows in an epoch, of which the share p are the target's, N rows in the complete run and the last part f of it:
 

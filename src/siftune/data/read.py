@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from siftune.base.errors import DataError, RecipeError
 from siftune.base.text import counted, one_line, path_and_split
+from siftune.data.read_sets import UNREADABLE, is_saved, read_saved, read_set, unreadable
 from siftune.data.rows import Row, no_garbage, parse_rows
 from siftune.data.turns import kind_of
 
@@ -98,12 +100,12 @@ def _open(source: str, split: str) -> Records:
     if path.is_file():
         return _reporting(_READERS[path.suffix.lower()](path, source), source)
     split = own.removeprefix("@") or split
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return _read_saved(path, name, split)
+    if is_saved(path):
+        return read_saved(path, name, split)
     if path.exists():
-        return _read_hub(name, split)
+        return read_set(name, split, _READERS)
     name, at, own = source.rpartition("@")
-    return _read_hub(name, own) if at else _read_hub(source, split)
+    return read_set(name, own, _READERS) if at else read_set(source, split, _READERS)
 
 
 def check_source(source: str) -> None:
@@ -249,7 +251,7 @@ def _read_csv(path: Path, source: str) -> Records:
         for name, character in (("tabs", "\t"), ("semicolons", ";")):
             if len(header) == 1 and character in header[0]:
                 raise DataError(f"{source}:1: {name} separate the fields; save the file with commas, or as JSONL.")
-        twice = [name for name in dict.fromkeys(header) if name and header.count(name) > 1]
+        twice = [name for name, count in Counter(header).items() if name and count > 1]
         if twice:
             raise DataError(f"{source}:1: the column {one_line(twice[0])!r} comes twice; rename one, or remove it.")
         for fields in rows:
@@ -287,11 +289,27 @@ def _read_parquet(path: Path, source: str) -> Records:
 
     try:
         with parquet.ParquetFile(path) as file:
-            records = (record for batch in file.iter_batches() for record in batch.to_pylist())
-            for number, record in enumerate(records, 1):
-                yield f"{source} row {number}", record
+            number = 0
+            for batch in file.iter_batches():
+                try:
+                    records = batch.to_pylist()
+                except UNREADABLE:  # the other rows can be read
+                    records = [_values(batch.slice(at, 1)) for at in range(len(batch))]
+                for record in records:
+                    number += 1
+                    origin = f"{source} row {number}"
+                    yield origin, unreadable(origin, record) if isinstance(record, Exception) else record
     except pyarrow.ArrowException as error:
         raise DataError(f"{source}: invalid Parquet ({one_line(str(error))}); write the file again.") from error
+
+
+def _values(row: Any) -> dict[str, Any] | Exception:
+    """A row of a Parquet file, or the error if it has a value that Python has no equivalent for."""
+    try:
+        values: dict[str, Any] = row.to_pylist()[0]
+        return values
+    except UNREADABLE as error:
+        return error
 
 
 _LINES = (".jsonl", ".ndjson", ".csv")
@@ -303,39 +321,6 @@ _READERS: dict[str, Callable[[Path, str], Records]] = {
     ".parquet": _read_parquet,
     ".txt": _read_text,
 }
-
-
-def _read_saved(path: Path, source: str, split: str) -> Records:
-    """Read a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
-    import datasets
-
-    try:
-        data = datasets.load_from_disk(str(path))
-    except Exception as error:  # of Arrow, JSON and datasets
-        reason = one_line(str(error)) or type(error).__name__
-        raise DataError(f"{source} cannot be read as a saved data set: {reason}; save it again.") from error
-    if isinstance(data, datasets.DatasetDict):
-        if split not in data:
-            raise DataError(f"{source} has no split {split!r}; it has {', '.join(data)}.")
-        data, source = data[split], f"{source}@{split}"
-    return ((f"{source} row {number}", record) for number, record in enumerate(data, 1))
-
-
-def _read_hub(source: str, split: str) -> Records:
-    """Load a hub data set; since version 4, `datasets` runs no code from the hub."""
-    import datasets
-
-    name, _, configuration = source.partition(":")
-    try:
-        data = datasets.load_dataset(name, configuration or None, split=split)
-    except Exception as error:  # the hub client raises many unrelated types
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise DataError(
-            f"{source} is no data file, and no data set of that name (split {split!r}) could be loaded: "
-            f"{reason.rstrip('.')}; check the name, the split and the network, or give a file ending in "
-            f"{', '.join(_READERS)}."
-        ) from error
-    return ((f"{source}@{split} row {number}", record) for number, record in enumerate(data, 1))
 
 
 def _decode(data: bytes, source: str, line: int | None = None) -> str:
@@ -373,8 +358,8 @@ def read_template(path: Path) -> str:
             text = file.read(_LONGEST + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
-            f"template {path} cannot be read ({one_line(str(error))}); give auto, chat, none, or a text file with a "
-            "chat template."
+            f"template {one_line(str(path))} cannot be read ({one_line(str(error))}); give auto, chat, none, or a text "
+            "file with a chat template."
         ) from error
     if len(text) > _LONGEST:
         raise RecipeError(f"template {path} has more than {_LONGEST:,} characters: give a chat template.")

@@ -42,6 +42,7 @@ _REQUIRED: dict[Format, tuple[str, ...]] = {
     "text": ("text",),
 }
 _OPTIONAL: dict[Format, tuple[str, ...]] = {"messages": ("conversations",), "alpaca": ("input",)}
+_LONGEST = 2**22  # characters of a row (ours)
 _SUPPORTED = "prompt + completion; messages or conversations; instruction (+ input) + output; text"
 
 
@@ -117,12 +118,21 @@ def parse_rows(
         try:
             renamed = _renamed(_columns(record, origin), names, origin)
             chosen = chosen or detect_format(renamed, origin, names)
-            rows.append(parse(renamed, origin, chosen))
+            row = parse(renamed, origin, chosen)
+            _refuse_long(row)
+            rows.append(row)
         except DataError as error:
             if bad is None:
                 raise
             bad.append(error)
     return rows
+
+
+def _refuse_long(row: Row) -> None:
+    """Refuse a row whose tokens would take more than about half a GB of memory."""
+    length = len(row.completion) + sum(len(turn.content) for turn in row.prompt)
+    if length > _LONGEST:
+        raise DataError(f"{row.origin}: the row has {length:,} characters; at most {_LONGEST:,} can be used: split it.")
 
 
 def _pairs(columns: Sequence[str]) -> dict[str, str]:

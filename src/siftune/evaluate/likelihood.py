@@ -94,6 +94,94 @@ def row_nll(
     return PerplexityResult(nll, tokens)
 
 
+def shared_nll(
+    model: nn.Module,
+    rows: Sequence[TokenRow],
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    stage: str = "scoring rows",
+) -> PerplexityResult:
+    """Compute what `row_nll` computes, but read a prompt that several rows have once.
+
+    A prompt is what precedes a row's first label. The model must have a cache, as for generation. If each row has a
+    prompt of its own, `row_nll` is faster.
+
+    Arguments and errors are those of `row_nll`.
+    """
+    tokens = np.array([_count_labels(i, *row) for i, row in enumerate(rows)], dtype=np.int64)
+    nll = np.zeros(len(rows), dtype=np.float64)
+    labelled, done = np.flatnonzero(tokens).tolist(), 0
+    prompts: dict[tuple[int, ...], list[int]] = {}
+    for number in labelled:
+        ids, labels = rows[number]
+        prompts.setdefault(tuple(ids[: _first_label(labels)]), []).append(number)
+    parts = [
+        (prompt, numbers[start : start + batch_size])
+        for prompt, numbers in prompts.items()
+        for start in range(0, len(numbers), batch_size)
+    ]
+    parts.sort(key=lambda part: len(part[0]))
+    report = progress or (lambda *_: None)
+    report(stage, 0, len(labelled))
+    with evaluating(model):
+        while parts:
+            batch = [parts.pop()]  # the longest first, so that too little memory shows at once
+            while parts and sum(len(numbers) for _, numbers in (*batch, parts[-1])) <= batch_size:
+                batch.append(parts.pop())
+            chosen = [number for _, numbers in batch for number in numbers]
+            nll[chosen] = _shared_batch_nll(model, batch, rows)
+            done += len(chosen)
+            report(stage, done, len(labelled))
+    return PerplexityResult(nll, tokens)
+
+
+def _first_label(labels: Sequence[int]) -> int:
+    return next(place for place in range(1, len(labels)) if labels[place] != IGNORED)
+
+
+def _shared_batch_nll(
+    model: nn.Module, batch: Sequence[tuple[Sequence[int], Sequence[int]]], rows: Sequence[TokenRow]
+) -> NDArray[np.float64]:
+    """Negative log-likelihood of the rows of some prompts: (B,) float64, prompt by prompt.
+
+    The prompts are read first, padded on the left, so that their last logits are those of each row's first label. Then
+    each row continues its prompt's keys and values. P: prompts.
+    """
+    device = model_device(model)
+    longest = max(len(prompt) for prompt, _ in batch)
+    ids_PT = torch.tensor([[0] * (longest - len(prompt)) + [*prompt] for prompt, _ in batch], device=device)
+    lengths_P = torch.tensor([len(prompt) for prompt, _ in batch], device=device)
+    seen_PT = (torch.arange(longest, device=device) >= longest - lengths_P[:, None]).long()
+    last_PT = torch.zeros_like(seen_PT, dtype=torch.bool)
+    last_PT[:, -1] = True
+    position_PT = (seen_PT.cumsum(1) - 1).clamp(min=0)
+    with logits_at(model, last_PT):
+        output = model(input_ids=ids_PT, attention_mask=seen_PT, position_ids=position_PT, use_cache=True)
+
+    prompt_B = torch.tensor([at for at, (_, numbers) in enumerate(batch) for _ in numbers], device=device)
+    answers = [[part[len(prompt) :] for part in rows[number]] for prompt, numbers in batch for number in numbers]
+    ids_BS = _pad([ids for ids, _ in answers], 0).to(device)
+    labels_BS = _pad([labels for _, labels in answers], IGNORED).to(device)
+    first_PV = output.logits[0]
+    sums_B = cross_entropy(first_PV[prompt_B.to(first_PV.device)], labels_BS[:, 0].to(first_PV.device)).cpu().double()
+    mask_BS = labels_BS[:, 1:] != IGNORED
+    if mask_BS.any():
+        name = "cache" if "cache" in output else "past_key_values"  # in older releases of transformers
+        output[name].batch_select_indices(prompt_B)
+        position_BS = lengths_P[prompt_B, None] + torch.arange(ids_BS.shape[1] - 1, device=device)
+        with logits_at(model, mask_BS):
+            logits_NV = model(
+                input_ids=ids_BS[:, :-1],
+                attention_mask=torch.cat([seen_PT[prompt_B], torch.ones_like(position_BS)], 1),
+                position_ids=position_BS,
+                use_cache=True,
+                **{name: output[name]},
+            ).logits[0]
+        nll_N = cross_entropy(logits_NV, labels_BS[:, 1:][mask_BS].to(logits_NV.device)).cpu().double()
+        sums_B.index_add_(0, mask_BS.nonzero()[:, 0].cpu(), nll_N)
+    return np.asarray(sums_B.numpy())
+
+
 def _count_labels(index: int, ids: Sequence[int], labels: Sequence[int]) -> int:
     """Count the labels that can be predicted: all but the one at position 0."""
     if len(ids) != len(labels):

@@ -2,7 +2,7 @@
 
 torch's kernel iterates over blocks of keys to avoid a matrix of scores. For rows of a hundred tokens that matrix is
 small. Two plain products, with the queries that share a key side by side, take a quarter of the kernel's time in
-bfloat16, forward and backward (docs/measured.md).
+bfloat16, forward and backward.
 """
 
 import math

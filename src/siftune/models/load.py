@@ -8,15 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
-from siftune.base.environment import quiet
-from siftune.base.errors import ModelError
+from siftune.base.environment import quiet, ran_out
+from siftune.base.errors import ModelError, SiftuneError
 from siftune.base.files import why_unreadable
 from siftune.models.source import check_source, not_there, resolve
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 logger = logging.getLogger(__name__)
@@ -95,17 +93,33 @@ def set_padding(tokenizer: Any, source: str) -> None:
     tokenizer.pad_token = tokenizer.eos_token
 
 
+def load_config(name: str | Path) -> "PretrainedConfig":
+    """Load a model's config, without the kernels that it names: transformers would fetch and run them.
+
+    Args:
+        name: A folder, a file config.json, or a hub id.
+    """
+    from transformers import AutoConfig
+
+    config: PretrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config._attn_implementation = config._experts_implementation = None  # of configs inside it too
+    return config
+
+
 def _in_memory(name: str | Path, dtype: str, quantize: str | None) -> "PreTrainedModel":
     """Load a model with all its weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from siftune.models.quantised import quantization
 
-    family = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type if quantize else ""
-    settings = quantization(quantize, usable_dtype(torch.bfloat16, family) if quantize else torch.float32)
+    config = load_config(name)
+    computing = usable_dtype(torch.bfloat16, config.model_type) if quantize else torch.float32
+    settings = quantization(quantize, computing)
     with quiet_bars():
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **settings)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype, trust_remote_code=False, **settings
+        )
     if dtype == "auto" and quantize:  # quantised weights cannot be converted
         usable = usable_dtype(model.dtype, model.config.model_type)
         return model if usable == model.dtype else _in_memory(name, _name_of(usable), quantize)
@@ -118,9 +132,15 @@ def _streamed(name: str | Path, dtype: str) -> "PreTrainedModel":
 
     from siftune.models.streamed import streamed_map
 
+    config = load_config(name)
     with quiet_bars(), quiet("accelerate.big_modeling"):  # it reports that weights are on disk
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=False, use_safetensors=True, device_map=streamed_map(name)
+            name,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            device_map=streamed_map(config),
         )
     usable = usable_dtype(model.dtype, model.config.model_type)
     return _streamed(name, _name_of(usable)) if dtype == "auto" and usable != model.dtype else model
@@ -221,10 +241,14 @@ def use_attention(model: "PreTrainedModel", name: str) -> None:
 
 @contextlib.contextmanager
 def _load_errors(name: str | Path) -> Iterator[None]:
-    """Turn loading errors of the block into one sentence."""
+    """Turn loading errors of the block into one sentence; they are of many kinds, as configs check themselves."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, *_OF_BIN) as error:
+    except SiftuneError:
+        raise
+    except Exception as error:
+        if ran_out(error):
+            raise
         raise ModelError(_reason(name, error)) from error
 
 

@@ -5,6 +5,7 @@ them after it, unless a graph needs them. So a pass layer by layer has one layer
 layer is read once for all batches.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,13 +18,12 @@ from torch import Tensor, nn
 from siftune.models.layers import find_layers
 
 
-def streamed_map(source: Any) -> dict[str, Any]:
-    """Make a device map with the decoder layers on disk and the rest on the accelerator, or the CPU."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def streamed_map(config: Any) -> dict[str, Any]:
+    """Make a device map for a config, with the decoder layers on disk and the rest on the accelerator, or the CPU."""
+    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     path = find_layers(model).path
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     rest = {name for name, module in model.named_modules() if _has_tensors(module) and not name.startswith(f"{path}.")}

@@ -24,7 +24,7 @@ _MORE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 PRESETS = {name: (method.line, {"method": name}) for name, method in METHODS.items()} | _MORE
 
-FIELDS = (  # settings to start with; `--help` shows these
+_FIELDS = (  # settings to start with
     *("model", "train", "eval", "columns", "template", "max_length", "method", "target", "target_share", "target_last"),
     *("adapter", "rank", "alpha", "lr", "batch_size", "accumulate", "epochs", "steps", "schedule", "warmup", "optim"),
     *("checkpointing", "seed", "out"),
@@ -47,7 +47,7 @@ def preset_text(name: str) -> str:
     """
     recipe = preset(name)
     lines = [f"# {name}: {PRESETS[name][0]}", f"#   siftune train {name}.yaml", ""]
-    for field in FIELDS:
+    for field in _FIELDS:
         if field.startswith("target_") and recipe.target is None:
             continue
         lines.append(_line(field, getattr(recipe, field), help_of(Recipe)[field]))

@@ -13,6 +13,7 @@ import csv
 import io
 import logging
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -197,7 +198,7 @@ def remaining_rows(decisions: Decisions, rows: Sequence[Row], target: Sequence[R
     places = [absolute_place(row.origin) for row in every]
     own = {*places}
     if missing := [place for place in decisions.selected if place not in own]:
-        shown = ", ".join(missing[:_SHOWN_PLACES]) + (", …" if len(missing) > _SHOWN_PLACES else "")
+        shown = ", ".join(map(one_line, missing[:_SHOWN_PLACES])) + (", …" if len(missing) > _SHOWN_PLACES else "")
         first = f"the first training row is at {every[0].origin}" if every else "no training row can be used"
         raise DataError(f"{path} names {counted(len(missing), 'place')} without a training row ({shown}); {first}.")
     named = [decisions.selected.get(place) for place in places]  # None: the file does not name the row
@@ -238,5 +239,5 @@ def absolute_place(place: str) -> str:
 def _absolute_source(source: str, folder: Path) -> str:
     """Absolute path of a file relative to a folder; other sources unchanged."""
     name, split = path_and_split(source)
-    file = folder / Path(name).expanduser()
-    return f"{file.resolve()}{split}" if file.exists() else source
+    file = folder / os.path.expanduser(name)
+    return f"{file.resolve()}{split}" if os.path.exists(file) else source  # False for a name that no file can have

@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from siftune.base.errors import DataError
-from siftune.base.text import counted, file_of, path_and_split
+from siftune.base.text import counted, file_of, one_line, path_and_split
 from siftune.data.read import load_rows
 from siftune.data.rows import Row, row_texts
 from siftune.data.target import held_out, with_target
@@ -50,6 +50,35 @@ def digest_of(rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
+class ReadOnce:
+    """Reader of files, as `load_rows`, that reads each once: all uses then have the same rows, even of a changed file.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "rows.jsonl"
+        >>> _ = file.write_text('{"text": "before"}')
+        >>> load, bad = ReadOnce(), []
+        >>> first, _ = load(str(file), "train", None, (), bad), file.write_text('{"text": "after"}')
+        >>> [row.completion for row in load(str(file), "train", None, (), bad)]
+        ['before']
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[Any, ...], tuple[list[Row], list[DataError]]] = {}
+
+    def __call__(
+        self, source: str, split: str, limit: int | None, columns: Sequence[str], bad: list[DataError]
+    ) -> list[Row]:
+        """Return the rows, and add the errors of bad ones to a list; arguments and errors as for `load_rows`."""
+        key = (source, split, limit, *columns)
+        if key not in self._rows:
+            faults: list[DataError] = []
+            self._rows[key] = load_rows(source, split, limit, columns, faults), faults
+        rows, faults = self._rows[key]
+        bad += faults
+        return list(rows)
+
+
 @dataclass(frozen=True)
 class Read:
     """Rows as read."""
@@ -58,16 +87,21 @@ class Read:
     bad: Sequence[DataError] = ()  # faults of rows that are left out
 
 
-def read_rows(recipe: Recipe) -> Read:
+def read_rows(recipe: Recipe, reader: ReadOnce | None = None) -> Read:
     """Read the training rows of a recipe, including its target's, and held-out and support rows.
+
+    Args:
+        recipe: The recipe.
+        reader: Reader that has read files before; None: read all files.
 
     Raises:
         DataError: A file cannot be read, or no rows remain to hold out or to train on.
     """
     bad: list[DataError] = []
+    reader = reader or ReadOnce()
 
     def load(name: str, split: str = "train", limit: int | None = None) -> list[Row]:
-        return load_rows(name, split, limit, recipe.columns, bad)
+        return reader(name, split, limit, recipe.columns, bad)
 
     def weighted(rows: Sequence[Row]) -> Iterator[Row]:
         """Leave out rows with an invalid weight."""
@@ -127,7 +161,10 @@ def used_rows(run: Path, recipe: Recipe, part: str = "train") -> list[Row]:
         DataError: A file cannot be read any more.
     """
     path = run / BAD_ROWS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({one_line(str(error))}): restore it, or train again") from error
     places = {line[: match.start()] for line in lines for match in re.finditer(": ", line)}  # a place may contain ": "
     bad = {*map(absolute_place, places)}
     moved = {Path(place).name for place in bad if not Path(path_and_split(file_of(place))[0]).exists()}

@@ -20,14 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siftune.base.errors import DataError
-from siftune.base.files import write_beside
-from siftune.base.text import one_line
+from siftune.base.parquet_files import read_table, write_table
 
 if TYPE_CHECKING:
     import pyarrow
 
 NAME = "rows.parquet"
 ABOUT = b"siftune"  # key in the Parquet metadata
+_AGAIN = "train again to have rows recorded"
 _COLUMNS = {"row": "int32", "step": "int32", "loss": "float32", "tokens": "int32"}
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -77,16 +77,13 @@ def write_visits(path: Path, visits: Visits, places: Sequence[str] = (), about: 
         about: Text stored with the rows, so that a reader can check that they have not changed.
     """
     import pyarrow
-    from pyarrow import parquet
 
     columns: dict[str, Any] = {"row": visits.row}
     if places:
         columns["place"] = _in_words(visits.row, places)
     columns |= {"step": visits.step, "loss": visits.loss, "tokens": visits.tokens}
-    table = pyarrow.table(columns).replace_schema_metadata({ABOUT: about})
     path.parent.mkdir(parents=True, exist_ok=True)
-    with write_beside(path) as [beside]:
-        parquet.write_table(table, beside, compression="zstd")
+    write_table(path, pyarrow.table(columns).replace_schema_metadata({ABOUT: about}))
 
 
 def _in_words(rows: Ints, places: Sequence[str]) -> "pyarrow.DictionaryArray":
@@ -117,27 +114,20 @@ def read_visits(path: Path) -> Record:
     """Read a file of visits.
 
     Raises:
-        DataError: The file is missing, damaged, or not a file of visits.
+        DataError: The file is missing.
+        InputError: It is damaged, or not a file of visits.
     """
     import pyarrow
-    from pyarrow import parquet
 
-    try:
-        table = parquet.read_table(path)
-    except FileNotFoundError:
+    if not path.exists():
         raise DataError(
             f"{path} does not exist, so no rows were recorded: train with siftune train, without dp_epsilon, or with "
             "the callback RowRecord()."
-        ) from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read ({one_line(str(error))}); train again to have rows recorded.") from None
-    missing = [name for name in _COLUMNS if name not in table.column_names]
-    if missing:
-        raise DataError(f"{path} has no column {missing[0]!r}, so it is no record of rows; give the file of a run.")
-    try:
-        columns = {name: table[name].to_numpy().astype(kind) for name, kind in _COLUMNS.items()}
-    except (ValueError, TypeError):
-        raise DataError(f"{path} has columns of other types than a record of rows; give the file of a run.") from None
-    places = table["place"].to_pylist() if "place" in table.column_names else []
+        )
+    numbers = {name: getattr(pyarrow, kind)() for name, kind in _COLUMNS.items()}
+    places = {"place": pyarrow.dictionary(pyarrow.int32(), pyarrow.string())}
+    table = read_table(path, numbers, _AGAIN, places)
+    columns = {name: table[name].to_numpy() for name in _COLUMNS}
+    named = table["place"].to_pylist() if "place" in table.column_names else []
     metadata: Mapping[bytes, bytes] = table.schema.metadata or {}
-    return Record(Visits(**columns), places, metadata.get(ABOUT, b"").decode(errors="replace"))
+    return Record(Visits(**columns), named, metadata.get(ABOUT, b"").decode(errors="replace"))

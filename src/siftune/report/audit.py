@@ -152,19 +152,21 @@ _ATTACK_HEADER = ["", "AUC", "found at 1 % false alarms", "found at 5 %"]
 _KINDS = {"attention": "attention's matrices", "mlp": "the MLPs' matrices", "all": "all matrices"}
 
 
-def membership_section(found: Membership, base: str = "base") -> str:
+def membership_section(membership: Membership, base: str = "base") -> str:
     """Membership inference on the training rows; `base` names the model of the reference losses."""
-    named = {"by loss": found.loss, f"by loss against the {base}'s": found.reference}
-    if found.online is not None:
-        named["LiRA, online"] = found.online
+    named = {"by loss": membership.loss, f"by loss against the {base}'s": membership.reference}
+    if membership.online is not None:
+        named["LiRA, online"] = membership.online
     words_on_them = _membership_words(named)
-    named[f"blind: the {base}'s loss alone"] = found.blind
-    counts = f"Rows: {found.members} members, {found.others} others, {found.left_out} left out as both"
-    shadows = f"; {found.shadows} shadow models." if found.shadows else "; no shadow models were tuned (--shadows N)."
-    words = [_attack_table(named), counts + shadows, words_on_them, _few(found.loss)]
-    if found.blind.tells_apart:
+    named[f"blind: the {base}'s loss alone"] = membership.blind
+    counts = f"Rows: {membership.members} members, {membership.others} others, {membership.left_out} left out as both"
+    shadows = (
+        f"{membership.shadows} shadow models" if membership.shadows else "no shadow models were tuned (--shadows N)"
+    )
+    words = [_attack_table(named), f"{counts}; {shadows}.", words_on_them, _few(membership.loss)]
+    if membership.blind.tells_apart:
         words.append(
-            f"**Members and others differ by source**: the {base}, which has seen neither, tells them apart by its "
+            f"**Members and others differ by source**: the {base}, which has seen neither, separates them by its "
             "loss. The figures above then say more of the sources than of the training; give held-out rows of the "
             "very source of the training rows."
         )
@@ -187,14 +189,14 @@ def recovery_section(points: tuple[RecoveryPoint, ...]) -> str:
     return f"{table}\n\n{words}"
 
 
-def calibration_section(found: CalibrationLeak) -> str:
-    """How well the kit tells who calibrated it."""
-    named = {f"by {_KINDS[kind]}": attack for kind, attack in found.attacks.items()}
+def calibration_section(leak: CalibrationLeak) -> str:
+    """How well the kit shows which rows calibrated it."""
+    named = {f"by {_KINDS[kind]}": attack for kind, attack in leak.attacks.items()}
     if not named:
         return "The kit has only complete layers: no matrix was fitted to the calibration rows."
-    if found.blind is not None:
-        named["blind: the base's loss alone"] = found.blind
-    strongest = found.strongest
+    if leak.blind is not None:
+        named["blind: the base's loss alone"] = leak.blind
+    strongest = leak.strongest
     assert strongest is not None
     words = [
         _attack_table(named),
@@ -202,9 +204,9 @@ def calibration_section(found: CalibrationLeak) -> str:
         _calibration_words(strongest),
         _few(strongest),
     ]
-    if found.blind is not None and found.blind.tells_apart:
+    if leak.blind is not None and leak.blind.tells_apart:
         words.append(
-            "**The two kinds of rows differ by source**: the base's loss alone tells them apart, and the figures above "
+            "**The two kinds of rows differ by source**: the base's loss alone separates them, and the figures above "
             "are no measure of the kit. Give others of the very source of the calibration rows."
         )
     return "\n\n".join(filter(None, words))
@@ -241,7 +243,7 @@ def _few(attack: Attack) -> str:
         return ""
     return (
         f"{attack.others} others are too few to resolve {' and '.join(unresolved)} false alarms: the share found there "
-        "is that without any false alarm, and its interval tells little."
+        "is that without any false alarm, and its interval says little."
     )
 
 
@@ -250,9 +252,10 @@ def _membership_words(attacks: Mapping[str, Attack]) -> str:
     best = attacks[label]
     assert best.auc.low is not None
     if best.auc.low > 0.5:
-        return f"Training rows can be told from others: {label}, with an AUC of {shown(best.auc)} (0.5 is guessing)."
+        figure = f"{label}, with an AUC of {shown(best.auc)} (0.5 is guessing)"
+        return f"Training rows can be distinguished from others: {figure}."
     return (
-        f"None of these attacks told training rows from others beyond chance (the best: {label}, AUC "
+        f"None of these attacks distinguished training rows from others beyond chance (the best: {label}, AUC "
         f"{shown(best.auc)}); that says nothing of attacks that were not tried."
     )
 
@@ -265,4 +268,4 @@ def _calibration_words(strongest: Attack) -> str:
             f"Whoever has the base can tell which rows calibrated the kit: AUC {shown(strongest.auc)} (0.5 is "
             f"guessing). Calibrate on public or generated text if that must not be known.{advice}"
         )
-    return f"Calibration rows were not told from others beyond chance: AUC {shown(strongest.auc)}.{advice}"
+    return f"Calibration rows were not distinguished from others beyond chance: AUC {shown(strongest.auc)}.{advice}"

@@ -124,15 +124,14 @@ class Chart:
 
 def line_chart(title: str, lines: Sequence[Line], chart: Chart, note: str = "", size: Size = "third") -> Figure:
     """Draw lines; values that are not finite are left out, and lines without any."""
-    kept = [thin for thin in map(_thinned, lines) if thin.xs]
+    lines = [thin for thin in map(_thinned, lines) if thin.xs]
     hover = {
         "kind": "lines",
-        "x": sorted({x for line in kept for x in line.xs}),
-        "lines": [[line.name, list(line.xs), [_rounded(y) for y in line.ys]] for line in kept],
+        "x": sorted({x for line in lines for x in line.xs}),
+        "lines": [[line.name, list(line.xs), [_rounded(y) for y in line.ys]] for line in lines],
         "percent": chart.percent,
     }
-
-    return Figure(title, lambda width: _draw_lines(width, title, kept, chart), note, size, hover if kept else None)
+    return Figure(title, lambda width: _draw_lines(width, title, lines, chart), note, size, hover if lines else None)
 
 
 def _draw_lines(width: int, title: str, lines: Sequence[Line], chart: Chart) -> Markup:

@@ -106,8 +106,8 @@ def rows(run: RunData, several: bool) -> Section | None:
     if not batches:
         return None
     sources = _Sources(batches)
-    chosen = [batch for batch in batches if not batch.followed.all()] or batches  # before all rows were followed
-    figures = [_one_batch(run, chosen[-1], sources)]
+    partial = [batch for batch in batches if not batch.followed.all()] or batches  # before all rows were followed
+    figures = [_one_batch(run, partial[-1], sources)]
     figures += [*_shares(run, batches, sources), *_by_source(run, batches, sources)]
     title = f"Followed rows{f': {run.name}' if several else ''}"
     return Section(f"rows-{slug(run.name)}", title, _row_text(run, batches, sources), figures)
@@ -167,8 +167,8 @@ def _shares(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) -> 
     lines = []
     for colour, name in enumerate(sources.names):
         points = [(batches[part[-1]].step, _share([batches[i] for i in part], sources, name)) for part in parts]
-        kept = [(float(step), share) for step, share in points if share is not None]
-        lines.append(Line(name, [step for step, _ in kept], [share for _, share in kept], colour))
+        pairs = [(float(step), share) for step, share in points if share is not None]
+        lines.append(Line(name, [step for step, _ in pairs], [share for _, share in pairs], colour))
     note = "Share of the rows of each source that a layer followed in these steps, on average."
     chart = Chart("share followed", percent=True)
     return [line_chart("Shares followed", lines, chart, note, "half")]

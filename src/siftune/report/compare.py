@@ -16,7 +16,7 @@ from siftune.report.parts import Cell, Figure, Grid, Section
 from siftune.report.subjects import RunData, Subjects
 from siftune.report.words import NBSP, data_name, listed, memory, percent, short
 
-_FIRST = ("exact_match", "choices", "choices_per_token", PERPLEXITY)  # the metric that tells most comes first
+_FIRST = ("exact_match", "choices", "choices_per_token", PERPLEXITY)  # the most informative metric comes first
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ def _under_way(run: RunData) -> str:
         return f"“{run.name}” has no logged step yet."
     total = f" of {run.recipe.steps:,}" if run.recipe.steps else ""
     held_out = run.course("eval_loss")[1]
-    told = f", held-out loss {short(held_out[-1], 4)}" if held_out else ""
-    return f"“{run.name}” is at step {steps[-1]:,.0f}{total}: training loss {short(losses[-1], 4)}{told}."
+    ending = f", held-out loss {short(held_out[-1], 4)}" if held_out else ""
+    return f"“{run.name}” is at step {steps[-1]:,.0f}{total}: training loss {short(losses[-1], 4)}{ending}."
 
 
 def _by_loss(run: RunData) -> str:
@@ -169,10 +169,10 @@ def _result_of_runs(runs: Sequence[RunData]) -> str:
     if not basis.metric:
         return _by_losses(basis, count)
     data, metric = basis.data, basis.metric
-    found = {run.name: measured(run, data, metric) for run in basis.runs}
-    valued = {name: row.tuned for name, row in found.items() if row.tuned is not None}
+    metrics = {run.name: measured(run, data, metric) for run in basis.runs}
+    valued = {name: row.tuned for name, row in metrics.items() if row.tuned is not None}
     order = sorted(valued, key=lambda name: valued[name], reverse=metric != PERPLEXITY)
-    best = found[order[0]]
+    best = metrics[order[0]]
     first = [name for name in order if valued[name] == valued[order[0]]]
     others = [f"{value_text(metric, valued[name])} for “{name}”" for name in order[len(first) :][:3]]
     if len({run.recipe.model for run in basis.runs}) == 1:
@@ -183,10 +183,10 @@ def _result_of_runs(runs: Sequence[RunData]) -> str:
         low, high = (value_text(metric, bound) for bound in best.tuned_interval)
         interval = f" ({level} interval {low} to {high})"
     names = listed([f"“{name}”" for name in first]) if len(first) < 5 else f"{len(first)} runs"
-    told = f"{names} are equally good, the best" if len(first) > 1 else f"{names} is best"
+    verdict = f"{names} are equally good, the best" if len(first) > 1 else f"{names} is best"
     against = f", against {listed(others)}" if others else ""
     return (
-        f"{told} of {count} runs: {value_text(metric, valued[order[0]])} "
+        f"{verdict} of {count} runs: {value_text(metric, valued[order[0]])} "
         f"{label_of(metric)}{interval} on {counted(best.rows, 'held-out row')}{against}."
     )
 
@@ -310,8 +310,8 @@ def _differences(runs: Sequence[RunData]) -> Grid:
     names = [name for name in dict.fromkeys(key for one in values for key in one) if name not in _OUTSIDE]
     rows = []
     for name in names:
-        known = [one[name] for one in values if name in one]
-        if len(set(map(str, known))) > 1:
+        choices = [one[name] for one in values if name in one]
+        if len(set(map(str, choices))) > 1:
             rows.append([Cell(name), *map(Cell, _settings([one.get(name) for one in values]))])
     header = ["setting", *(run.name for run in runs)]
     caption = "Differences between the recipes." if rows else "The recipes do not differ."

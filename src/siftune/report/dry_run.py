@@ -9,31 +9,31 @@ from siftune.train.prepare import bad_lines, rows_line, steps_text
 _MOST = 600  # characters of a part of a row; the middle of a longer one is left out
 
 
-def shown(found: DryRun) -> Text:
+def shown(trial: DryRun) -> Text:
     """Bad rows, row lengths, the loss mask of three rows, trainable parameters, time and memory."""
-    known, recipe = found.estimate, found.recipe
-    per_step, rows = recipe.batch_size * recipe.accumulate, len(found.prepared.data["train"])
+    estimate, recipe = trial.estimate, trial.recipe
+    per_step, rows = recipe.batch_size * recipe.accumulate, len(trial.prepared.data["train"])
     return Text("\n").join(
         [
-            *map(Text, bad_lines(found.prepared, len(found.prepared.bad), recipe.bad_rows == "stop")),
-            Text(rows_line(recipe, found.prepared)),
-            *(_example(one) for one in found.examples),
+            *map(Text, bad_lines(trial.prepared, len(trial.prepared.bad), recipe.bad_rows == "stop")),
+            Text(rows_line(recipe, trial.prepared)),
+            *(_example(one) for one in trial.examples),
             Text(
-                f"{counted(known.trainable, 'parameter')} of {known.parameters:,} train, in "
-                f"{counted(known.layers, 'layer')}; {steps_text(known.steps, per_step, rows)}"
+                f"{counted(estimate.trainable, 'parameter')} of {estimate.parameters:,} train, in "
+                f"{counted(estimate.layers, 'layer')}; {steps_text(estimate.steps, per_step, rows)}"
             ),
-            Text(_takes(found)),
+            Text(_takes(trial)),
         ]
     )
 
 
-def _takes(found: DryRun) -> str:
-    known = found.estimate
-    if known.seconds is None or known.memory_mb is None:
+def _takes(trial: DryRun) -> str:
+    estimate = trial.estimate
+    if estimate.seconds is None or estimate.memory_mb is None:
         return "no estimate of time and memory: a private run draws its rows at random"
     return (
-        f"estimated: {duration(known.seconds)} ± {known.uncertainty or 0:.0%}, {known.memory_mb:,.0f} MB peak memory "
-        f"(from {counted(known.tried, 'step')} on this machine)"
+        f"estimated: {duration(estimate.seconds)} ± {estimate.uncertainty or 0:.0%}, "
+        f"{estimate.memory_mb:,.0f} MB peak memory (from {counted(estimate.tried, 'step')} on this machine)"
     )
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from siftune.base.errors import InputError
 from siftune.base.files import write_beside
-from siftune.base.text import finite, jsonable, parsed
+from siftune.base.json_files import read_json, sealed, unsealed
+from siftune.base.text import finite, jsonable, one_line
 from siftune.data.rows import Row
 from siftune.evaluate.measure import PERPLEXITY, Metric, MetricRow
 from siftune.records.rows import text_of
@@ -23,6 +24,7 @@ from siftune.train.folder.run import EVALS
 
 logger = logging.getLogger(__name__)
 
+_AGAIN = "measure again with siftune eval, or remove it"
 _SHOWN = 20  # answers that are kept: the first rows, not chosen ones
 
 
@@ -79,11 +81,17 @@ def record_eval(run: Path, found: Eval) -> None:
     """
     try:
         others = [one for one in read_evals(run) if one.data != found.data]
-        text = json.dumps([jsonable(asdict(one)) for one in (*others, found)], indent=1) + "\n"
+        text = json.dumps([sealed(_plain(one)) for one in (*others, found)], indent=1) + "\n"
         with write_beside(run / EVALS) as [beside]:
             beside.write_text(text, encoding="utf-8")
     except (OSError, InputError) as error:
         logger.warning("%s keeps no record of this measurement: %s", run, error)
+
+
+def _plain(one: Eval) -> Any:
+    """A measurement in the types of JSON, without half a surrogate pair, which an answer may have."""
+    text = json.dumps(jsonable(asdict(one)), ensure_ascii=False)
+    return json.loads(text.encode(errors="replace"))
 
 
 def read_evals(run: Path) -> list[Eval]:
@@ -93,12 +101,15 @@ def read_evals(run: Path) -> list[Eval]:
         InputError: The record is damaged.
     """
     path = run / EVALS
-    if not path.is_file():
+    if not path.exists():
         return []
+    records = [unsealed(record) for record in read_json(path, list[dict[str, Any]], _AGAIN)]
+    if None in records:
+        raise InputError(f"{path} cannot be read (it is not what was written); {_AGAIN}")
     try:
-        return [_eval(record) for record in parsed(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        raise InputError(f"{path} can't be read ({error}): measure again with siftune eval, or remove it") from error
+        return [_eval(record) for record in records if record is not None]
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        raise InputError(f"{path} cannot be read ({one_line(str(error))}); {_AGAIN}") from error
 
 
 def _eval(record: Mapping[str, Any]) -> Eval:

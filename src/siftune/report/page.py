@@ -102,9 +102,9 @@ def sections(subjects: Subjects, first: Sequence[Section] = ()) -> list[Section]
     for run in runs:
         every += [*of_run(run, several), *(part(run, several) for part in _OF_A_RUN)]
     every += [rates.section(sweep) for sweep in subjects.sweeps]
-    kept = [section for section in (*every, setup(runs)) if section is not None]
-    anchors = distinct([section.anchor for section in kept])
-    return [replace(section, anchor=anchor) for section, anchor in zip(kept, anchors, strict=True)]
+    sections = [section for section in (*every, setup(runs)) if section is not None]
+    anchors = distinct([section.anchor for section in sections])
+    return [replace(section, anchor=anchor) for section, anchor in zip(sections, anchors, strict=True)]
 
 
 def _reviews(subjects: Subjects) -> list[Section]:

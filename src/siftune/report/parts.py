@@ -21,9 +21,9 @@ def tag(name: str, *children: Child, **attributes: object) -> Markup:
         Markup('<text x="1.2" class="tick">a &lt; b</text>')
     """
     pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None)
-    given = Markup("").join(Markup(' {}="{}"').format(Markup(key), _text(value)) for key, value in pairs)
+    markup = Markup("").join(Markup(' {}="{}"').format(Markup(key), _text(value)) for key, value in pairs)
     inner = Markup("").join(escape(child) for child in children)
-    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), given, inner)
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), markup, inner)
 
 
 def path(points: list[tuple[float, float]]) -> str:
@@ -58,7 +58,7 @@ class Figure:
     draw: Callable[[int], Markup]  # draws it at a width in pixels
     note: str = ""  # what to look for, or how to read it
     size: Size = "third"  # part of the page's width that it takes on a large screen
-    # what the page's script tells under the pointer; see page.js. None: nothing
+    # what the page's script shows under the pointer; see page.js. None: nothing
     hover: dict[str, Any] | None = field(default=None, repr=False)
 
     @property

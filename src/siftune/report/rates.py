@@ -176,10 +176,11 @@ def sentence(record: Mapping[str, Any]) -> str:
         return "A sweep of learning rates."
     if not runs:
         return "A sweep of learning rates; no run is finished yet."
-    found = sorted((one for one in bests(runs) if one.heldout_loss is not None), key=lambda one: one.heldout_loss or 0)
-    if not found:
+    finite = (one for one in bests(runs) if one.heldout_loss is not None)
+    ranking = sorted(finite, key=lambda one: one.heldout_loss or 0)
+    if not ranking:
         return f"{counted(len(runs), 'run')}: some diverged at every rate."
-    named = [f"{short(one.heldout_loss, 4)} with {one.method} at {rate_text(one.lr)}" for one in found if one.lr]
+    named = [f"{short(one.heldout_loss, 4)} with {one.method} at {rate_text(one.lr)}" for one in ranking if one.lr]
     return (
         f"Lowest held-out loss of {counted(len(runs), 'run')}, by method: {listed(named)}; before training: "
         f"{short(base, 4)}."

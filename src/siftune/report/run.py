@@ -121,9 +121,9 @@ def _metrics(group: Group) -> Grid:
     """A line for each metric, a column for each run."""
     rows = []
     for metric in dict.fromkeys(row.metric for _, newest in group for row in newest.metrics):
-        found = [next((row for row in newest.metrics if row.metric == metric), None) for _, newest in group]
-        base = next(row.base for row in found if row is not None)
-        rows.append([Cell(label_of(metric)), Cell(value_text(metric, base)), *map(_change, found)])
+        entries = [next((row for row in newest.metrics if row.metric == metric), None) for _, newest in group]
+        base = next(row.base for row in entries if row is not None)
+        rows.append([Cell(label_of(metric)), Cell(value_text(metric, base)), *map(_change, entries)])
     caption = "Value, and difference from the base model with its interval."
     return Grid(["metric", "base", *(name for name, _ in group)], rows, caption, cards=True)
 
@@ -142,14 +142,14 @@ def _rates(group: Group) -> list[Figure]:
     """Shares of correct answers of the base model and of all runs."""
     drawn = []
     for metric in dict.fromkeys(row.metric for _, newest in group for row in newest.metrics):
-        found = [
+        pairs = [
             (name, row)
             for name, newest in group
             for row in newest.metrics
             if row.metric == metric != PERPLEXITY and row.tuned is not None
         ]
         points: list[Point] = []
-        for number, (name, row) in enumerate(found):
+        for number, (name, row) in enumerate(pairs):
             assert row.tuned is not None
             if not points:
                 low, high = row.base_interval or (None, None)
@@ -192,7 +192,7 @@ def suspects(runs: Sequence[RunData]) -> Section | None:
         if len(runs) != 1 or runs[0].recipe.dp_epsilon is not None:
             return None
         return Section("suspects", "Suspect rows", [f"Not scored yet. `siftune rows {runs[0].path}` adds them here."])
-    words, found = [], dict[str, list[Suspect]]()
+    words, suspects_of = [], dict[str, list[Suspect]]()
     for run in scored:
         named = f"“{run.name}”: " if len(runs) > 1 else ""
         try:
@@ -203,18 +203,18 @@ def suspects(runs: Sequence[RunData]) -> Section | None:
         if not rows.suspects:
             words.append(f"{named}{rows.doubt}")
             continue
-        found[run.name] = rows.highest(min(_SUSPECTS, rows.suspects))
+        suspects_of[run.name] = rows.highest(min(_SUSPECTS, rows.suspects))
         words.append(
             f"{named}{rows.suspects:,} of {counted(len(rows.rows), 'row')} may be wrong. `siftune rows {run.path}` "
             "lists them, and writes a file for `--drop-rows`, which `siftune report FILE` shows for a review."
         )
-    return Section("suspects", "Suspect rows", words, tables=[_suspect_table(found)] if found else [])
+    return Section("suspects", "Suspect rows", words, tables=[_suspect_table(suspects_of)] if suspects_of else [])
 
 
-def _suspect_table(found: Mapping[str, Sequence[Suspect]]) -> Grid:
+def _suspect_table(suspects_of: Mapping[str, Sequence[Suspect]]) -> Grid:
     """The most suspect rows of all runs, with a column of scores for each run."""
-    scores = {name: {one.place: one.score for one in rows} for name, rows in found.items()}
-    every = sorted((one for rows in found.values() for one in rows), key=lambda one: -one.score)
+    scores = {name: {one.place: one.score for one in rows} for name, rows in suspects_of.items()}
+    every = sorted((one for rows in suspects_of.values() for one in rows), key=lambda one: -one.score)
     first = {one.place: one for one in reversed(every)}  # the highest score of a row that several runs name
     highest = sorted(first.values(), key=lambda one: -one.score)[:_SUSPECTS]
     names = short_places([one.place for one in highest])
@@ -229,7 +229,7 @@ def _suspect_table(found: Mapping[str, Sequence[Suspect]]) -> Grid:
                 *(Cell(short(own.get(one.place))) for own in scores.values()),
             ]
         )
-    columns = ["score"] if len(found) == 1 else [f"score, {name}" for name in found]
+    columns = ["score"] if len(suspects_of) == 1 else [f"score, {name}" for name in suspects_of]
     caption = f"The {len(rows)} most suspect. Some rows may be correct: read before you drop any."
     return Grid(["row", "text", "why", *columns], rows, caption, (0, 1, 2), cards=True, first=_FIRST, unbroken=(0,))
 

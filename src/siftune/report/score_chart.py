@@ -46,7 +46,7 @@ def _draw(width: int, title: str, selected: Sequence[Point], others: Sequence[Po
     strip = _STRIP if len(scores) < len(every) else 0
     plot = Plot(54, 38.0 + strip, width - 64.0, 250, across, up)
     right, bottom, top = plot.left + plot.width, plot.top + plot.height, plot.top - strip
-    drawn = [*y_axis(plot, "score: loss after a training on the target"), *x_axis(plot, "similarity of the prompt")]
+    drawn = [*y_axis(plot, "score: the lower, the better the answer fits"), *x_axis(plot, "similarity of the prompt")]
     if strip:
         drawn.append(tag("text", "no score", x=plot.left - 6, y=plot.top - strip / 2 + 3.5, class_="tick end"))
     drawn.append(tag("path", d=_paths(plot, others, strip, _cross), class_="crosses c1"))

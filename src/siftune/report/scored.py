@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from siftune.records.decisions import PLACE, SELECTED, is_selected
 from siftune.sifting.run import SCORES
 from siftune.sifting.scores import NO_LIMITS, Limits
 from siftune.sifting.scoring import AVOID
+
+logger = logging.getLogger(__name__)
 
 TEXTS = ("source", "prompt", "completion", "reason")  # columns; the others are numbers
 _WIDEST = 2**31 - 1  # characters of a field
@@ -66,7 +69,10 @@ def read_list(path: Path) -> DecisionList:
     """
     before = csv.field_size_limit(_WIDEST)
     try:
-        reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
+        text = path.read_text(encoding="utf-8-sig")
+        if not text.endswith("\n"):
+            logger.warning("%s does not end with a line break: its last row may be cut off", path)
+        reader = csv.reader(io.StringIO(text, newline=""))
         header = next(reader, [])
         if missing := [name for name in (PLACE, SELECTED, "prompt", "completion") if name not in header]:
             raise InputError(

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from siftune.base.errors import InputError
-from siftune.base.text import counted, finite, parsed
+from siftune.base.text import counted, finite
+from siftune.base.work_folder import read_record
 from siftune.records.again import is_own
 from siftune.records.decisions import read_decisions
 from siftune.report.charts import Part, histogram
@@ -33,9 +34,9 @@ def of_run(run: RunData, several: bool) -> list[Section]:
     if not (folder / RECORD).is_file():
         return []
     try:
-        state = parsed((folder / RECORD).read_text(encoding="utf-8"))["state"]
+        state = read_record(folder / RECORD).state
         pool, bad = by_target(folder, state), by_bad_rows(folder)
-    except (InputError, OSError, ValueError, KeyError, TypeError) as error:  # the rest of the page is right
+    except InputError as error:  # the rest of the page is right
         return [Section(f"sifted-{slug(run.name)}", _titled("Sifted rows", name), [f"Not available: {error}"])]
     return of_pool(pool, bad, state, name, examples=f"`siftune report {folder}` shows more of them, to decide on.")
 
@@ -58,16 +59,16 @@ def left_out(run: RunData, several: bool) -> Section | None:
     copies = " and any copies" if decisions.for_copies else ""
     words = [f"The training left out the rows that `{name}` excludes: {counted(count, 'row')}{copies}."]
     folder = Path(name).expanduser().parent
+    if not (folder / RECORD).is_file():
+        return replace(section, words=words)
     try:
-        state = parsed((folder / RECORD).read_text(encoding="utf-8"))["state"]
+        state = read_record(folder / RECORD).state
         words.append(
             f"The file is of a sifted pool: {int(state['selected']):,} of {counted(int(state['pool']), 'row')} were "
             f"selected{_why(state)}. `siftune report {folder}` shows them."
         )
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        words.append(f"The file is of a sifted pool, but {folder / RECORD} cannot be read ({error}).")
+    except (InputError, ValueError, LookupError, TypeError) as error:
+        words.append(f"The file is of a sifted pool, but its record is damaged: {error}.")
     return replace(section, words=words)
 
 

@@ -1,6 +1,7 @@
 """The subjects of a report: runs, sweeps of learning rates, sifted pools and lists of rows, which may be untrusted."""
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,7 +10,9 @@ from typing import Any
 
 from siftune.base.errors import InputError, RecipeError
 from siftune.base.files import refuse_links
-from siftune.base.text import finite, parsed, short_names
+from siftune.base.json_files import read_json_lines, read_sealed
+from siftune.base.text import finite, short_names
+from siftune.base.work_folder import read_lines, read_record
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.report.evals import Eval, read_evals
@@ -20,6 +23,8 @@ from siftune.sifting.run import SCORES
 from siftune.sifting.scoring import AVOID
 from siftune.train.folder.run import RECIPE, SIFT
 from siftune.train.folder.selections import LayersOfStep, RowsOfBatch, read_selections
+
+logger = logging.getLogger(__name__)
 
 # what fails in a file that holds something else than it ought to
 UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError)
@@ -143,9 +148,9 @@ def find_subjects(names: Sequence[str], files: Sequence[str] = ()) -> Subjects:
     for path, name in called.items():
         if path.is_file():
             lists.append((name, read_list(path)))
-        elif (path / RECIPE).is_file():
+        elif (path / RECIPE).exists():
             runs.append(read_run(path, name))
-        elif (path / SIFT_RECORD).is_file():
+        elif (path / SIFT_RECORD).exists():
             siftings.append(_sifting(path, name))
         else:
             sweeps.append(_sweep(path, name))
@@ -159,7 +164,7 @@ def _paths(name: str) -> list[Path]:
     """The list or folder of that name, or all runs, sweeps and sifted pools in it, by name."""
     path = Path(name).expanduser()
     is_list = path.is_file() and path.suffix.lower() == ".csv"
-    if is_list or _is_subject(path) or (path / SIFT_RECORD).is_file():
+    if is_list or _is_subject(path) or (path / SIFT_RECORD).exists():
         return [path]
     inside = [each for each in path.iterdir() if _is_subject(each)] if path.is_dir() else []
     if inside:
@@ -176,8 +181,8 @@ def _paths(name: str) -> list[Path]:
 
 def _is_subject(path: Path) -> bool:
     """Whether a folder is one of these; a pool that is not sifted to the end is none."""
-    is_sifted = (path / SIFT_RECORD).is_file() and any((path / name / SCORES).is_file() for name in ("", AVOID))
-    return is_sifted or any((path / name).is_file() for name in (RECIPE, _SWEEP))
+    is_sifted = (path / SIFT_RECORD).exists() and any((path / name / SCORES).is_file() for name in ("", AVOID))
+    return is_sifted or any((path / name).exists() for name in (RECIPE, _SWEEP))
 
 
 def read_run(path: Path, name: str) -> RunData:
@@ -186,7 +191,8 @@ def read_run(path: Path, name: str) -> RunData:
     Raises:
         InputError: A file in it is damaged; the message names it.
     """
-    record = _json(path / "run.json") if (path / "run.json").is_file() else {}
+    about = path / "run.json"
+    record = read_sealed(about, dict[str, Any], "restore it, or leave the folder out") if about.exists() else {}
     summary = record.get("summary")
     figures = _figures(summary if isinstance(summary, dict) else {})
     if "seconds" in figures:
@@ -206,8 +212,8 @@ def read_run(path: Path, name: str) -> RunData:
 def _sifting_seconds(path: Path) -> float:
     """Time that a run's pool was sifted for; 0 without sifting, or if its record cannot be read."""
     try:
-        return finite(parsed(path.read_text(encoding="utf-8"))["state"]["seconds"])
-    except (OSError, *UNREADABLE):
+        return finite(read_record(path).state["seconds"])
+    except (InputError, *UNREADABLE):
         return 0.0
 
 
@@ -220,21 +226,15 @@ def _about(record: dict[str, Any]) -> dict[str, str]:
 
 def _metrics(path: Path) -> list[dict[str, float]]:
     """Figures of every line."""
-    return [_figures(record if isinstance(record, dict) else {}) for record in _lines(path)]
+    lines, damaged = read_json_lines(path, dict[str, Any])
+    _tell_damaged(path, damaged)
+    return [_figures(line) for line in lines]
 
 
-def _lines(path: Path) -> list[Any]:
-    """What every line holds; the last one may be half written."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(parsed(line))
-        except ValueError:
-            if number == len(lines):
-                break
-            raise InputError(f"{path}:{number} is no JSON: mend or remove the line") from None
-    return records
+def _tell_damaged(path: Path, damaged: int) -> None:
+    """Warn of damaged lines; the last line of a run that is under way may be half written."""
+    if damaged:
+        logger.warning("%s: damaged lines are left out: %d", path, damaged)
 
 
 def _figures(record: dict[str, Any]) -> dict[str, float]:
@@ -248,23 +248,15 @@ def _figures(record: dict[str, Any]) -> dict[str, float]:
 
 
 def _sifting(path: Path, name: str) -> Sifting:
-    record = _json(path / SIFT_RECORD)
-    facts, state = (record[part] if isinstance(record.get(part), dict) else {} for part in ("facts", "state"))
-    pool, bad = by_target(path, state), by_bad_rows(path)
+    record = read_record(path / SIFT_RECORD)
+    pool, bad = by_target(path, record.state), by_bad_rows(path)
     if (pool or bad) is None:
         raise InputError(f"{path} has no scores yet: run the same command of siftune sift again, which continues")
-    return Sifting(path, name, facts, state, pool, bad)
+    return Sifting(path, name, record.facts, record.state, pool, bad)
 
 
 def _sweep(path: Path, name: str) -> Sweep:
-    return Sweep(path, name, _json(path / _SWEEP) | {"runs": _lines(path / "results.jsonl")})
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        record = parsed(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} can't be read ({error}): write it again, or leave the folder out") from error
-    if not isinstance(record, dict):
-        raise InputError(f"{path} holds no JSON object: write it again, or leave the folder out")
-    return record
+    record = read_record(path / _SWEEP)
+    runs, damaged = read_lines(path / "results.jsonl", dict[str, Any])
+    _tell_damaged(path / "results.jsonl", damaged)
+    return Sweep(path, name, {"facts": record.facts, "state": record.state, "runs": runs})

@@ -57,8 +57,8 @@ def check_sifting(
             "share, or the limits",
         ),
         (
-            not _is_number(limits.score, 0, math.inf),
-            f"max_score is {limits.score!r}, but must be a score as in scores.csv, at least 0",
+            not _is_number(limits.score, -math.inf, math.inf),
+            f"max_score is {limits.score!r}, but must be a score as in scores.csv",
         ),
         (
             not _is_number(limits.similarity, -1, 1),

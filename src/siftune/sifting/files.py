@@ -2,15 +2,20 @@
 
 import io
 import json
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from siftune.base.errors import DataError
 from siftune.data.read import placed_records
-from siftune.data.rows import Row, row_texts
+from siftune.data.rows import Row, parse_rows, row_texts
 from siftune.data.target import source_or_file
-from siftune.recipe.schema import train_files
+from siftune.recipe.schema import Recipe, train_files
 from siftune.records.decisions import Decision, decisions_csv
 from siftune.records.rows import text_of
 from siftune.sifting.scores import Floats
@@ -64,13 +69,51 @@ def write_dropped(
         (work.folder.path / DROPPED).unlink(missing_ok=True)
 
 
+@contextmanager
+def copied_records(recipe: Recipe, pool: Sequence[Row], folder: Path) -> Iterator[IO[str]]:
+    """Copy the records of a pool, which may change while it is sifted, to a file without a name in a folder.
+
+    Args:
+        recipe: The recipe of the sifting.
+        pool: The rows of the pool that were read.
+        folder: The folder.
+
+    Yields:
+        The file: two lines of JSON for each record, its place and the record.
+
+    Raises:
+        DataError: A row has changed since it was read.
+    """
+
+    def copied(name: str) -> Iterator[tuple[str, Any]]:
+        for place, record in placed_records(name, "train", recipe.limit):
+            file.write(f"{json.dumps(place)}\n{json.dumps(record, default=str)}\n")
+            yield place, record
+
+    texts = _by_place(pool)
+    with TemporaryFile("w+", encoding="utf-8", dir=folder) as file:
+        for name in train_files(recipe):
+            for place, text in _by_place(parse_rows(copied(name), recipe.columns, bad=[])).items():
+                if texts.get(place) == text:
+                    del texts[place]
+        if texts:
+            raise DataError(f"{next(iter(texts))} has changed since it was read: run the command again")
+        yield file
+
+
+def _by_place(rows: Sequence[Row]) -> dict[str, bytes]:
+    return dict(zip((row.origin for row in rows), row_texts(rows), strict=True))
+
+
 def write_selected(work: Work, places: Container[str]) -> list[int]:
-    """Write the selected rows as they are in the pool's files; returns their numbers among all rows of these."""
-    recipe, text, numbers = work.recipe, io.StringIO(), list[int]()
-    records = (pair for name in train_files(recipe) for pair in placed_records(name, "train", recipe.limit))
-    for number, (place, record) in enumerate(records):
-        if place in places:
-            text.write(json.dumps(record, default=str) + "\n")
+    """Write the selected rows as they were in the pool's files; returns their numbers among all rows of these."""
+    text, numbers = io.StringIO(), list[int]()
+    assert work.records is not None
+    work.records.seek(0)
+    for number, place in enumerate(work.records):
+        record = next(work.records)
+        if json.loads(place) in places:
+            text.write(record)
             numbers.append(number)
     work.folder.write(SIFTED, text.getvalue())
     return numbers

@@ -4,11 +4,14 @@ Embeddings of the pool are kept in a file until all of them are there, since the
 interrupted call continues after the last chunk of them.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, FiniteFloat
 
 from siftune.base.errors import DataError
 from siftune.base.stages import stages
@@ -23,6 +26,15 @@ from siftune.train.guards.memory import free
 from siftune.train.prepare import Prepared
 
 _CHUNK = 512  # prompts that are embedded before their file grows
+_DIGEST = hashlib.sha256().digest_size  # bytes
+_MOST = 2**28  # bytes of the similarities of ten million prompts
+
+
+class _Similar(BaseModel):
+    """Similarities, as the line of their file."""
+
+    pool: list[FiniteFloat]
+    target: list[FiniteFloat]
 
 
 def similarities(work: Work, prepared: Prepared, part: str) -> tuple[Floats, Floats]:
@@ -40,7 +52,7 @@ def similarities(work: Work, prepared: Prepared, part: str) -> tuple[Floats, Flo
     Raises:
         DataError: An embedding is not finite.
     """
-    lines = from_first(lambda: list(work.folder.lines(SIMILAR)))
+    lines = from_first(lambda: work.folder.lines(SIMILAR, _Similar, _MOST))
     if not lines:
         model, rows = base_model(work), prepared.rows[part]
         longest = max(max(prepared.data[name]["length"]) for name in ("train", part))
@@ -53,22 +65,21 @@ def similarities(work: Work, prepared: Prepared, part: str) -> tuple[Floats, Flo
         del model
         free()
         if rank() == 0:
-            work.folder.append(SIMILAR, _compared(work, len(prepared.rows["train"]), few_KH.float()))
+            work.folder.append(SIMILAR, _compared(work, len(prepared.rows["train"]), few_KH.float()).model_dump())
         wait_for_all()
-        lines = from_first(lambda: list(work.folder.lines(SIMILAR)))
+        lines = from_first(lambda: work.folder.lines(SIMILAR, _Similar, _MOST))
     if rank() == 0:
         (work.folder.path / PROMPTS).unlink(missing_ok=True)
-    return np.array(lines[0]["pool"], np.float64), np.array(lines[0]["target"], np.float64)
+    return np.array(lines[0].pool, np.float64), np.array(lines[0].target, np.float64)
 
 
 def _embed_pool(work: Work, prepared: Prepared, model: torch.nn.Module, width: int) -> None:
     """Add the embeddings of the pool's prompts to their file, chunk by chunk, after those that are there."""
     rows, path = prepared.rows["train"], work.folder.path / PROMPTS
-    bytes_of_row = width * np.dtype(np.float32).itemsize
-    begin = from_first(lambda: path.stat().st_size // bytes_of_row // _CHUNK * _CHUNK if path.exists() else 0)
+    begin = from_first(lambda: sum(len(chunk_RH) for chunk_RH in _chunks(path, len(rows), width)))
     if rank() == 0:
         with path.open("ab") as file:
-            file.truncate(begin * bytes_of_row)
+            file.truncate(begin * width * np.dtype(np.float32).itemsize + -(-begin // _CHUNK) * _DIGEST)
     with short_rows(), stages(work.console) as progress:
         for start in range(begin, len(rows), _CHUNK):
             progress("similarity of the prompts", start, len(rows))
@@ -81,8 +92,24 @@ def _embed_pool(work: Work, prepared: Prepared, model: torch.nn.Module, width: i
             part_RH = mean_over_ranks(part_RH, model_device(model)) * world_size()
             _refuse_broken(part_RH, rows[chunk])
             if rank() == 0:
+                content = part_RH.float().numpy().tobytes()
                 with path.open("ab") as file:
-                    file.write(part_RH.float().numpy().tobytes())
+                    file.write(content + hashlib.sha256(content).digest())
+
+
+def _chunks(path: Path, count: int, width: int) -> Iterator[NDArray[np.float32]]:
+    """Read embeddings chunk by chunk, up to the first chunk that is missing or damaged; (C, H) each.
+
+    Each chunk is followed by its SHA-256.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for start in range(0, count, _CHUNK):
+            content = file.read(min(_CHUNK, count - start) * width * np.dtype(np.float32).itemsize)
+            if file.read(_DIGEST) != hashlib.sha256(content).digest():
+                return
+            yield np.frombuffer(content, np.float32).reshape(-1, width)
 
 
 def _refuse_broken(states_RH: torch.Tensor, rows: Sequence[Row]) -> None:
@@ -92,16 +119,13 @@ def _refuse_broken(states_RH: torch.Tensor, rows: Sequence[Row]) -> None:
         raise DataError(f"the hidden states of {place} are not finite: leave the row out, or give --dtype float32")
 
 
-def _compared(work: Work, count: int, few_KH: torch.Tensor) -> dict[str, list[float]]:
-    """The similarities, as a line of their file."""
-    pool_RH: NDArray[np.float32] = np.memmap(
-        work.folder.path / PROMPTS, np.float32, "r", shape=(count, few_KH.shape[1])
-    )
-    chunks = [slice(start, start + _CHUNK) for start in range(0, count, _CHUNK)]
-    sum_H = sum((pool_RH[chunk].sum(0, dtype=np.float64) for chunk in chunks), np.zeros(few_KH.shape[1]))
+def _compared(work: Work, count: int, few_KH: torch.Tensor) -> _Similar:
+    """The similarities of the pool's prompts, whose embeddings are in their file."""
+    path, width = work.folder.path / PROMPTS, few_KH.shape[1]
+    sum_H = sum((chunk_RH.sum(0, dtype=np.float64) for chunk_RH in _chunks(path, count, width)), np.zeros(width))
     mean_H = torch.from_numpy(sum_H / count).float()
-    similar = [nearest(torch.tensor(pool_RH[chunk]), few_KH, mean_H) for chunk in chunks]
-    return {"pool": torch.cat(similar).tolist(), "target": nearest_other(few_KH, mean_H).tolist()}
+    similar = [nearest(torch.tensor(chunk_RH), few_KH, mean_H) for chunk_RH in _chunks(path, count, width)]
+    return _Similar(pool=torch.cat(similar).tolist(), target=nearest_other(few_KH, mean_H).tolist())
 
 
 def _prompts(work: Work, prepared: Prepared, part: str, chunk: slice) -> list[Sequence[int]]:

@@ -15,7 +15,7 @@ from siftune.base.text import counted
 from siftune.data.rows import Row, row_texts
 from siftune.data.tokens import Form, tokens_of
 from siftune.recipe.schema import Recipe, train_files
-from siftune.records.rows import Read, read_rows
+from siftune.records.rows import Read, ReadOnce, read_rows
 from siftune.train.prepare import Source, refuse_read
 
 LEAST = 8  # rows of a target, and bad rows (ours)
@@ -87,16 +87,16 @@ class Rows:
         return [f"{counted(count, 'row')} {text.format(verb[count > 1])}" for count, verb, text in counts if count]
 
 
-def read_all(recipe: Recipe, avoid: str | None, source: Source) -> Rows:
+def read_all(recipe: Recipe, avoid: str | None, source: Source, reader: ReadOnce) -> Rows:
     """Read the pool, the rows of the recipe's target, and bad rows.
 
     Raises:
         DataError: Rows cannot be used, are too few, or none is left in the pool.
     """
-    pool = read_rows(recipe)
+    pool = read_rows(recipe, reader)
     files = {name: file for name, file in (("target", recipe.target), ("avoid", avoid)) if file}
     alone = replace(recipe, target=None, limit=None, eval=None, eval_share=0.0)
-    read = {name: read_rows(replace(alone, train=file)) for name, file in files.items()}
+    read = {name: read_rows(replace(alone, train=file), reader) for name, file in files.items()}
     bad = [fault for part in (pool, *read.values()) for fault in part.bad]
     parts = {"train": pool.parts["train"], **{PARTS[name]: part.parts["train"] for name, part in read.items()}}
     refuse_read(recipe, Read(parts, bad), source.tokenizer)

@@ -19,11 +19,11 @@ there, no model is loaded. Another share or other limits need further losses onl
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, fields, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,9 +46,9 @@ from siftune.engine.ranks import (
 from siftune.recipe.checks import check
 from siftune.recipe.schema import SCORING, Recipe, method_of, new_folder, resolve_recipe
 from siftune.records.again import note_file
-from siftune.records.rows import Read, digest_of
+from siftune.records.rows import Read, ReadOnce, digest_of, read_rows
 from siftune.sifting.checks import RECORD, check_sifting
-from siftune.sifting.files import DROPPED, SIFTED, write_dropped, write_scores, write_selected
+from siftune.sifting.files import DROPPED, SIFTED, copied_records, write_dropped, write_scores, write_selected
 from siftune.sifting.rows import PARTS, Rows, count_of, read_all
 from siftune.sifting.scores import NO_LIMITS, Floats, Limits
 from siftune.sifting.scoring import AVOID, POOL, choose_by_bad_rows, choose_by_target, prefix
@@ -70,8 +70,9 @@ class Sifted:
         folder: The folder with its files.
         selected: Numbers of the selected rows among all rows of the pool, from 0, ascending, for `Dataset.select`.
         places: (R,) places of the rows that have scores, such as "pool.jsonl:17"; not of copies, target and bad rows.
-        scores: (R,) float64: loss after a training on the target, as in `scores.scores`. The lower, the more a row is
-            like the target. NaN for rows of other tasks, None without a target. Rounded, as in scores.csv.
+        scores: (R,) float64: the lower, the better a row's answer fits, as in scores.py: its margin over other answers
+            if rows share these, otherwise its loss. NaN for rows of other tasks, and for rows that cannot be compared;
+            None without a target. Rounded, as in scores.csv.
         similar: (R,) float64: similarity of the prompts to those of the target, from -1 to 1. None without a target.
             Rounded, as in scores.csv.
         score_limit: The highest score by which rows were selected; None if scores were not limited.
@@ -131,11 +132,11 @@ def sift(
 ) -> Sifted:
     """Select the rows of a pool that are like a few rows of a target, and unlike bad rows (ours; scores.py).
 
-    Rows with prompts like those of the target are of its task: see `least_similarity`. The model is tuned on them
-    and then on most of the target's rows, as long as the loss of the others falls. A row's score is its loss under this
-    model: see `scores`. Rows of the task are selected up to the score of four in five of the target's other rows: see
-    `choose`. Rows like the bad ones are left out after a model tuned on the pool is tuned further on them: see
-    `unlike`.
+    Rows with prompts like those of the target are of its task: see `least_similarity`. The model is tuned on most of
+    the target's rows, as long as the loss of the others falls. If the rows share a few answers, it is tuned on the task's
+    rows first, and rows are left out to whose prompts another answer fits better: see `choose_by_margins`. Otherwise
+    those are left out whose loss is above that of four in five of the target's other rows: see `choose_by_losses`. Rows
+    like the bad ones are left out after a model tuned on the pool is tuned further on them: see `unlike`.
 
     Args:
         train: The pool: a file or hub id, or several.
@@ -144,7 +145,8 @@ def sift(
             the similarity of their prompts. None: rows of the task that do not contradict the target.
         steps: Optimizer steps of a training on the pool, at most; on the target's rows, at most half as many follow.
         avoid: File or hub id of at least 8 rows with answers that the model must not give.
-        max_score: Select rows of the task up to this score. None: the limit of the target's held-out rows.
+        max_score: Select rows of the task up to this score. None: 1 if rows share answers, otherwise the limit of the
+            target's held-out rows.
         min_similarity: Rows are of the task from this similarity of their prompts, -1 to 1. None: the limit of the
             target's own prompts. If the folder lacks losses of such rows, only these are computed.
         console: Console for progress; stderr by default.
@@ -165,32 +167,53 @@ def sift(
     pool = str(train) if isinstance(train, str | Path) else tuple(map(str, train))
     named = {"target": None if target is None else str(target)}
     recipe = Recipe(**{**settings, "train": pool, **named})
-    bad = None if avoid is None else str(avoid)
-    limits = Limits(max_score, min_similarity)
-    check_sifting(recipe, share, bad, limits)
+    asked = _Asked(None if avoid is None else str(avoid), share, steps, Limits(max_score, min_similarity))
+    check_sifting(recipe, share, asked.avoid, asked.limits)
     if steps < 1:
         raise RecipeError(f"steps is {steps}, but must be at least 1")
+    return _sift(recipe, asked, console, source_of, ReadOnce())
+
+
+class _Asked(NamedTuple):
+    """Settings of a sifting that are not those of a recipe, as for `sift`."""
+
+    avoid: str | None
+    share: float | int | None
+    steps: int
+    limits: Limits = NO_LIMITS
+
+
+def _sift(
+    recipe: Recipe,
+    asked: _Asked,
+    console: Console | None,
+    source_of: Callable[[str], Source],
+    reader: ReadOnce,
+) -> Sifted:
+    """Sift the pool of a recipe; arguments as for `sift`, and a reader of the files."""
     with in_launch(), ExitStack() as stack:
         console = console or text_console(stderr=True)
         console = Console(quiet=True) if rank() else console
         recipe = from_first(lambda: _dense(recipe))
         source = source_of(recipe.model)
         recipe = source.settle(recipe)
-        rows = read_all(recipe, bad, source)
+        rows = read_all(recipe, asked.avoid, source, reader)
         with first_rank_first(), stages(console) as progress:
             parts = Read({"train": rows.pool, **{PARTS[few.name]: few.rows for few in rows.few}}, rows.bad)
             prepared = prepare(replace(recipe, target=None), source.tokenizer(), parts, progress)
-        count = count_of(share, len(prepared.rows["train"]))
+        count = count_of(asked.share, len(prepared.rows["train"]))
         folder = WorkFolder(
             str(recipe.out), RECORD, f"{TUNING}*/checkpoints/*", f"{POOL}/checkpoints/*", LOSSES, SIMILAR, PROMPTS
         )
+        records = None
         if rank() == 0:
-            stack.enter_context(folder.begin(_facts(recipe, rows, steps, source.identity)))
-            stack.enter_context(only_process(folder.path))
+            stack.enter_context(folder.begin(_facts(recipe, rows, asked.steps, source.identity)))
+            records = stack.enter_context(copied_records(recipe, rows.pool, folder.path))
         if isinstance(recipe.template, Path):  # a training that continues compares the path, not the content
             recipe = replace(recipe, template=from_first(partial(_own_template, folder, recipe.template)))
         try:
-            return _sift(Work(recipe, rows, steps, folder, console, source_of), prepared, count, limits)
+            work = Work(recipe, rows, asked.steps, folder, console, source_of, records)
+            return _selected(work, prepared, count, asked.limits)
         except KeyboardInterrupt as stop:
             stop.__notes__ = ["the same command continues"]  # not that of the training on the target's rows
             raise
@@ -203,7 +226,7 @@ def sift_first(
     source_of: Callable[[str], Source] = ModelSource,
     avoid: str | None = None,
     by_target: bool = True,
-) -> tuple[Recipe, Sifted]:
+) -> tuple[Recipe, Sifted, Read]:
     """Sift the pool of a recipe into the folder `sift` of its run.
 
     Args:
@@ -215,8 +238,9 @@ def sift_first(
         by_target: Whether the recipe's target sifts too.
 
     Returns:
-        The recipe without the rows that were not selected, and the sifted pool. If the run was interrupted while
-        sifting, the recipe does not resume, since there is nothing to resume.
+        The recipe without the rows that were not selected, the sifted pool, and the rows of the recipe as they were
+        when the pool was read. If the run was interrupted while sifting, the recipe does not resume, since there is
+        nothing to resume.
 
     Raises:
         InputError: As `sift`, or the recipe cannot be used, or its folder holds a run.
@@ -225,18 +249,23 @@ def sift_first(
     check_sifting(recipe, share, avoid)
     recipe = replace(recipe, out=from_first(lambda: resolve_recipe(recipe).out))
     folder = from_first(lambda: RunFolder(str(recipe.out)))
-    with nullcontext() if launch_rank() else folder.removed_on_failure():
+    reader = ReadOnce()
+    with ExitStack() as stack:
+        if not launch_rank():
+            stack.enter_context(only_process(folder.path))
+            stack.enter_context(folder.removed_on_failure())
         if recipe.resume is True and folder.is_fresh() and (folder.path / SIFT / RECORD).exists():
             recipe = replace(recipe, resume=False)
         elif recipe.resume:
             from_first(lambda: find_checkpoint(recipe, folder))
         folder.refuse_results(recipe.resume is not False)
-        settings = {field.name: getattr(recipe, field.name) for field in fields(Recipe) if field.name != "steps"}
-        settings["out"] = str(folder.path / SIFT)
+        pool = replace(recipe, out=str(folder.path / SIFT), steps=Recipe.steps)
         if not by_target:
-            settings["target"] = None
-        sifted = sift(**settings, share=share, avoid=avoid, console=console, source_of=source_of)
-    return recipe if sifted.dropped is None else replace(recipe, drop_rows=str(sifted.dropped)), sifted
+            pool = replace(pool, target=None)
+        sifted = _sift(pool, _Asked(avoid, share, STEPS), console, source_of, reader)
+        if sifted.dropped is not None:
+            recipe = replace(recipe, drop_rows=str(sifted.dropped))
+        return recipe, sifted, read_rows(resolve_recipe(recipe), reader)
 
 
 def _dense(recipe: Recipe) -> Recipe:
@@ -263,7 +292,8 @@ def _facts(recipe: Recipe, rows: Rows, steps: int, identity: Mapping[str, str]) 
     return {**settings, "steps": steps, **digests, **identity}
 
 
-def _sift(work: Work, prepared: Prepared, count: int | None, limits: Limits) -> Sifted:
+def _selected(work: Work, prepared: Prepared, count: int | None, limits: Limits) -> Sifted:
+    """Score the pool, select rows, and write the files."""
     started, rows = time.monotonic(), prepared.rows["train"]
     parts = {
         few.name: choose_by_target(work, prepared, few, count, limits)

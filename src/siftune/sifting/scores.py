@@ -1,32 +1,34 @@
-"""Selection of a pool's rows by their losses after a short training on the pool, and then on a few correct rows.
+"""Selection of a pool's rows by a model that was tuned on a few correct rows.
 
-    K_i   loss of row i under the model after both trainings, summed over its label tokens
+If the rows of a task share a few answers, as labels do, the score of a row is its margin over the answers of rows with
+similar prompts (suspects/margins.py): by how many nats another answer fits its prompt better than its own. The model is
+tuned on the pool first, which teaches the form of the answers, and those of which the target has few. A loss by itself
+says less then: rows that are hard for the model have high losses, whether they are correct or not, as have rows with an
+answer that is rare in the target. Rows with a margin up to 1 are selected.
+
+Otherwise the right answer is not among those of similar prompts, and the loss is compared with those of correct rows:
+
+    K_i   loss of row i under the model tuned on the target, summed over its label tokens
     n_i   number of its label tokens
     s_i = K_i / sqrt(n_i)
 
-The training on the pool teaches the form of the answers, and those kinds of rows of which the target has few. The
-training on rows of the target alone then teaches which answers are correct, so a wrong answer to the same kind of
-prompt has a higher loss. Without the first, correct rows that differ from the few are as unlikely as wrong ones. The
-mean over tokens hides one wrong word in a long answer, and the sum disfavours long answers: the root is between the two
-(ours). Rows of the target that the training leaves out are correct. Their scores give the limit: rows of the pool with
-a score above that of four in five of them are left out.
+The mean over tokens hides one wrong word in a long answer, and the sum disfavours long answers: the root is between the
+two (ours). Rows of the target that the training leaves out are correct. Rows of the pool with a score above that of
+four in five of them are left out. Decoys are wrong rows made on purpose: prompts of these rows with other completions.
 
-Decoys are wrong rows made on purpose: prompts of these rows with completions of other rows of the target. None is left
-out if the model cannot tell decoys from correct rows, or if hardly any row of the pool is as unlikely as a decoy: then
-the pool has no such errors, or only errors that this comparison does not see.
+In both cases, none is left out if the model cannot tell correct rows of the target from others, or if hardly any row of
+the pool looks wrong: then the pool has no errors, or only such that this comparison does not see.
 
 Prior art: selection by a loss after training on trusted rows is that of RHO-LOSS (Mindermann et al., arXiv 2206.07137)
 and CoLoR-Filter (Brandfonbrener et al., arXiv 2406.10670), which subtract the loss under another model, as do Moore and
 Lewis (ACL 2010), Rho-1 (arXiv 2404.07965) and Token Cleaning (arXiv 2502.01968); TACS (arXiv 2605.09404) divides the
-drop by the first loss. On pools whose errors nobody planted, subtracting the base's loss makes the score worse
-(docs/sifting.md). Ours: the training on the pool first, K alone, a limit by held-out rows, and its check by decoys.
-Prompts are compared first: similarity.py.
+drop by the first loss. Confident learning (Northcutt, Jiang and Chuang, JAIR 2021) compares the probability of a label
+with those of the other labels. Ours: the margin over answers of similar prompts, the training on the pool first, the
+limits, and their check by decoys. Prompts are compared first: similarity.py.
 
 Shapes: R rows of the pool, T held-out rows of the target, D decoys.
 """
 
-from collections import Counter
-from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -107,7 +109,7 @@ def separation(decoys_D: Floats, target_T: Floats) -> float:
     return float(np.mean(below) / len(target_T))
 
 
-def choose(
+def choose_by_losses(
     scores_R: Floats, target_T: Floats, decoys_D: Floats, task_R: NDArray[np.bool_], limit: float | None = None
 ) -> Choice:
     """Select the rows of the target's task without those that contradict the target (ours).
@@ -125,11 +127,11 @@ def choose(
 
     Example:
         >>> pool, task = np.array([0.2, 5.0, 4.5, 0.1]), np.array([True, True, True, False])
-        >>> choose(pool, np.array([0.1, 0.3]), np.repeat([2.0, 4.0], 4), task).rows_R.tolist()
+        >>> choose_by_losses(pool, np.array([0.1, 0.3]), np.repeat([2.0, 4.0], 4), task).rows_R.tolist()
         [True, False, False, False]
-        >>> choose(pool, np.array([0.1, 0.3]), np.repeat([2.0, 4.0], 4), task, limit=4.5).rows_R.tolist()
+        >>> choose_by_losses(pool, np.array([0.1, 0.3]), np.repeat([2.0, 4.0], 4), task, limit=4.5).rows_R.tolist()
         [True, False, True, False]
-        >>> choose(pool, np.array([0.1, 4.0]), np.repeat([0.2, 3.0], 4), task).rows_R.tolist()
+        >>> choose_by_losses(pool, np.array([0.1, 4.0]), np.repeat([0.2, 3.0], 4), task).rows_R.tolist()
         [True, True, True, False]
     """
     prompts = "their prompts are like the target's"
@@ -163,41 +165,60 @@ def choose(
     )
 
 
-_SHARED = 10  # rows of the task with one answer, at least (ours)
-_PARTS = 2  # an answer's selected share is at least half of the task's (ours)
+_LIMIT = 1.0  # nats by which another answer may fit better (ours)
+_COMPARED = 8  # held-out rows, at least (ours)
+_RIGHT = 0.6  # share of the held-out rows within the limit, at least (ours)
+_BEYOND = 0.03  # share of the task's rows beyond the limit, at least (ours)
 
 
-def with_rare_answers(
-    choice: Choice, scores_R: Floats, task_R: NDArray[np.bool_], answers_R: Sequence[str], known: Container[str]
+def choose_by_margins(
+    scores_R: Floats, target_T: Floats, task_R: NDArray[np.bool_], limit: float | None = None
 ) -> Choice:
-    """Select rows with every frequent answer that the target has, too (ours).
+    """Select the rows of the target's task without those to whose prompts another answer fits better (ours).
 
-    If the target has few rows with an answer, even correct rows with it have high scores, and all would be left out.
-    Of an answer that 10 rows of the task have, the lowest scores are selected until its selected share is half of the
-    task's.
+    Rows with a margin above 1 are left out. All rows of the task are selected if fewer than 8 held-out rows can be
+    compared, if less than 60 % of these are within the limit, or if less than 3 % of the task's rows are beyond it. A
+    limit that is given decides alone. Rows without a margin are selected.
 
     Args:
-        choice: By a limit on the score.
-        scores_R: Scores of the pool.
-        task_R: Rows of the pool that are of the task.
-        answers_R: Their completions.
-        known: The completions of the target.
+        scores_R: Margins of the pool's rows; only those of rows of the task count, of which there must be one.
+        target_T: Margins of the target's held-out rows.
+        task_R: Rows of the pool that are of the task, by the similarity of their prompts.
+        limit: The highest score of a selected row; None: 1.
 
     Example:
-        >>> few = Choice(np.repeat([True, False], [30, 10]), "", 1.0)
-        >>> more = with_rare_answers(few, np.arange(40.0), np.ones(40, bool), ["a"] * 30 + ["b"] * 10, {"a", "b"})
-        >>> np.flatnonzero(more.rows_R[30:]).tolist()
-        [0, 1, 2, 3]
+        >>> pool, task = np.array([-2.0, 5.0, 1.5, -9.0]), np.array([True, True, True, False])
+        >>> choose_by_margins(pool, np.repeat(-3.0, 8), task).rows_R.tolist()
+        [True, False, False, False]
+        >>> choose_by_margins(pool, np.repeat(-3.0, 8), task, limit=2.0).rows_R.tolist()
+        [True, False, True, False]
+        >>> choose_by_margins(pool, np.repeat(3.0, 8), task).rows_R.tolist()
+        [True, True, True, False]
     """
-    rows_R, answers, selected = choice.rows_R.copy(), np.array(answers_R), int(choice.rows_R.sum())
-    for answer, count in Counter(answers[task_R].tolist()).items():
-        own_R = task_R & (answers == answer)
-        least = -(-selected * count // (_PARTS * int(task_R.sum())))
-        if count >= _SHARED and answer in known and rows_R[own_R].sum() < least:
-            rows_R |= lowest(scores_R, least, own_R)
-    more = int(rows_R.sum()) - selected
-    reason = f"{choice.reason}; {more:,} more have an answer of which the target has few rows"
-    return choice._replace(rows_R=rows_R, reason=reason) if more else choice
+    prompts = "their prompts are like the target's"
+    within_R = task_R & ~(scores_R > (_LIMIT if limit is None else limit))
+    if limit is not None:
+        return Choice(within_R, f"{prompts}, and their scores are within the limit", limit)
+    compared_T = target_T[~np.isnan(target_T)]
+    if len(compared_T) < _COMPARED:
+        reason = "answers are not compared, since too few rows with similar prompts have different ones"
+        return Choice(task_R, f"{prompts}; {reason}")
+    right = float((compared_T <= _LIMIT).mean())
+    if right < _RIGHT:
+        return Choice(
+            task_R,
+            f"{prompts}; the model cannot tell wrong answers: even to {1 - right:.0%} of the held-out rows of the "
+            "target it prefers the answer of another row",
+        )
+    wrong = 1 - within_R.sum() / task_R.sum()
+    if wrong < _BEYOND:
+        return Choice(
+            task_R,
+            f"{prompts}; the model cannot tell wrong answers, or there are none: it prefers the answer of another row "
+            f"to only {wrong:.1%} of the answers",
+        )
+    reason = f"{prompts}, and no answer of another row fits better; one does to {wrong:.0%} of the task's rows"
+    return Choice(within_R, reason, _LIMIT)
 
 
 _TOO_FEW = 0.5  # of the held-out rows (ours)

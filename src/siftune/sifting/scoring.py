@@ -5,20 +5,21 @@ run.py. Prompts are compared first (prompts.py), so that only rows of the target
 """
 
 import json
+import logging
 import math
-import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, model_validator
 
 from siftune.base.errors import DataError, TrainingError
 from siftune.base.files import Progress
@@ -26,34 +27,50 @@ from siftune.base.stages import stages
 from siftune.base.text import counted
 from siftune.data.read import load_rows, placed_records
 from siftune.data.rows import Row, row_texts
-from siftune.data.tokens import tokens_of
 from siftune.engine.ranks import from_first, mean_over_ranks, rank, wait_for_all, world_size
 from siftune.evaluate.likelihood import row_nll
 from siftune.models.adapters.attach import load_adapter
 from siftune.models.attention import short_rows
+from siftune.models.loss import IGNORED
 from siftune.models.modules import check_window, model_device
 from siftune.recipe.schema import SCORING, Recipe
-from siftune.records.decisions import DIGITS, absolute_place
+from siftune.records.decisions import DIGITS
+from siftune.records.rows import Read
+from siftune.sifting.answers import answer_losses, decoys_among
 from siftune.sifting.prompts import similarities
 from siftune.sifting.rows import PARTS, Few
-from siftune.sifting.scores import NO_LIMITS, Choice, Floats, Limits, choose, lowest, scores, unlike, with_rare_answers
+from siftune.sifting.scores import (
+    NO_LIMITS,
+    Choice,
+    Floats,
+    Limits,
+    choose_by_losses,
+    choose_by_margins,
+    lowest,
+    scores,
+    unlike,
+)
 from siftune.sifting.similarity import least_similarity
-from siftune.sifting.work import LOSSES, TUNING, Work, base_model, form_of, rows_at_once
+from siftune.sifting.work import LOSSES, TUNING, Work, base_model, rows_at_once
+from siftune.suspects.answers import Answers
+from siftune.suspects.margins import margins
 from siftune.train.folder.run import RunFolder
 from siftune.train.guards.memory import free
 from siftune.train.prepare import Prepared
 from siftune.train.run import train as tune
 
+logger = logging.getLogger(__name__)
+
 AVOID = "avoid"  # folder of what the bad rows score, and their name in `rows.PARTS`
 POOL = "pool"  # run folder of the training on the pool, which precedes that on the few rows
-_SEEN, _UNSEEN, _OTHERS = "seen.jsonl", "unseen.jsonl", "others.txt"
+_SEEN, _UNSEEN = "seen.jsonl", "unseen.jsonl"
 _FURTHER = 20  # steps on the bad rows, after those on the pool (ours)
 _AFTER = 0.5  # of the steps, at most, for the target's rows after those on the pool (ours)
+_SHARED = 0.5  # of the target's rows whose answer is also among those of similar prompts, at least (ours)
 _PASS = 0.5  # share of the task's rows on which the model is trained at most before it is trained on the target (ours)
 _CHUNK = 512  # rows in a line of losses.jsonl
 # steps between measurements of the held-out rows, at most; measurements, at least; those without improvement (ours)
 _EVERY, _MEASURED, _PATIENCE = 10, 6, 2
-_DECOYS = 4  # of each held-out row (ours)
 
 
 @dataclass(frozen=True)
@@ -93,13 +110,15 @@ def choose_by_target(work: Work, prepared: Prepared, few: Few, count: int | None
     scores_R, target_T, decoys_D = _target_scores(work, prepared, few, task_R, trained_R)
     columns = {"score": scores_R, "similarity": similar_R}
     if count is not None:
-        rows_R, others = lowest(np.where(task_R, scores_R, -similar_R), count, task_R), count - int(task_R.sum())
-        rest = f", {others:,} of them of other tasks, by their prompts" if others > 0 else ""
+        compared_R = ~np.isnan(scores_R)
+        rows_R = lowest(np.where(compared_R, scores_R, -similar_R), count, compared_R)
+        others = count - int(compared_R.sum())
+        rest = f", {others:,} of them by their prompts alone" if others > 0 else ""
         return Part(Choice(rows_R, f"those with the lowest scores, as many as asked for{rest}"), columns)
-    choice = choose(scores_R, target_T, decoys_D, task_R, limits.score)
-    if limits.score is None and choice.limit is not None:
-        answers_R = [row.completion.strip() for row in prepared.rows["train"]]
-        choice = with_rare_answers(choice, scores_R, task_R, answers_R, {row.completion.strip() for row in few.rows})
+    if decoys_D is None:
+        choice = choose_by_margins(scores_R, target_T, task_R, limits.score)
+    else:
+        choice = choose_by_losses(scores_R, target_T, decoys_D, task_R, limits.score)
     if not choice.rows_R.any():
         assert choice.limit is not None  # without one, all rows of the task are selected
         raise DataError(
@@ -123,7 +142,7 @@ def choose_by_bad_rows(work: Work, prepared: Prepared, few: Few) -> Part:
     data, held_out = _tokens(prepared, "train"), _tokens(prepared, AVOID).select(_places(prepared, few, few.unseen[0]))
     tuned = cache(partial(_tuned_on_bad_rows, work, few))  # loaded at most once, and only if something is missing
     every = concatenate_datasets([data, held_out])
-    losses = _losses(work, f"{AVOID}/{LOSSES}", every, range(len(every)), tuned, both=True)
+    losses = _losses(work, f"{AVOID}/{LOSSES}", every, tuned)
     tuned.cache_clear()
     free()
     after, before = losses.after / losses.tokens, losses.before / losses.tokens
@@ -133,45 +152,82 @@ def choose_by_bad_rows(work: Work, prepared: Prepared, few: Few) -> Part:
     return Part(unlike(score[:count], score[count:]), columns)
 
 
+class _Scores(NamedTuple):
+    """Scores by the target.
+
+    Attributes:
+        pool: (R,) of the pool, the mean over the trainings; NaN outside of the task.
+        held_out: (T,) of the target's rows that the trainings left out.
+        decoys: (D,) of decoys of these; None if the scores are margins.
+    """
+
+    pool: Floats
+    held_out: Floats
+    decoys: Floats | None
+
+
 def _target_scores(
-    work: Work, prepared: Prepared, few: Few, task_R: NDArray[np.bool_], trained_R: NDArray[np.bool_]
-) -> tuple[Floats, Floats, Floats]:
-    """Scores after trainings on the pool and then on the target.
+    work: Work, prepared: Prepared, few: Few, task_R: NDArray[np.bool_], likely_R: NDArray[np.bool_]
+) -> _Scores:
+    """Score rows by margins if they share a few answers, otherwise by losses: see `scores`.
 
     Args:
         work: The sifting.
         prepared: The rows.
         few: The target.
         task_R: Rows of the pool to score, those of the task.
-        trained_R: Rows of the pool to train on.
-
-    Returns:
-        (R,) of the pool, the mean over the trainings; NaN outside of the task. (T,) of the rows that the trainings left
-        out, (D,) of decoys of these.
+        likely_R: Rows of the pool whose answers are compared, and on which the model is trained first.
     """
-    task = task_R.nonzero()[0].tolist()
-    pool, own = _tokens(prepared, "train"), _tokens(prepared, PARTS[few.name])
-    rows = prepared.rows["train"]
-    names, trained = [rows[number] for number in task], [rows[number] for number in trained_R.nonzero()[0].tolist()]
-    of_pool, held_out, decoys = list[Floats](), list[Floats](), list[Floats]()
+    of_pool, of_target = prepared.rows["train"], prepared.rows[PARTS[few.name]]
+    rows, count = [*of_pool, *of_target], len(of_pool)
+    task, likely = (part_R.nonzero()[0].tolist() for part_R in (task_R, likely_R))
+    target = range(count, len(rows))
+    decoys = decoys_among(rows, [*task, *target], [*likely, *target], work.recipe.seed)
+    shared = bool(decoys.covered[count:].mean() >= _SHARED)
+    if not shared:
+        decoys = decoys_among(rows, target, target, work.recipe.seed)
+    trained = [of_pool[number] for number in likely] if shared else []
+    tokens_R = _label_tokens(prepared, few, decoys.numbers)
+    of_task, held_out, of_decoys = list[Floats](), list[Floats](), list[Floats]()
     for number, unseen in enumerate(few.unseen):
-        places = _places(prepared, few, unseen)
-        wrong = _decoys(work, few, unseen)
-        data = concatenate_datasets([pool, own.select(places), *([wrong] if wrong else [])])
+        numbers = [*task, *(count + place for place in _places(prepared, few, unseen))]
         tuned = cache(partial(_tuned_on_target, work, few, number, trained))
-        numbers = [*task, *range(len(pool), len(data))]
-        losses = _losses(work, _of_training(number, LOSSES), data, numbers, tuned)
+        losses = answer_losses(work, _of_training(number, LOSSES), rows, numbers, decoys.numbers, tuned)
         tuned.cache_clear()
         free()
-        parts = np.split(scores(losses.after, losses.tokens), [len(task), len(task) + len(places)])
-        _refuse_broken(np.concatenate(parts[:2]), [*names, *unseen])
-        for part, values in zip((of_pool, held_out, decoys), parts, strict=True):
-            part.append(values)
-    scores_R = np.full(len(task_R), np.nan)
-    scores_R[task] = np.mean(of_pool, axis=0)
-    every = (scores_R, np.concatenate(held_out), np.concatenate(decoys))
-    scores_R, target_T, decoys_D = (np.round(part, DIGITS) for part in every)
-    return scores_R, target_T, decoys_D
+        _refuse_broken(losses.own, [rows[place] for place in numbers])
+        if shared:
+            scores_N = _margins(rows, tokens_R, numbers, decoys.numbers, losses)
+        else:
+            scores_N, asked_ND = scores(losses.own, losses.tokens), ~np.isnan(losses.others)
+            of_decoys.append(scores(losses.others[asked_ND], tokens_R[decoys.numbers[numbers][asked_ND]]))
+        of_task.append(scores_N[: len(task)])
+        held_out.append(scores_N[len(task) :])
+    pool_R = np.full(len(task_R), np.nan)
+    pool_R[task] = np.mean(of_task, axis=0)
+    decoys_D = None if shared else np.concatenate(of_decoys).round(DIGITS)
+    return _Scores(pool_R.round(DIGITS), np.concatenate(held_out).round(DIGITS), decoys_D)
+
+
+def _margins(
+    rows: Sequence[Row], tokens_R: Floats, numbers: Sequence[int], decoys_RD: NDArray[np.int64], losses: Answers
+) -> Floats:
+    """Margins of N of all R rows."""
+    own_R, others_RD = np.full(len(rows), np.nan), np.full(decoys_RD.shape, np.nan)
+    own_R[numbers], others_RD[numbers] = losses.own, losses.others
+    tokens_R[numbers] = losses.tokens
+    answers_R = [row.completion.strip() for row in rows]
+    return margins(answers_R, tokens_R, own_R, decoys_RD, others_RD).score[numbers]
+
+
+def _label_tokens(prepared: Prepared, few: Few, decoys_RD: NDArray[np.int64]) -> Floats:
+    """Numbers of label tokens, (R,), of rows that serve as decoys; 1 of others."""
+    data = concatenate_datasets([_tokens(prepared, "train"), _tokens(prepared, PARTS[few.name])])
+    tokens_R, numbers = np.ones(len(data)), np.unique(decoys_RD[decoys_RD >= 0])
+    if len(numbers):
+        labels = data.select(numbers)["labels"]
+        tokens_R[numbers] = [max(sum(label != IGNORED for label in own), 1) for own in labels]
+    return tokens_R
 
 
 def _tokens(prepared: Prepared, part: str) -> Dataset:
@@ -184,61 +240,57 @@ def _places(prepared: Prepared, few: Few, rows: Sequence[Row]) -> list[int]:
     return [number for number, row in enumerate(prepared.rows[PARTS[few.name]]) if row.origin in origins]
 
 
-def _decoys(work: Work, few: Few, unseen: Sequence[Row]) -> Dataset | None:
-    """Held-out rows with completions of other rows of the target; None if there are no others, or no prompts."""
-    randomness, texts = random.Random(f"decoys {work.recipe.seed}"), sorted({row.completion for row in few.rows})
-    decoys = []
-    for row in unseen:
-        others = [text for text in texts if text.strip() != row.completion.strip()]
-        if row.prompt:
-            decoys += [replace(row, completion=text) for text in randomness.sample(others, min(_DECOYS, len(others)))]
-    if not decoys:
-        return None
-    return tokens_of(decoys, form_of(work, work.recipe.completion_only)).data.select_columns(["input_ids", "labels"])
-
-
 def _refuse_broken(values: Floats, rows: Sequence[Row]) -> None:
     if not np.isfinite(values).all():
         place = rows[int(np.isfinite(values).argmin())].origin
         raise DataError(f"the loss of {place} is not finite: leave the row out, or give --dtype float32")
 
 
+class _Line(BaseModel):
+    """Losses of some rows, as a line of their file."""
+
+    rows: list[int]
+    tokens: list[Annotated[float, Field(ge=1)]]
+    after: list[float]
+    before: list[float]
+
+    @model_validator(mode="after")
+    def _same_lengths(self) -> Self:
+        if len({len(values) for _, values in self}) > 1:
+            raise ValueError("the lists have different lengths")
+        return self
+
+
 class _Losses(NamedTuple):
     """Losses of rows, summed over label tokens, in nats, and the number of these; each (rows,)."""
 
     after: Floats  # the training
-    before: Floats  # the training; empty if not asked for
+    before: Floats  # the training
     tokens: Floats
 
 
-def _losses(
-    work: Work, name: str, data: Dataset, numbers: Sequence[int], tuned: Callable[[], Any], both: bool = False
-) -> _Losses:
-    """Losses of some rows after a training and, if `both`, before it; those that are in the file are not computed.
-
-    Another limit on the prompts' similarity brings other rows, so that a line of the file names the rows of its losses.
-    """
-    lines = from_first(lambda: list(work.folder.lines(name)))
-    missing = sorted({*numbers} - {number for line in lines for number in line["rows"]})
+def _losses(work: Work, name: str, data: Dataset, tuned: Callable[[], Any]) -> _Losses:
+    """Losses of rows after a training and before it; those that are in the file are not computed."""
+    lines = from_first(lambda: work.folder.lines(name, _Line))
+    missing = sorted({*range(len(data))} - {number for line in lines for number in line.rows})
     with stages(work.console) as progress:
         for start in range(0, len(missing), _CHUNK):
             model = tuned()
             own = missing[start : start + _CHUNK]
             rows = data.select(own)
             after, tokens = _row_losses(work, model, rows, _shifted(progress, start, len(missing)))
-            line = {"rows": own, "tokens": tokens, "after": after, "before": []}
-            if both:
-                with _earlier(model):
-                    line["before"], _ = _row_losses(work, model, rows)
+            with _earlier(model):
+                before, _ = _row_losses(work, model, rows)
+            values = {"rows": own, "tokens": tokens, "after": after, "before": before}
             if rank() == 0:
-                work.folder.append(name, line)
-            lines.append(line)
+                work.folder.append(name, values)
+            lines.append(_Line(**values))
 
     def column(part: str) -> Floats:
-        values = {number: value for line in lines for number, value in zip(line["rows"], line[part], strict=True)}
-        return np.array([values[number] for number in numbers], np.float64)
+        values = {number: value for line in lines for number, value in zip(line.rows, getattr(line, part), strict=True)}
+        return np.array([values[number] for number in range(len(data))], np.float64)
 
-    return _Losses(column("after"), column("before") if both else np.empty(0), column("tokens"))
+    return _Losses(column("after"), column("before"), column("tokens"))
 
 
 def _shifted(progress: Progress, start: int, total: int) -> Progress:
@@ -319,7 +371,8 @@ def _write_records(work: Work, few: Few, name: str, rows: Sequence[Row]) -> None
     """Write rows as they are in their file, as JSON lines.
 
     Raises:
-        DataError: They would be read as other rows: the columns of a file's first row determine its format.
+        DataError: They would be read as other rows: the columns of a file's first row determine its format. Or the file
+            has changed.
     """
     if rank() == 0:
         places = {row.origin for row in rows}
@@ -328,7 +381,10 @@ def _write_records(work: Work, few: Few, name: str, rows: Sequence[Row]) -> None
     wait_for_all()
     again = load_rows(str(work.folder.path / name), columns=work.recipe.columns)
     if [*row_texts(again)] != [*row_texts(rows)]:
-        raise DataError(f"the rows of {few.file} have different columns: give all of them the same")
+        raise DataError(
+            f"the rows of {few.file} have different columns, or have changed since they were read: give all of them "
+            "the same columns, or run the command again"
+        )
 
 
 def _tuned_on_bad_rows(work: Work, few: Few) -> Any:
@@ -346,17 +402,12 @@ def _tuned_on_bad_rows(work: Work, few: Few) -> Any:
 
 def _tune_on_pool(work: Work, name: str, rows: Sequence[Row], steps: int) -> None:
     """Tune the model on rows of the pool, in the run folder `pool` of a folder of the sifting."""
-    recipe, folder, own = work.recipe, work.folder.path / name, {row.origin for row in rows}
-    every = (*work.rows.pool, *work.rows.left_out)
-    others = [absolute_place(row.origin) for row in every if row.origin not in own]
+    folder = work.folder.path / name
     if rank() == 0:
         folder.mkdir(exist_ok=True)
-        if others:
-            work.folder.write(f"{name}/{_OTHERS}", "".join(f"{place}\n" for place in others))
     wait_for_all()
-    settings = {**_scoring(work), "train": recipe.train, "limit": recipe.limit, "steps": steps}
-    settings |= {"drop_rows": str(folder / _OTHERS)} if others else {}
-    _tune(work, folder / POOL, settings, counted(len(rows), "row") + " of the pool")
+    settings = {**_scoring(work), "train": work.recipe.train, "steps": steps}
+    _tune(work, folder / POOL, settings, f"{counted(len(rows), 'row')} of the pool", Read({"train": rows}))
 
 
 def _scoring(work: Work) -> dict[str, Any]:
@@ -375,22 +426,33 @@ def _loaded(work: Work, folder: Path) -> Any:
     return load_adapter(base_model(work), folder / "adapter", work.recipe.model)
 
 
-def _tune(work: Work, folder: Path, settings: Mapping[str, Any], rows: str) -> None:
-    """Train in a run folder, or continue there; a training that has finished is not repeated."""
+def _tune(work: Work, folder: Path, settings: Mapping[str, Any], title: str, read: Read | None = None) -> None:
+    """Train in a run folder, or continue there; a training that has finished is not repeated.
+
+    Args:
+        work: The sifting.
+        folder: The run folder.
+        settings: Settings of a recipe.
+        title: The rows in messages.
+        read: Rows that were read before.
+    """
     if from_first(lambda: _has_finished(folder)):
         return
     resume = from_first(lambda: _has_checkpoint(folder))
-    work.console.print(f"training on {rows}, to score the pool", markup=False)
+    work.console.print(f"training on {title}, to score the pool", markup=False)
     try:
-        tune(Recipe(**settings, out=str(folder), resume=resume), work.console, work.source_of)
+        tune(Recipe(**settings, out=str(folder), resume=resume), work.console, work.source_of, read)
     except TrainingError as error:  # without the advice to resume that training as a run
         cause = error.__cause__ if isinstance(error.__cause__, TrainingError) else error
-        raise TrainingError(f"training on {rows}: {cause}") from error
+        raise TrainingError(f"training on {title}: {cause}") from error
     free()
 
 
 def _has_finished(folder: Path) -> bool:
-    """Whether a training has ended; an interrupted one leaves an adapter too."""
+    """Whether a training has ended; an interrupted one leaves an adapter too. One whose weights changed is removed."""
+    if folder.exists() and (changed := RunFolder(folder).changed_weights()):
+        logger.warning("%s is not what was trained: the training is repeated", folder / "adapter" / changed[0])
+        shutil.rmtree(folder)
     return folder.exists() and RunFolder(folder).has_finished()
 
 

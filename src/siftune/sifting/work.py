@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import torch
 from rich.console import Console
@@ -29,6 +29,7 @@ class Work:
     folder: WorkFolder
     console: Console
     source_of: Callable[[str], Source]
+    records: IO[str] | None = None  # of the pool, by `files.copied_records`, on the first rank
 
 
 def base_model(work: Work) -> Any:

@@ -9,6 +9,7 @@ Shapes: R rows, C candidates, F features.
 
 import random
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,34 +17,54 @@ from numpy.typing import NDArray
 from siftune.data.rows import Row
 from siftune.records.rows import text_of
 
-DECOYS = 2  # of each row (ours)
+_FEWEST, _MOST = 2, 8  # decoys of each row (ours)
+_CHARACTERS = 256  # of a row's decoys, so that long answers do not multiply the time (ours)
 _FEATURES = 4096
 _CANDIDATES = 4096  # rows that each row is compared with, at most (ours)
 _NEAREST = 64  # candidates among which another completion must be (ours)
 _AT_ONCE = 1024  # rows compared at a time
 
 
-def decoys_of(rows: Sequence[Row], seed: int) -> NDArray[np.int64]:
-    """Choose the rows whose completions serve as decoys; (R, 2) their numbers, -1 where there is none.
+class Decoys(NamedTuple):
+    """Rows whose completions serve as decoys.
 
-    The completions of a row's decoys differ from its own and, if there are others among the nearest rows, from each
-    other. Plain texts have no prompts to compare, and get none.
+    Attributes:
+        numbers: (R, D) int64 numbers of the rows; -1 where there is none.
+        covered: (R,) bool, whether the row's own completion is among as many that are nearest to it, in other rows. If
+            this is so in most rows, there are few answers, and the decoys of a wrong row include the right one.
+    """
+
+    numbers: NDArray[np.int64]
+    covered: NDArray[np.bool_]
+
+
+def decoys_of(rows: Sequence[Row], seed: int, numbers: Sequence[int] | None = None) -> Decoys:
+    """Choose the rows whose completions serve as decoys.
+
+    A row gets 8 decoys, or fewer, but at least 2, if answers have more than 32 characters on average. Their completions
+    differ from its own and from each other. Plain texts have no prompts to compare, and get none.
 
     Args:
         rows: The rows.
         seed: Of the choice of candidates among many rows.
+        numbers: Numbers of the rows that may serve; None: all.
 
     Example:
         >>> from siftune.data.rows import rows_from
         >>> pairs = [("red apple?", "fruit"), ("green apple?", "fruit"), ("green bean?", "vegetable")]
-        >>> decoys_of(rows_from({"prompt": prompt, "completion": completion} for prompt, completion in pairs), seed=0)
-        array([[ 2, -1],
-               [ 2, -1],
-               [ 1,  0]])
+        >>> rows = rows_from({"prompt": prompt, "completion": completion} for prompt, completion in pairs)
+        >>> decoys = decoys_of(rows, seed=0)
+        >>> decoys.numbers[:, 0].tolist(), decoys.covered.tolist()
+        ([2, 2, 1], [True, True, False])
     """
-    chosen_RD = np.full((len(rows), DECOYS), -1)
     asked = [at for at, row in enumerate(rows) if row.prompt]
-    candidates = sorted(random.Random(f"decoys {seed}").sample(asked, min(len(asked), _CANDIDATES)))
+    likely = asked if numbers is None else [at for at in numbers if rows[at].prompt]
+    candidates = sorted(random.Random(f"decoys {seed}").sample(likely, min(len(likely), _CANDIDATES)))
+    characters = sum(len(rows[at].completion) for at in candidates) / max(len(candidates), 1)
+    count = int(np.clip(_CHARACTERS / max(characters, 1), _FEWEST, _MOST))
+    chosen_RD, covered_R = np.full((len(rows), count), -1), np.zeros(len(rows), bool)
+    if not candidates:
+        return Decoys(chosen_RD, covered_R)
     counts_CF = _counts([text_of(rows[at]).prompt for at in candidates])
     rarity_F = np.log((1 + len(candidates)) / (1 + (counts_CF > 0).sum(0)))
     candidates_CF = _weighted(counts_CF, rarity_F)
@@ -52,12 +73,13 @@ def decoys_of(rows: Sequence[Row], seed: int) -> NDArray[np.int64]:
         similar_RC = _weighted(_counts([text_of(rows[at]).prompt for at in chunk]), rarity_F) @ candidates_CF.T
         nearest_RC = np.argsort(-similar_RC, axis=1, kind="stable")[:, :_NEAREST]
         for at, nearest in zip(chunk, nearest_RC, strict=True):
-            own, others = rows[at].completion.strip(), [candidates[place] for place in nearest]
-            others = [other for other in others if rows[other].completion.strip() != own]
-            first = {rows[other].completion.strip(): other for other in reversed(others)}  # the nearest with each
-            chosen = sorted(others, key=lambda other: first[rows[other].completion.strip()] != other)[:DECOYS]
+            own, nearest_with = rows[at].completion.strip(), dict[str, int]()
+            for other in (candidates[place] for place in nearest if candidates[place] != at):
+                nearest_with.setdefault(rows[other].completion.strip(), other)
+            covered_R[at] = own in [*nearest_with][: count + 1]
+            chosen = [other for answer, other in nearest_with.items() if answer != own][:count]
             chosen_RD[at, : len(chosen)] = chosen
-    return chosen_RD
+    return Decoys(chosen_RD, covered_R)
 
 
 def _counts(texts: Sequence[str]) -> NDArray[np.float32]:

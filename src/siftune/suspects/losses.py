@@ -2,7 +2,7 @@
 
 A loss is −ln p(completion | prompt), summed over label tokens, in nats, under a model that was not trained on the row.
 
-    losses.parquet    a line for each row: row, tokens and other int32; loss, other_loss, elsewhere and other_elsewhere
+    losses.parquet    a line for each row: row, tokens and other int32; loss, other_loss, usual and other_usual
                       float32; see `Losses`
 """
 
@@ -14,14 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siftune.base.errors import DataError
-from siftune.base.files import refuse_links, write_beside
-from siftune.base.text import one_line
+from siftune.base.files import refuse_links
+from siftune.base.parquet_files import read_table, write_table
 from siftune.data.rows import Row
 from siftune.records.again import rows_again
 from siftune.records.rows import digest_of
 from siftune.records.visits import NAME, read_visits
 
 _ABOUT = b"siftune"  # key in the Parquet metadata
+_NUMBERS = ("row", "tokens", "other")  # columns of whole numbers
 _AGAIN = "remove it, and `siftune rows` scores the rows again."
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
@@ -29,7 +30,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """Losses of R rows and of their most likely decoys, in nats; NaN where not measured.
+    """Losses of R rows and of the decoys that fit best, in nats; NaN where not measured.
 
     A decoy of a row is its prompt with the completion of another row of a similar prompt.
 
@@ -39,9 +40,8 @@ class Losses:
         other: (R,) int32, number of the row whose completion the decoy has; -1 without a decoy.
         loss: (R,) float32, loss of the row's completion after its prompt.
         other_loss: (R,) float32, loss of the other completion after the row's prompt.
-        elsewhere: (R,) float32, loss of the row's completion after the other row's prompt. Measured only if the decoy
-            is more likely than the row, as is the next one.
-        other_elsewhere: (R,) float32, loss of the other completion after the prompt of a third row.
+        usual: (R,) float32, usual loss of the row's completion after prompts of other rows: see `margins`.
+        other_usual: (R,) float32, that of the other completion.
     """
 
     row: Ints
@@ -49,8 +49,8 @@ class Losses:
     other: Ints
     loss: Floats
     other_loss: Floats
-    elsewhere: Floats
-    other_elsewhere: Floats
+    usual: Floats
+    other_usual: Floats
 
 
 def trained_rows(run: Path, files: Sequence[str] = ()) -> tuple[list[Row], str]:
@@ -83,35 +83,32 @@ def write_losses(path: Path, losses: Losses, about: str) -> None:
         about: Digest of the texts of its training rows.
     """
     import pyarrow
-    from pyarrow import parquet
 
-    table = pyarrow.table(vars(losses)).replace_schema_metadata({_ABOUT: about})
-    with write_beside(path) as [beside]:
-        parquet.write_table(table, beside, compression="zstd")
+    write_table(path, pyarrow.table(vars(losses)).replace_schema_metadata({_ABOUT: about}))
 
 
-def read_losses(path: Path, about: str) -> Losses:
+def read_losses(path: Path, about: str, count: int) -> Losses:
     """Read the losses of a run's rows.
 
     Args:
         path: The file.
         about: Digest of the texts of its training rows.
+        count: Number of its training rows.
 
     Raises:
-        DataError: The file is missing, damaged, or of other rows.
+        DataError: The file is missing, or of other rows.
+        InputError: It is damaged.
     """
     import pyarrow
-    from pyarrow import parquet
 
-    try:
-        table = parquet.read_table(path)
-        losses = Losses(**{each.name: table[each.name].to_numpy() for each in fields(Losses)})
-    except FileNotFoundError:
-        raise DataError(
-            f"{path} does not exist, so the rows have no scores: `siftune rows {path.parent}` scores them."
-        ) from None
-    except (pyarrow.ArrowException, OSError, KeyError) as error:
-        raise DataError(f"{path} cannot be read ({one_line(str(error))}); {_AGAIN}") from None
+    if not path.exists():
+        raise DataError(f"{path} does not exist, so the rows have no scores: `siftune rows {path.parent}` scores them.")
+    types = {each.name: pyarrow.int32() if each.name in _NUMBERS else pyarrow.float32() for each in fields(Losses)}
+    table = read_table(path, types, _AGAIN)
+    losses = Losses(**{name: table[name].to_numpy() for name in types})
     if (table.schema.metadata or {}).get(_ABOUT) != about.encode():
         raise DataError(f"{path} is of other rows than the run's; {_AGAIN}")
+    every = np.concatenate([losses.row, losses.other])
+    if ((losses.row < 0) | (losses.other < -1)).any() or (every >= count).any():
+        raise DataError(f"{path} has rows that the run does not have; {_AGAIN}")
     return losses

@@ -25,7 +25,7 @@ class Suspect:
         place: Its place, such as "rows.jsonl:17".
         text: Its text.
         reason: The reason as text.
-        score: Natural logarithm of how many times as likely the answer of another row is.
+        score: Natural logarithm of how many times as well the answer of another row fits its prompt.
         source: Its column `source`, or its file.
     """
 
@@ -78,10 +78,10 @@ class ScoredRows:
 
     def __init__(self, run: Path, files: Sequence[str] = ()) -> None:
         self._every, about = trained_rows(run, files)
-        self._losses = losses = read_losses(run / LOSSES, about)
+        self._losses = losses = read_losses(run / LOSSES, about, len(self._every))
         self.rows = [self._every[number] for number in losses.row]
         self._sources = source_or_file(self.rows)
-        self._verdict = judge(losses.loss, losses.other_loss, losses.elsewhere, losses.other_elsewhere)
+        self._verdict = judge(losses.loss, losses.other_loss, losses.usual, losses.other_usual)
         self.suspects, doubt = self._verdict.count, self._verdict.doubt
         self.doubt = f"No row is listed: {doubt}." if doubt else ""
 
@@ -94,5 +94,5 @@ class ScoredRows:
         row, score, other = self.rows[at], float(self._verdict.score[at]), self._every[self._losses.other[at]]
         times = np.exp(min(score, _LARGEST))
         answer = one_line(other.completion.strip(), _LONGEST)
-        reason = f"{times:,.{int(times < 10)}f} times as likely: “{answer}”, the answer of {other.origin}"
+        reason = f"“{answer}”, the answer of {other.origin}, fits {times:,.{int(times < 10)}f} times as well"
         return Suspect(row.origin, text_of(row), reason, round(score, 4), self._sources[at])

@@ -1,31 +1,16 @@
 """Suspect rows, by comparison of a row's answer with those of rows that have similar prompts.
 
-A decoy of row i is its prompt x_i with the answer of such a row (`decoys`). Let y_i be the answer of row i, y_k that of
-its most likely decoy, and p the probabilities of a model that was not trained on row i. The score of the row is
-
-    s_i = ln p(y_k | x_i) − ln p(y_i | x_i)
-
-with products over the tokens of an answer: exp(s_i) says how many times as likely the other answer is. Let p be the
-probabilities of right answers, a share q of the rows be wrong, and w the share of the answer y_i among the wrong ones
-that rows get in the place of y_k. If one of both answers is right, then by Bayes
-
-    P(row i is wrong) / P(row i is right) = exp(s_i) q w / (1 − q)
-
-Neither q nor w is known, and a model that has learned from wrong rows only comes near to p. So the limit is measured:
-a row is suspect if the other answer is ten times as likely (ours). About four fifths of the suspects were wrong in
-each pool of docs/rows.md.
-
-Some answers are likely after any prompt, such as short ones. The row's own prompt must therefore favour the other
-answer more than its own, compared with prompts x_k and x_j of other rows (ours):
-
-    ln p(y_k | x_i) − ln p(y_k | x_j) ≥ ln p(y_i | x_i) − ln p(y_i | x_k)
+The score of a row is its margin (`margins`) under a model that was not trained on the row: by how many nats its prompt
+favours the answer of another row over its own. A row is suspect if its prompt favours the other answer ten times as
+much, and if that answer is also the more likely one (ours). About four fifths of the suspects were wrong in each pool
+of docs/rows.md.
 
 Correct rows of a task that the model has not learned lose by chance. None is suspect if the model prefers the other
 answer in more than half of the rows, or if fewer than 3 % of the rows would be suspect (ours).
 
 Wrong matches are found by competition with decoys in mass spectrometry (Elias and Gygi, Nature Methods 2007), and wrong
-labels by out-of-sample probabilities in confident learning (Northcutt, Jiang and Chuang, JAIR 2021). Decoys of similar
-prompts and the comparison with other prompts are ours.
+labels by out-of-sample probabilities in confident learning (Northcutt, Jiang and Chuang, JAIR 2021). The comparison
+with answers of similar prompts is ours.
 
 Shapes: R rows.
 """
@@ -52,7 +37,7 @@ class Verdict:
         order: (R,) int64 numbers of the rows: the suspects, then the other rows, each with the highest scores first;
             last those without a decoy.
         count: Number of suspects, the first in this order.
-        score: (R,) float64, by how much the other answer is more likely, in nats; NaN without a decoy.
+        score: (R,) float64, the margins; NaN without a decoy.
         doubt: The reason as a clause if no row is suspect; otherwise empty.
     """
 
@@ -62,25 +47,24 @@ class Verdict:
     doubt: str
 
 
-def judge(loss_R: Floats, other_R: Floats, elsewhere_R: Floats, other_elsewhere_R: Floats) -> Verdict:
+def judge(loss_R: Floats, other_R: Floats, usual_R: Floats, other_usual_R: Floats) -> Verdict:
     """Order rows, and count the suspects.
 
     Args:
-        loss_R: −ln p(y_i | x_i), summed over tokens, in nats.
-        other_R: −ln p(y_k | x_i); NaN without a decoy.
-        elsewhere_R: −ln p(y_i | x_k); it counts only where `other_R` is smaller than `loss_R`. NaN if not measured:
-            the row is no suspect then.
-        other_elsewhere_R: −ln p(y_k | x_j); the same.
+        loss_R: Losses of the rows' answers, a(x_i, y_i) in `margins`, in nats.
+        other_R: Of the other answer, a(x_i, y_k); NaN without one.
+        usual_R: Usual loss of the row's answer, u(y_i).
+        other_usual_R: Of the other answer, u(y_k).
 
     Example:
         >>> loss, other = np.repeat([0.1, 8.0], [80, 20]), np.repeat([7.0, 2.0], [80, 20])
-        >>> judge(loss, other, elsewhere_R=np.full(100, 8.0), other_elsewhere_R=np.full(100, 7.0)).count
+        >>> judge(loss, other, usual_R=np.full(100, 8.0), other_usual_R=np.full(100, 8.0)).count
         20
     """
-    score_R = loss_R.astype(np.float64) - other_R
+    gain_R, other_gain_R = usual_R - loss_R, other_usual_R - other_R
+    score_R = np.asarray(other_gain_R - gain_R, np.float64)
     compared_R = ~np.isnan(score_R)
-    favoured_R = other_elsewhere_R - other_R >= elsewhere_R - loss_R
-    suspect_R = (score_R >= np.log(TIMES)) & favoured_R
+    suspect_R = (score_R >= np.log(TIMES)) & (other_R < loss_R)
     compared, lost, suspect = (int(part.sum()) for part in (compared_R, score_R > 0, suspect_R))
     doubt = ""
     if compared < COMPARED:
@@ -89,7 +73,7 @@ def judge(loss_R: Floats, other_R: Floats, elsewhere_R: Floats, other_elsewhere_
         preferred = f"{lost / compared:.0%} of the rows"
         doubt = f"the model prefers an answer of another row in {preferred}, so it has learned too little"
     elif suspect < _LEAST * compared:
-        doubt = f"only {suspect / compared:.1%} are {TIMES} times less likely than the answer of another row"
+        doubt = f"an answer of another row fits {TIMES} times as well as the own one in only {suspect / compared:.1%}"
     if doubt:
         suspect_R[:] = False
     order_R = np.lexsort((-score_R, ~compared_R, ~suspect_R))  # the last key is the first

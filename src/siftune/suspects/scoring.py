@@ -5,9 +5,7 @@ rows are therefore split into halves (ours). Two short trainings with the run's 
 the other half and its decoys. Copies are in the same half. Rows of a target are trusted: they are in both trainings,
 and get no score.
 
-A training takes one pass over its half, at least 30 and at most 300 steps (ours). With the losses of the rows and of
-two decoys each, the time is nearly that of two passes over all rows. Where a decoy is more likely than the row, both
-completions are also scored after another prompt. An interrupted call continues:
+A training takes one pass over its half, at least 30 and at most 300 steps (ours). An interrupted call continues:
 
     RUN/halves/0/, 1/         run folders of the trainings
     RUN/halves/0.parquet, …   losses of the half that a training scores, as in `losses`
@@ -27,15 +25,15 @@ from siftune.base.files import Progress
 from siftune.base.stages import stages, text_console
 from siftune.base.text import counted
 from siftune.data.rows import Row, row_texts
-from siftune.data.tokens import Form, tokens_of
-from siftune.evaluate.likelihood import row_nll
-from siftune.models.attention import short_rows
+from siftune.data.tokens import Form
 from siftune.recipe.schema import Recipe
 from siftune.records.again import recipe_again
 from siftune.records.decisions import absolute_place
 from siftune.records.rows import read_rows
+from siftune.suspects.answers import answers_of
 from siftune.suspects.decoys import decoys_of
 from siftune.suspects.losses import Losses, read_losses, trained_rows, write_losses
+from siftune.suspects.margins import margins
 from siftune.suspects.rule import COMPARED
 from siftune.train.folder.run import HALVES, LOSSES, RunFolder
 from siftune.train.guards.memory import free
@@ -74,7 +72,7 @@ def score_run(
     numbers = np.array([at for at, row in enumerate(rows) if not row.of_target])
     half_R = half_of([rows[at] for at in numbers])
     halves = [[rows[at] for at in numbers[half_R == half]] for half in (0, 1)]
-    decoys = [decoys_of(own, recipe.seed) for own in halves]
+    decoys = [decoys_of(own, recipe.seed).numbers for own in halves]
     compared = sum(int((own_RD[:, 0] >= 0).sum()) for own_RD in decoys)
     if compared < COMPARED:
         raise DataError(
@@ -95,7 +93,7 @@ def score_run(
                 write_losses(path, replace(losses, row=own.astype(np.int32), other=other), about)
                 del tuned
                 free()
-            parts.append(read_losses(path, about))
+            parts.append(read_losses(path, about, len(rows)))
     except KeyboardInterrupt as stop:
         stop.__notes__ = ["the same command continues"]  # not that of the training
         raise
@@ -182,46 +180,15 @@ def losses_of(
         The losses; numbers of rows are those of `rows`.
     """
     form = Form(tuned.tokenizer, recipe.max_length, recipe.template)
-
-    def scored(every: Sequence[Row], stage: str) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Losses and label tokens; NaN and 0 for rows that cannot be tokenised, such as those of cut prompts."""
-        nll, counts = np.full(len(every), np.nan), np.zeros(len(every), np.int64)
-        if every:
-            tokens = tokens_of(every, form)
-            pairs = list(zip(tokens.data["input_ids"], tokens.data["labels"], strict=True))
-            usable = [place for place in range(len(every)) if place not in tokens.bad]
-            with short_rows():
-                result = row_nll(tuned.model, pairs, _LARGER * recipe.batch_size, progress, stage)
-            nll[usable], counts[usable] = result.nll, result.tokens
-        return nll, counts
-
-    def crossed(prompts: NDArray[np.int64], completions: NDArray[np.int64]) -> list[Row]:
-        """Prompts of some rows with the completions of others."""
-        return [replace(rows[own], prompt=rows[other].prompt) for other, own in zip(prompts, completions, strict=True)]
-
-    loss_R, tokens_R = scored(rows, "scoring rows")
-    decoy_loss_RD = np.full(decoys_RD.shape, np.inf)
-    prompts, places = np.nonzero(decoys_RD >= 0)
-    decoy_losses, _ = scored(crossed(prompts, decoys_RD[prompts, places]), "scoring other answers")
-    decoy_loss_RD[prompts, places] = np.nan_to_num(decoy_losses, nan=np.inf)
-
-    number_R = np.arange(len(rows))
-    likeliest_R = decoy_loss_RD.argmin(1)
-    other_loss_R, other_R = decoy_loss_RD[number_R, likeliest_R], decoys_RD[number_R, likeliest_R]
-    third_R = np.where(decoys_RD[other_R, 0] == number_R, decoys_RD[other_R, 1], decoys_RD[other_R, 0])
-    elsewhere_R, other_elsewhere_R = np.full((2, len(rows)), np.nan)
-    lost = np.flatnonzero((other_loss_R < loss_R) & (third_R >= 0))
-    elsewhere_R[lost], _ = scored(crossed(other_R[lost], lost), "scoring other prompts")
-    other_elsewhere_R[lost], _ = scored(crossed(third_R[lost], other_R[lost]), "scoring other prompts")
-
-    missing_R = np.isinf(other_loss_R)
-    other_R[missing_R], other_loss_R[missing_R] = -1, np.nan
+    answers = answers_of(tuned.model, rows, rows, decoys_RD, form, _LARGER * recipe.batch_size, progress)
+    texts = [row.completion.strip() for row in rows]
+    compared = margins(texts, answers.tokens, answers.own, decoys_RD, answers.others)
     return Losses(
-        row=number_R.astype(np.int32),
-        tokens=tokens_R.astype(np.int32),
-        other=other_R.astype(np.int32),
-        loss=loss_R.astype(np.float32),
-        other_loss=other_loss_R.astype(np.float32),
-        elsewhere=elsewhere_R.astype(np.float32),
-        other_elsewhere=other_elsewhere_R.astype(np.float32),
+        row=np.arange(len(rows), dtype=np.int32),
+        tokens=answers.tokens.astype(np.int32),
+        other=compared.other.astype(np.int32),
+        loss=answers.own.astype(np.float32),
+        other_loss=compared.other_loss.astype(np.float32),
+        usual=compared.usual.astype(np.float32),
+        other_usual=compared.other_usual.astype(np.float32),
     )

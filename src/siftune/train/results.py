@@ -117,7 +117,8 @@ class Results:
             card = model_card(self.recipe, summary, base, self.folder.adapter.absolute(), chat)
         with disk_faults(self.folder.path):
             self.folder.replace(self._parts(card))
-            self.folder.write_run(status=status, summary=summary, source=dict(self.source.identity))
+            about = {"source": dict(self.source.identity), "weights": self.folder.weights()}
+            self.folder.write_run(status=status, summary=summary, **about)
             self.folder.write("README.md", card)
 
     def _privacy(self) -> dict[str, Any]:

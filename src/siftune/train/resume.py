@@ -11,9 +11,10 @@ from datasets import Dataset
 from transformers import TrainerState
 
 from siftune.base.errors import RecipeError
-from siftune.base.text import counted, parsed
+from siftune.base.text import counted
 from siftune.data.rows import WEIGHT
 from siftune.models.adapters.registry import ADAPTER_TYPES, adapter_type_of
+from siftune.models.adapters.saved import read_config
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe, differences
 from siftune.train.callbacks import evaluations_since_best
@@ -121,7 +122,7 @@ def _check_recipe(checkpoint: Path, recipe: Recipe, digest: str) -> None:
             f"{checkpoint} is of a run with {name} {was}, this recipe has {now}: set {name} as that run did, or train "
             "in another folder with --out"
         )
-    if (run / ROWS).is_file() and (run / ROWS).read_text(encoding="utf-8").strip() != digest:
+    if (run / ROWS).is_file() and (run / ROWS).read_bytes().strip() != digest.encode():
         raise RecipeError(
             f"{checkpoint} is of a run on other training rows than {recipe.train} holds now: restore them, or train "
             "in another folder with --out"
@@ -142,11 +143,7 @@ def _check_adapter(checkpoint: Path, config: Any) -> None:
     """Refuse a checkpoint of another adapter than that of a PEFT config."""
     if holds_tuned(checkpoint):
         raise _other_run(checkpoint, "it holds tuned layers", "an adapter", "adapter")
-    path = checkpoint / "adapter_config.json"
-    try:
-        saved = parsed(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path} cannot be read ({error}); resume from another checkpoint.") from error
+    saved = read_config(checkpoint)
     adapter_type = ADAPTER_TYPES[str(adapter_type_of(vars(config)))]
     options = {key: name for name, key in adapter_type.keys.items() if name != "dropout"}
     modules = dict.fromkeys(("target_modules", "target_parameters") & vars(config).keys(), "targets and layers")

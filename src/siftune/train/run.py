@@ -28,7 +28,7 @@ from siftune.recipe.read import anchored, recipe_to_yaml
 from siftune.recipe.schema import Recipe, resolve_recipe
 from siftune.records.again import note_recipe
 from siftune.records.record import RowRecord
-from siftune.records.rows import BAD_ROWS, bad_row_lines, read_rows
+from siftune.records.rows import BAD_ROWS, Read, bad_row_lines, read_rows
 from siftune.records.rows import digest_of as digest_of_texts
 from siftune.records.visits import NAME
 from siftune.train.build import Built, build, check_trackers, trainable
@@ -71,13 +71,19 @@ class Run:
     summary: dict[str, Any]  # steps, losses, seconds, tokens per second, peak memory in MB
 
 
-def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[str], Source] = ModelSource) -> Run:
+def train(
+    recipe: Recipe,
+    console: Console | None = None,
+    source_of: Callable[[str], Source] = ModelSource,
+    read: Read | None = None,
+) -> Run:
     """Fine-tune by a recipe.
 
     Args:
         recipe: Settings; checked and resolved here.
         console: Console for progress; stderr by default.
         source_of: Maps the recipe's `model` to its source; by default an ordinary model.
+        read: Its rows, which are then not read again. None: read the files of the recipe.
 
     Raises:
         InputError: Recipe, data or model cannot be used. If training had begun, the run folder has the adapter after
@@ -99,13 +105,15 @@ def train(recipe: Recipe, console: Console | None = None, source_of: Callable[[s
             stack.enter_context(only_process(folder.path))
             stack.enter_context(folder.removed_on_failure())
         stack.enter_context(memory_faults(recipe))
-        run = _train(recipe, folder, console, source_of)
+        run = _train(recipe, folder, console, source_of, read)
     if joined:
         leave_launch()
     return run
 
 
-def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Callable[[str], Source]) -> Run:
+def _train(
+    recipe: Recipe, folder: RunFolder, console: Console, source_of: Callable[[str], Source], read: Read | None
+) -> Run:
     """Train by a resolved recipe into an existing folder."""
     checkpoint = from_first(lambda: find_checkpoint(recipe, folder)) if recipe.resume else None
     if checkpoint is not None:
@@ -115,7 +123,7 @@ def _train(recipe: Recipe, folder: RunFolder, console: Console, source_of: Calla
     if checkpoint is not None:
         refuse_other_source(checkpoint, source.identity)
     recipe = source.settle(recipe)
-    read = read_rows(recipe)  # before the model, which may have to be fetched
+    read = read or read_rows(recipe)  # before the model, which may have to be fetched
     refuse_read(recipe, read, source.tokenizer)
     with first_rank_first():
         model, tokenizer = source.load(recipe.dtype, recipe.quantize)

@@ -104,6 +104,13 @@ def test_a_fault_of_the_disk_is_one_sentence_with_the_file(tmp_path, error, reas
         raise error
 
 
+def test_the_advice_holds_without_a_checkpoint_and_for_a_limit_on_files(tmp_path):
+    with pytest.raises(TrainingError) as error, disk_faults(tmp_path):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    assert "raise a limit on the size of files (`ulimit -f`)" in str(error.value)
+    assert str(error.value).endswith(f"the newest complete checkpoint in {tmp_path}, if there is one.")
+
+
 @pytest.mark.parametrize(
     "error",
     [

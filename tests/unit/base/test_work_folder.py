@@ -1,8 +1,12 @@
 """Folders of resumable work: continued with the same facts, refused with others, removed if empty."""
 
-import pytest
+import math
 
-from siftune.base.errors import DataError, RecipeError
+import pytest
+from pydantic import BaseModel
+
+from siftune.base.errors import DataError, InputError, RecipeError
+from siftune.base.files import only_process
 from siftune.base.work_folder import WorkFolder
 
 
@@ -88,12 +92,19 @@ def test_a_folder_of_something_else_is_refused_and_kept(tmp_path):
     assert (tmp_path / "work" / "notes.txt").exists()
 
 
-def test_a_damaged_record_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new"), [('"facts"', '"facts'), ('"seed": 0', '"seed": 1'), ('"plan": 1', '"plan": 2'), ('"state"', '"x"')]
+)
+def test_a_record_that_is_damaged_or_was_changed_is_refused(tmp_path, old, new):
     with folder(tmp_path).begin({"seed": 0}) as work:
+        work.set_state(plan=1)
         result(work)
-    (work.path / "work.json").write_text('{"facts"')
-    with pytest.raises(RecipeError, match=r"work\.json"):
-        folder(tmp_path).begin({"seed": 0})
+    text = (work.path / "work.json").read_text()
+    (work.path / "work.json").write_text(text.replace(old, new))
+    for seed in (0, 1):
+        with pytest.raises(InputError, match=r"work\.json .*; give another folder, or delete this one"):
+            folder(tmp_path).begin({"seed": seed})
+    assert (work.path / "work.json").read_text() == text.replace(old, new)
 
 
 def test_a_place_that_cannot_be_written_to(tmp_path):
@@ -108,7 +119,68 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path):
         work.append("lines.jsonl", {"number": number})
     with (work.path / "lines.jsonl").open("a") as file:
         file.write('{"numb')
-    assert work.lines("lines.jsonl") == [{"number": 0}, {"number": 1}]
+    assert work.lines("lines.jsonl", dict[str, int]) == [{"number": 0}, {"number": 1}]
     work.append("lines.jsonl", {"number": 2})
-    assert [line["number"] for line in work.lines("lines.jsonl")] == [0, 1, 2]
-    assert work.lines("none.jsonl") == []
+    assert [line["number"] for line in work.lines("lines.jsonl", dict[str, int])] == [0, 1, 2]
+    assert work.lines("none.jsonl", dict[str, int]) == []
+
+
+class Line(BaseModel):
+    number: int
+    values: list[float]
+
+
+def test_a_line_that_was_changed_or_is_of_another_form_is_dropped_alone_and_in_the_file(tmp_path, caplog):
+    work, path = folder(tmp_path).begin({}), tmp_path / "work" / "lines.jsonl"
+    for number in range(5):
+        work.append("lines.jsonl", {"number": number, "values": [number / 3, math.nan]})
+    work.append("lines.jsonl", {"number": "5", "values": []})
+    sound = path.read_text().splitlines()
+    path.write_text("\n".join(sound).replace("0.333", "0.334").replace('"number": 3', '"number": 4') + "\n")
+    lines = work.lines("lines.jsonl", Line)
+    assert [(line.number, line.values[0]) for line in lines] == [(0, 0.0), (2, 2 / 3), (4, 4 / 3)]
+    assert "damaged lines are dropped, and computed again: 3" in caplog.text
+    assert path.read_text().splitlines() == [sound[number] for number in (0, 2, 4)]
+
+
+def test_a_second_process_is_refused_and_changes_nothing(tmp_path):
+    with folder(tmp_path).begin({"seed": 0}) as work:
+        before = {path: path.read_bytes() for path in work.path.iterdir()}
+        for seed in (0, 3):
+            with pytest.raises(InputError, match="another process"):
+                folder(tmp_path).begin({"seed": seed})
+        with pytest.raises(InputError, match="another process"), folder(tmp_path).begin({"seed": 3}):
+            pass
+        assert {path: path.read_bytes() for path in work.path.iterdir()} == before
+        work.begin({"rows": "r"})  # the same process may add facts
+        result(work)
+    with pytest.raises(RecipeError, match="seed is 0, but now it is 3"):
+        folder(tmp_path).begin({"seed": 3})
+    with folder(tmp_path).begin({"seed": 0, "rows": "r"}) as again:  # neither refusal has left a lock
+        assert again.has_results
+
+
+def test_a_lock_is_of_the_folder_that_is_there(tmp_path, monkeypatch):
+    """A process may open the folder just before another one removes it."""
+    import fcntl
+
+    place, lock, removed = tmp_path / "work", fcntl.flock, []
+
+    def remove_first(handle, kind):
+        if not removed:
+            removed.append(place.rmdir())
+        lock(handle, kind)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with only_process(place):
+        assert removed
+        assert place.is_dir()
+        with pytest.raises(InputError, match="another process"), only_process(place):
+            pass
+
+
+def test_a_removed_folder_of_another_process_stays(tmp_path):
+    with folder(tmp_path).begin({"seed": 0}) as work:
+        work.remove()
+        other = folder(tmp_path).begin({"seed": 1})
+    assert other.path.exists()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from siftune.base.errors import ModelError
+from siftune.base.errors import InputError, ModelError
 from siftune.bench.cost import Workload
 from siftune.bench.plan import config_of, plan
 from siftune.cli.main import main
@@ -53,6 +53,48 @@ def test_a_table_of_any_config(tmp_path, capsys, where):
         ("dense", False), ("rst", False), ("dense", True), ("rst", True),
     ]  # fmt: skip
     assert (result["workload"]["batch_size"], result["workload"]["length"]) == (4, 32)
+
+
+PLAIN = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "vocab_size": 100,
+}  # fmt: skip
+FORMS = [
+    *({"model_type": kind} for kind in ("none", ["llama"], None, "clip")),
+    *({"hidden_size": size} for size in ("64", -64, 0, 64.5, 2**62)),
+    *({"num_attention_heads": heads} for heads in (0, 3)),
+    *({"num_key_value_heads": heads} for heads in (3, 0)),
+    {"num_hidden_layers": 10**6}, {"num_hidden_layers": 0}, {"vocab_size": 0}, {"vocab_size": 10**18},
+    {"dtype": "float7"}, {"torch_dtype": [1]}, {"hidden_act": "none"}, {"rope_scaling": {"rope_type": "none"}},
+    {"rope_parameters": [1]}, {"quantization_config": [1]}, {"id2label": 5}, {"num_labels": "x"},
+    {"pad_token_id": 10**9}, {"head_dim": 0}, {"text_config": 5}, {"text_config": {"model_type": "llama"}},
+    {"layer_types": ["none"]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", FORMS, ids=str)
+def test_a_config_of_another_form_is_one_sentence(tmp_path, capsys, change):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(PLAIN | change))
+    assert main(["bench", "--plan", str(path), "--methods", "dense", "--batch-size", "2", "--length", "16"]) == 2
+    message = capsys.readouterr().err
+    assert message.strip()
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("text", ["null", "5", "[1]", '"x"', "[" * 100_000, '{"hidden_size": 1' + "0" * 5000 + "}"])
+def test_a_config_that_is_no_json_object_is_named(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    for place in (path, tmp_path):
+        with pytest.raises(InputError, match=r"config\.json cannot be read .*; give another config"):
+            config_of(str(place))
+
+
+def test_a_config_does_not_choose_the_kernels_of_attention(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(PLAIN | {"attn_implementation": "org/kernel"}))
+    assert plan(config_of(str(path)), WORK, "dense").peak > 0
 
 
 def test_what_has_no_plan_is_refused(tmp_path, capsys):

@@ -27,7 +27,7 @@ def tiny_model(base, monkeypatch):
 
 def test_it_tunes_four_times_and_compares_the_models(base, tmp_path, capsys):
     out = tmp_path / "demo"
-    assert main(["demo", "--steps", "2", "--rows", "8", "--known", "8", "--out", str(out), "--json"]) == 0
+    assert main(["demo", "--steps", "2", "--rows", "8", "--target-rows", "8", "--out", str(out), "--json"]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     assert json.loads((out / "demo.json").read_text()) == result
@@ -45,7 +45,7 @@ def test_it_tunes_four_times_and_compares_the_models(base, tmp_path, capsys):
     assert [len(lines(out / f"{name}.jsonl")) for name in ("pool", "few", "test")] == [32, 8, 8]
     for name in RUNS:
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / name / "adapter")
-    assert captured.err.count("base: ") == captured.err.count("sifted and few: ") == 4
+    assert captured.err.count("base: ") == captured.err.count("sifted and few rows: ") == 4
     assert captured.err.count("two-digit arithmetic, held out") == 2
     assert f"everything is in {out}" in captured.err
     assert "Traceback" not in captured.err
@@ -89,7 +89,7 @@ def metric(name, correct):
 
 @pytest.mark.parametrize(
     ("few", "target", "rival", "name", "points"),
-    [(4, 2, "few", "few alone", "+50.0"), (2, 3, "target", "pool and few", "+62.5")],
+    [(4, 2, "few", "few rows alone", "+50.0"), (2, 3, "target", "pool and few rows", "+62.5")],
 )
 def test_the_sifted_pool_is_compared_with_the_better_training_by_exact_match(
     tmp_path, monkeypatch, capsys, few, target, rival, name, points
@@ -107,15 +107,16 @@ def test_the_sifted_pool_is_compared_with_the_better_training_by_exact_match(
 
     monkeypatch.setattr(demo, "_measure", measure)
     out = tmp_path / "demo"
-    assert main(["demo", "--steps", "2", "--rows", "8", "--known", "8", "--out", str(out), "--json"]) == 0
+    assert main(["demo", "--steps", "2", "--rows", "8", "--target-rows", "8", "--out", str(out), "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["rival"] == rival
     difference, following = captured.err.splitlines()[-2:]
-    assert f"“sifted and few” against “{name}”, the better of “pool and few” and “few alone”" in difference
+    better = f"“{name}”, the better of “pool and few rows” and “few rows alone”"
+    assert f"“sifted and few rows” against {better}" in difference
     assert f"{points} points, 95 % interval" in difference
     assert following.endswith("`siftune train --train pool.jsonl --target few.jsonl --sift`")
     titles = [line for line in captured.err.splitlines() if line.startswith("two-digit arithmetic, held out")]
-    assert titles[1].endswith(f"sifted and few against {name}")
+    assert titles[1].endswith(f"sifted and few rows against {name}")
     assert "wrong answers put in" in titles[0]
     page = unescape((out / "report.html").read_text())
     assert difference in page
@@ -127,7 +128,7 @@ def test_the_sifted_pool_is_compared_with_the_better_training_by_exact_match(
     [
         (["--steps", "0"], "--steps is 0"),
         (["--rows", "0"], "--rows is 0"),
-        (["--known", "7"], "--known is 7"),
+        (["--target-rows", "7"], "--target-rows is 7"),
         (["--lr", "-1"], "--lr is -1"),
         (["--steps", "5000"], "--steps 5000 takes 40300 problems of arithmetic"),
     ],

@@ -1,6 +1,7 @@
 """`siftune export`: an ordinary model that gives the logits of base and adapter."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -102,9 +103,6 @@ def test_the_chat_template_of_the_training_is_exported(base, rows, tmp_path, cap
     inside.write_bytes(b"\xff\xfe")
     capsys.readouterr()
     assert "cannot be read" in error_of(capsys, tmp_path / "run", "--out", tmp_path / "other")
-    inside.unlink()
-    inside.symlink_to(template)
-    assert "is a link" in error_of(capsys, tmp_path / "run", "--out", tmp_path / "other")
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
@@ -201,3 +199,48 @@ def test_an_adapter_that_peft_cannot_merge_is_refused(base, tmp_path, capsys, se
     found = error_of(capsys, tmp_path / "lora", "--base", base, "--out", tmp_path / "merged")
     assert found.startswith(f"the adapter in {tmp_path / 'lora'} cannot be merged: {reason}")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "NOTICE.txt", "chat_template.jinja", "generation_config.json"])
+def test_no_file_elsewhere_is_copied_into_the_model(run, base, tmp_path, capsys, name):
+    """`name` is a link, and in the last case JSON, whose fields transformers copies."""
+    secret = tmp_path / "id_rsa"
+    secret.write_text('{"key": "what nobody may see"}')
+    copy = shutil.copytree(base, tmp_path / "base")
+    (copy / name).unlink(missing_ok=True)
+    (copy / name).symlink_to(secret)
+    message = error_of(capsys, run.path, "--base", copy, "--out", tmp_path / "x")
+    assert message == (
+        f"{copy}/{name} is a symbolic link, which leads out of the folder: copy the file there, or remove the link"
+    )
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_licence_in_the_hubs_cache_is_copied(run, base, tmp_path):
+    """The cache's folders consist of links."""
+    repository = tmp_path / "models--owner--name"
+    shutil.copytree(base, repository / "blobs")
+    (repository / "blobs" / "LICENSE").write_text("the licence")
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for path in (repository / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert main(["export", str(run.path), "--base", str(snapshot), "--out", str(tmp_path / "x")]) == 0
+    assert (tmp_path / "x" / "LICENSE").read_text() == "the licence"
+    assert not (tmp_path / "x" / "LICENSE").is_symlink()
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_to_the_folder_to_write(run, tmp_path, capsys, exists):
+    """One that the user names leads there; in the run folder, another party could have put it."""
+    if exists:
+        (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "big")
+    assert main(["export", str(run.path), "--out", str(tmp_path / "link")]) == 0
+    assert (tmp_path / "big" / "config.json").is_file()
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "other").mkdir()
+    (run.path / "merged").symlink_to(tmp_path / "other")
+    capsys.readouterr()
+    assert error_of(capsys, run.path).startswith(f"{run.path}/merged is a symbolic link")
+    assert not [*(tmp_path / "other").iterdir()]

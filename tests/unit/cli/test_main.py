@@ -244,6 +244,21 @@ def test_a_fault_of_the_disk_in_the_words_of_safetensors(command, capsys, code):
     assert error_of(capsys, 2, "train").startswith(f"{os.strerror(code)}; ")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("x" * 5000, "File name too long"),
+        ("~nobody-of-that-name/x", "a name that is no user's here"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--train", "--model", "--target", "--drop-rows", "--template", "--resume"])
+def test_names_that_no_file_can_have_are_refused(base, rows, capsys, option, name, words):
+    options = {"--train": str(rows), "--model": str(base), option: name}
+    message = error_of(capsys, 2, "train", *(word for pair in options.items() for word in pair))
+    assert words in message
+    assert len(message) < 600
+
+
 def test_another_oserror_is_a_bug(command, capsys):
     fail(command, OSError(errno.EBADF, "Bad file descriptor"))
     assert main(["train"]) == 1

@@ -1,7 +1,9 @@
 """Options of the command line: how they are given, how an error names them, and how the help shows them."""
 
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +13,9 @@ from pydantic.dataclasses import dataclass
 from siftune.base.errors import RecipeError
 from siftune.base.settings import CONFIG, CountOrShare, Positive, Validated
 from siftune.cli.main import COMMANDS, main
-from siftune.cli.options import Flag, options_page, parse
+from siftune.cli.options import _GROUPS, Flag, options_page, parse
 from siftune.cli.train import Options as Train
+from siftune.methods import all_parts
 from siftune.methods.options import GASTSettings, ISTSettings
 
 
@@ -182,7 +185,7 @@ def test_help_shows_types_ranges_defaults_and_methods(monkeypatch, capsys):
     assert "100 %" in shown(Plain, capsys)
 
 
-def test_help_begins_with_the_settings_of_a_recipe(monkeypatch, capsys):
+def test_help_has_the_usual_options_and_help_all_the_others(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     few, every = (shown(Train, capsys, word) for word in ("--help", "--help-all"))
     assert len(few.splitlines()) < 140
@@ -194,6 +197,27 @@ def test_help_begins_with_the_settings_of_a_recipe(monkeypatch, capsys):
     assert few.endswith("`siftune x --help-all` lists all options, and those of each method.\n")
     assert every.count("--help-all") == 1
     assert shown(Plain, capsys, "--help") == shown(Plain, capsys)
+
+
+def test_help_of_train_has_groups_and_examples(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    few, every = (shown(Train, capsys, word) for word in ("--help", "--help-all"))
+    titles = ["options", "data", "which rows", "model", "training", "run"]
+    assert re.findall(r"^([a-z ]+):$", few, re.MULTILINE) == ["methods", *titles]
+    assert len(re.findall(r"^    siftune train ", few, re.MULTILINE)) == 3
+    for flag in ("--keep", "--drop-rows", "--eval-share", "--resume", "--limit", "--report-to"):
+        assert re.search(rf"^  {flag} ", few, re.MULTILINE), flag
+    for flag in ("--public-key", "--alpha", "--optim"):
+        assert f"  {flag} " not in few
+        assert f"  {flag} " in every
+    rows = few.partition("which rows:")[2].partition("model:")[0]
+    assert re.findall(r"^  (--[\w-]+)", rows, re.MULTILINE)[:3] == ["--target", "--sift", "--avoid"]
+
+
+def test_every_option_of_train_is_in_one_group():
+    grouped = " ".join(f"{usual} {rare}" for usual, rare in _GROUPS.values()).split()
+    assert len(grouped) == len({*grouped})
+    assert {*grouped} == {field.name for field in fields(Train)} - {part.settings.group for part in all_parts()}
 
 
 def test_train_has_few_options(capsys):

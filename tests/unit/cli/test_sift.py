@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import signal
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,7 +43,7 @@ def save(path, rows):
 def few_steps():
     """Have a sifting before training take three steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "sift", partial(module.sift, steps=3))
+        patch.setattr(module, "STEPS", 3)
         yield
 
 
@@ -102,7 +101,7 @@ def test_the_rows_of_the_run_are_the_selected_ones_and_the_target(sifted, task, 
 
 def test_a_run_resumes_without_sifting_in_another_folder(sifted, tmp_path, monkeypatch):
     shutil.copytree(sifted, tmp_path / "run")
-    monkeypatch.setattr(module, "sift", None)
+    monkeypatch.setattr(module, "_sift", None)
     monkeypatch.chdir("/")
     for more in ([], ["--sift"]):
         assert main(["train", "--resume", str(tmp_path / "run"), "--steps", str(3 + len(more)), *more]) == 0
@@ -202,7 +201,7 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(words, task, tmp_path, c
 
 
 def test_a_folder_with_a_run_is_refused_before_sifting(words, sifted, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(module, "sift", None)
+    monkeypatch.setattr(module, "_sift", None)
     shutil.copytree(sifted, tmp_path / "run")
     assert "holds a run already" in error_of(capsys, *words, "--out", tmp_path / "run", "--sift")
 

@@ -337,21 +337,34 @@ def test_a_full_disk_leaves_checkpoints_and_adapter_whole(words, base, tmp_path,
     assert [line["step"] for line in choices_of(out)] == list(range(6))
 
 
+def limited(kilobytes, words):
+    """The sentence of a command that fails by a limit on the size of files."""
+    code = (
+        "import resource, sys; from siftune.cli.main import main; "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes * 1024},) * 2); sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def test_a_limit_on_the_size_of_files_before_the_first_checkpoint(words, tmp_path):
+    """The advice holds: raise the limit, and run the same command again."""
+    assert "(`ulimit -f`)" in limited(6, words)
+    assert not [*(tmp_path / "run" / "checkpoints").glob("*/files.json")]
+    assert "train without --resume" in limited(6, [*words, "--resume"])
+    assert main(words) == 0
+
+
 @pytest.mark.parametrize("kilobytes", [2, 6, 12])
 def test_a_limit_on_the_size_of_files_leaves_the_checkpoint_whole(words, base, tmp_path, kilobytes):
     """As a quota does, it lets a write fail in the middle; torch, safetensors and Python each say so in their way."""
     out = tmp_path / "run"
     assert main([*words, "--save-every", "2", "--schedule", "constant", "--steps", "2"]) == 0
     checkpoint = {p.name: p.read_bytes() for p in (out / "checkpoints" / "checkpoint-2").iterdir()}
-    code = (
-        "import resource, sys; from siftune.cli.main import main; "
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes * 1024},) * 2); sys.exit(main())"
-    )
     resumed = [*words, "--save-every", "2", "--schedule", "constant", "--resume"]
-    done = subprocess.run([sys.executable, "-c", code, *resumed], capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
+    last = limited(kilobytes, resumed)
     assert re.search("failed: |cannot be written to |File too large|the disk is full", last), last
     assert {p.name: p.read_bytes() for p in (out / "checkpoints" / "checkpoint-2").iterdir()} == checkpoint
     assert main(resumed) == 0

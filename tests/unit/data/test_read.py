@@ -4,8 +4,9 @@ import csv
 import json
 import os
 
-import datasets
+import pyarrow as pa
 import pytest
+from pyarrow import parquet as pq
 
 from siftune.base.errors import DataError, RecipeError
 from siftune.data.read import load_rows
@@ -204,31 +205,10 @@ def test_the_advice_on_preference_pairs_reads_them(record, columns):
     assert [turn.content for turn in row.prompt] == ([] if columns == "text=chosen" else ["Hi"])
 
 
-def test_folders_of_save_to_disk(tmp_path):
-    data = datasets.Dataset.from_list([GOOD, GOOD])
-    data.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(tmp_path / "two")
-    assert [row.origin for row in load_rows(str(tmp_path / "one"))] == [f"{tmp_path}/one row {n}" for n in (1, 2)]
-    assert len(load_rows(str(tmp_path / "two"), "test")) == 1
-    assert [row.origin for row in load_rows(f"{tmp_path}/two@test", "train")] == [f"{tmp_path}/two@test row 1"]
-    with pytest.raises(DataError, match="no split 'dev'"):
-        load_rows(str(tmp_path / "two"), "dev")
-
-
-def test_a_split_of_a_folder_of_files(tmp_path):
-    for name, count in (("train", 1), ("test", 2)):
-        (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n' * count)
-    assert len(load_rows(str(tmp_path), "train")) == 1
-    assert len(load_rows(f"{tmp_path}@test", "train")) == 2
-
-
 # files
 
 
 def parquet(path, rows) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet as pq
-
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
@@ -375,38 +355,6 @@ def test_a_file_that_cannot_be_read(write, monkeypatch):
     assert refused(source).startswith("a.jsonl cannot be read: Input/output error")
 
 
-# hub
-
-
-def test_hub_rows_and_configuration(monkeypatch):
-    import datasets
-
-    asked = []
-
-    def load(*args, **options):
-        asked.append((args, options))
-        return datasets.Dataset.from_list([GOOD, GOOD])
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    rows = load_rows("org/sums:main", split="test[:2]", limit=1)
-    assert asked == [(("org/sums", "main"), {"split": "test[:2]"})]
-    assert [row.origin for row in rows] == ["org/sums:main@test[:2] row 1"]
-    load_rows("org/sums")
-    assert asked[1] == (("org/sums", None), {"split": "train"})
-
-
-def test_a_hub_failure_says_what_to_do(monkeypatch):
-    import datasets
-
-    def load(*_, **__):
-        raise ConnectionError("Couldn't reach the hub.\nlong trace")
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    message = refused("org/none")
-    assert "org/none is no data file" in message
-    assert "Couldn't reach the hub; check the name, the split and the network" in message
-
-
 def test_columns_are_reported_on_one_short_line(write):
     names = ["\x00prompt", "a\nb", "\u202ecompletion", "x" * 5000]
     message = refused(write("rows.jsonl", lines(dict.fromkeys(names, "1"))))
@@ -455,3 +403,45 @@ def test_a_folder_with_the_sign_in_its_name_is_no_split(tmp_path):
     folder.mkdir(parents=True)
     (folder / "train.jsonl").write_text('{"text": "a"}\n')
     assert len(load_rows(str(folder), "train")) == 1
+
+
+def test_a_table_of_many_columns_is_read_at_once(write):
+    """With time quadratic in the columns, this would take minutes."""
+    names = ["prompt", "completion", *(f"c{number}" for number in range(200_000))]
+    (row,) = load_rows(write("wide.csv", f"{','.join(names)}\n{','.join(names)}\n"))
+    assert row.completion == "completion"
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": "a", "completion": "b" * 2**22}, {"prompt": "b" * 2**22, "completion": "a"}]
+)
+def test_a_row_that_is_too_long_is_refused(write, row):
+    message = refused(write("rows.jsonl", lines(GOOD, row)))
+    assert message == "rows.jsonl:2: the row has 4,194,305 characters; at most 4,194,304 can be used: split it."
+    bad: list[DataError] = []
+    assert len(load_rows("rows.jsonl", bad=bad)) == len(bad) == 1
+
+
+NOT_UTF8 = pa.Array.from_buffers(
+    pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"\xff\xfeA")]
+)
+
+
+@pytest.mark.parametrize(
+    ("column", "reason"),
+    [
+        (pa.array([2**30, 1], pa.date32()), "days=1073741824; must have magnitude"),
+        (pa.array([2**62, 1], pa.timestamp("us")), "out of range"),
+        (pa.array([2**62, 1], pa.duration("s")), "too large"),
+        (NOT_UTF8, "invalid start byte"),
+    ],
+    ids=["date", "time", "span", "text"],
+)
+def test_a_value_of_parquet_that_python_lacks_is_a_bad_row(write, tmp_path, column, reason):
+    pq.write_table(pa.table({"prompt": ["a", "b"], "completion": ["c", "d"], "x": column}), tmp_path / "a.parquet")
+    message = refused("a.parquet")
+    assert message.startswith("a.parquet row 1: a value cannot be read (")
+    assert reason in message
+    bad: list[DataError] = []
+    assert [row.origin for row in load_rows("a.parquet", bad=bad)] == ["a.parquet row 2"]
+    assert len(bad) == 1

@@ -1,6 +1,7 @@
 """Loading models from folders and names; every way to fail ends in one sentence."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -132,6 +133,22 @@ def test_code_of_a_repository_is_never_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_experts_implementation"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_kernel_that_a_config_names_is_not_fetched(saved, tmp_path, monkeypatch, key, streamed):
+    def fail(*_, **__):
+        raise AssertionError("a kernel was asked for")
+
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", fail)
+    folder = shutil.copytree(saved, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: "org/kernel"}))
+    model, _ = load_model(str(folder), streamed=streamed)
+    assert model.config._attn_implementation == load_model(str(saved))[0].config._attn_implementation
+    with pytest.raises((AssertionError, OSError, ValueError, ImportError)):  # what transformers would do
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 def test_an_unknown_hub_id_says_what_was_tried_and_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HOME", "/some/cache")
     with pytest.raises(ModelError) as caught:
@@ -162,6 +179,32 @@ def test_a_broken_folder_is_named_with_the_reason(tmp_path, config, weights, mes
         (tmp_path / "m" / "model.safetensors").write_bytes(weights)
     with pytest.raises(ModelError, match=f"from the folder {folder}: .*{message}"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": None}, {"hidden_size": "x"}, {"hidden_size": -1}, {"num_hidden_layers": []}, {"vocab_size": 0},
+        {"num_attention_heads": 0}, {"dtype": "x"}, {"dtype": -1}, {"quantization_config": []}, {"id2label": 5},
+        {"rms_norm_eps": {}}, {"layer_types": "x"}, {"auto_map": 0}, {"model_type": []}, {"model_type": 5},
+        {"rope_parameters": 1.5}, {"tie_word_embeddings": "x"}, {"pad_token_id": {}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_config_with_a_field_of_another_form_is_refused(saved, tmp_path, change):
+    folder = shutil.copytree(saved, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ModelError, match="cannot load a causal language model from the folder"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("content", ["5", "null", "[]", "[" * 100_000])
+def test_a_config_that_is_no_object_is_refused(saved, tmp_path, content):
+    folder = shutil.copytree(saved, tmp_path / "m")
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ModelError, match="cannot load a causal language model from the folder"):
+        load_model(str(folder))
 
 
 def test_smollm2_is_pulled_on_first_use(saved, monkeypatch):

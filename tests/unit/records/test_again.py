@@ -1,6 +1,7 @@
 """Run folders of another party: no file is read that the user has not named, and no data set is fetched."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,22 @@ def test_the_model_that_the_recipe_of_another_party_names_is_not_loaded(foreign,
     words = ["rows", run, "--files", trained / "rows.jsonl"]
     assert "--base" in error_of(capsys, *words)
     assert siftune(capsys, *words, "--base", base)[0]["rows"] == 40
+
+
+@pytest.mark.parametrize("kind", ["secret", "pipe", "endless"])
+def test_the_template_that_the_recipe_of_another_party_names_is_not_read(
+    foreign, trained, base, tmp_path, capsys, kind
+):
+    path = tmp_path / "template"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text(SECRET if kind == "secret" else "{% for i in range(10**12) %}x{% endfor %}")
+    run = foreign("template: none", f"template: {path}")
+    (run / "losses.parquet").unlink()
+    sentence = error_of(capsys, "rows", run, "--files", trained / "rows.jsonl", "--base", base)
+    assert f"its chat template {path} is not read" in sentence
+    assert SECRET not in sentence
 
 
 def test_the_hub_is_not_asked_for_the_data_set_of_one_s_own_run_either(foreign):

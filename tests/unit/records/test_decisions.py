@@ -100,6 +100,13 @@ def test_places_that_are_no_rows_are_refused(data, tmp_path):
         without([], ["a:1"], tmp_path)
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 5000 + "@test", "~nobody-of-that-name/rows.jsonl", "a\0b"])
+def test_places_that_no_file_can_have_are_refused(data, tmp_path, name):
+    with pytest.raises(DataError, match="names 1 place without a training row") as error:
+        without(load_rows(str(data)), [f"{name}:1"], tmp_path)
+    assert len(str(error.value)) < 500 + 2 * len(str(tmp_path))
+
+
 @pytest.mark.parametrize("copies", [1, 2])
 def test_copies_of_rows_that_a_list_of_places_names_stay(tmp_path, copies):
     rows = rows_from([{"text": "one"}] * (1 + copies), "rows.jsonl row")

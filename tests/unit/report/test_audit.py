@@ -129,7 +129,7 @@ def test_markdown():
     assert table(text, "by loss against the base's")[0] == "0.650 [0.550, 0.750]"
     assert table(text, "blind: the base's loss alone")[0] == "0.520 [0.420, 0.620]"
     assert "Rows: 30 members, 18 others, 2 left out as both; no shadow models were tuned (--shadows N)." in text
-    assert "Training rows can be told from others: by loss against the base's" in text
+    assert "Training rows can be distinguished from others: by loss against the base's" in text
     assert "18 others are too few to resolve 1 % and 5 % false alarms" in text
     assert "differ by source" not in text
     assert "base `smollm2`, 30 rows to tune on, 20 held-out rows; 100 steps of 16 rows" in text

@@ -31,13 +31,13 @@ def test_membership_with_shadow_models():
     text = membership_section(found)
     assert cells(text, "LiRA, online") == ["0.900 [0.820, 0.980]", "2.0 % [0.0, 10.0]", "30.0 % [20.0, 40.0]"]
     assert "16 shadow models" in text
-    assert "Training rows can be told from others: LiRA, online, with an AUC of 0.900 [0.820, 0.980]" in text
+    assert "Training rows can be distinguished from others: LiRA, online, with an AUC of 0.900 [0.820, 0.980]" in text
     assert "too few" not in text
 
 
 def test_at_chance_nothing_is_promised():
     text = membership_section(Membership(attack(0.53), attack(0.54), attack(0.5), 40, 200), "emulator")
-    assert "None of these attacks told training rows from others beyond chance" in text
+    assert "None of these attacks distinguished training rows from others beyond chance" in text
     assert "says nothing of attacks that were not tried" in text
     assert cells(text, "blind: the emulator's loss alone")[0] == "0.500 [0.420, 0.580]"
 
@@ -75,5 +75,5 @@ def test_calibration():
     assert cells(text, "by attention's matrices")[0] == "0.700 [0.620, 0.780]"
     assert "Whoever has the base can tell which rows calibrated the kit: AUC 0.900" in text
     chance = calibration_section(replace(leak, attacks={"all": attack(0.52)}))
-    assert "not told from others beyond chance" in chance
+    assert "not distinguished from others beyond chance" in chance
     assert "only complete layers" in calibration_section(CalibrationLeak({}))

@@ -4,11 +4,13 @@ import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support.report_runs import save_eval, save_run
 
 from siftune.base.errors import InputError, RecipeError
+from siftune.base.json_files import read_sealed, sealed, unsealed
 from siftune.evaluate.measure import MetricRow
 from siftune.records.rows import Text
 from siftune.report import show
@@ -16,7 +18,7 @@ from siftune.report.compare import basis_of, headline
 from siftune.report.evals import Answer, Eval, read_evals, record_eval
 from siftune.report.page import make_page, sections
 from siftune.report.run import _suspect_table
-from siftune.report.subjects import find_subjects
+from siftune.report.subjects import find_subjects, read_run
 from siftune.suspects.named import Suspect
 
 ATTACK = "<script>alert(1)</script>\"'><b>&amp;"
@@ -33,7 +35,14 @@ def titles(*folders):
 def eval_json(rows, more=""):
     """An untrusted record."""
     metric = f'{{"metric": "choices", "base": 0.5, "rows": {rows}}}'
-    return f'[{{"data": "x", "rows": 1, "level": 0.9, "answers": [], "metrics": [{metric}{more}]}}]'
+    record = f'{{"data": "x", "rows": 1, "level": 0.9, "answers": [], "metrics": [{metric}{more}]}}'
+    return json.dumps([sealed(json.loads(record))])
+
+
+def rename_data(run, name):
+    """Have the measurements of a run be of other rows."""
+    records = [unsealed(record) | {"data": name} for record in json.loads((run / "eval.json").read_text())]
+    (run / "eval.json").write_text(json.dumps([*map(sealed, records)]))
 
 
 def text_of(section):
@@ -59,9 +68,9 @@ def test_several_runs_the_best_first(runs):
 
 def test_of_a_run_that_went_on_the_time_is_known_from_then_on(tmp_path):
     folders = [save_run(tmp_path / name, seed=seed) for seed, name in enumerate(("whole", "resumed"))]
-    record = json.loads((folders[1] / "run.json").read_text())
+    record = read_sealed(folders[1] / "run.json", dict[str, Any])
     record["summary"]["resumed_step"] = 30
-    (folders[1] / "run.json").write_text(json.dumps(record))
+    (folders[1] / "run.json").write_text(json.dumps(sealed(record)))
     compared = sections(subjects(*folders))[0]
     assert [row[4].text for row in compared.tables[0].rows] == ["62 s", "70 s, after step 30"]
     by_time, by_memory = (figure.draw(600) for figure in compared.figures)
@@ -107,7 +116,7 @@ def test_a_hub_id_is_not_cut(tmp_path):
     named = [save_run(tmp_path / name) for name in "ab"]
     for run in named:
         save_eval(run)
-        (run / "eval.json").write_text((run / "eval.json").read_text().replace("test.jsonl", "owner/set@test"))
+        rename_data(run, "owner/set@test")
     compared, *others = sections(subjects(*named))
     assert "exact match on owner/set@test;" in text_of(compared)
     assert any("rows of owner/set@test, the same" in text_of(each) for each in others)
@@ -123,7 +132,7 @@ def test_a_run_on_other_rows_does_not_keep_the_others_from_being_compared(tmp_pa
     named = [save_run(tmp_path / name, seed=seed) for seed, name in enumerate("abc")]
     for number, run in enumerate(named):
         save_eval(run, tuned=0.5 + number / 10)
-    (named[2] / "eval.json").write_text((named[2] / "eval.json").read_text().replace("test.jsonl", "others.jsonl"))
+    rename_data(named[2], "others.jsonl")
     assert headline(subjects(*named)).startswith("“b” is best of 2 comparable runs: 60.0")
     compared = sections(subjects(*named))[0]
     assert [row[2].text for row in compared.tables[0].rows] == ["50.0\u00a0%", "60.0\u00a0%", "–"]
@@ -307,9 +316,9 @@ def test_a_long_run_of_a_large_model_fits(tmp_path):
 def test_everything_foreign_is_escaped(tmp_path, monkeypatch):
     run = save_run(tmp_path / "<b>&amp;'\"", "gast", steps=4, model=ATTACK, train=ATTACK, eval=ATTACK)
     save_eval(run, answers=(Answer(ATTACK, ATTACK, ATTACK, ATTACK, False, True),))
-    record = json.loads((run / "run.json").read_text())
+    record = read_sealed(run / "run.json", dict[str, Any])
     record |= {"status": ATTACK, "hardware": ATTACK, "versions": {ATTACK: ATTACK}}
-    (run / "run.json").write_text(json.dumps(record))
+    (run / "run.json").write_text(json.dumps(sealed(record)))
     (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": ATTACK, ATTACK: 1.0}) + "\n")
     monkeypatch.setattr("support.report_runs.KINDS", (ATTACK, "</script>", "</svg>"))
     other = save_run(tmp_path / "other", "gast", steps=4)
@@ -351,17 +360,16 @@ def test_what_was_measured_is_kept_once_for_each_file_of_rows(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metrics.jsonl", '{"step": 1}\nnonsense\n{"step": 3}\n', r"metrics.jsonl:2 is no JSON"),
-        ("metrics.jsonl", "[" * 99_999 + '\n{"step": 3}\n', r"metrics.jsonl:1 is no JSON"),
-        ("run.json", "[]", "run.json holds no JSON object"),
-        ("run.json", "{", "run.json can't be read"),
-        ("eval.json", '[{"data": 1}]', "eval.json can't be read .*measure again"),
-        ("eval.json", "{", "eval.json can't be read"),
-        ("eval.json", "[" * 99_999, "eval.json can't be read"),
-        ("eval.json", '[{"metrics": ["x"], "answers": []}]', "eval.json can't be read"),
-        ("eval.json", eval_json("1e999"), "eval.json can't be read"),
-        ("eval.json", eval_json('1, "tuned": 1' + "0" * 400), "eval.json can't be read"),
-        ("eval.json", eval_json('1, "tuned_interval": [1]'), "eval.json can't be read"),
+        ("run.json", "[]", r"run.json cannot be read \(Input should be an object\)"),
+        ("run.json", "{", "run.json cannot be read"),
+        ("eval.json", json.dumps([sealed({"data": 1})]), "eval.json cannot be read .*measure again"),
+        ("eval.json", "{", "eval.json cannot be read"),
+        ("eval.json", "[" * 99_999, "eval.json cannot be read"),
+        ("eval.json", json.dumps([sealed({"metrics": ["x"], "answers": []})]), "eval.json cannot be read"),
+        ("eval.json", eval_json("7").replace("7", "8"), "eval.json cannot be read .it is not what was written"),
+        ("eval.json", eval_json("1e999"), "eval.json cannot be read"),
+        ("eval.json", eval_json('1, "tuned": 1' + "0" * 400), "eval.json cannot be read"),
+        ("eval.json", eval_json('1, "tuned_interval": [1]'), "eval.json cannot be read"),
         ("selections.parquet", "nonsense", "selections.parquet is damaged"),
         ("recipe.yaml", "methodd: ist\n", "unknown key 'methodd'"),
     ],
@@ -371,6 +379,15 @@ def test_damaged_files_are_named(tmp_path, name, content, message):
     (run / name).write_text(content)
     with pytest.raises(InputError, match=message):
         show(run)
+
+
+def test_damaged_lines_of_metrics_are_left_out_with_a_warning(tmp_path, caplog):
+    run = save_run(tmp_path / "run", steps=2)
+    sound = read_run(run, "run").metrics
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(f"nonsense\n{'[' * 99_999}\n{text}" + '{"step": 3')
+    assert read_run(run, "run").metrics == sound
+    assert f"{run / 'metrics.jsonl'}: damaged lines are left out: 3" in caplog.text
 
 
 def test_folders_that_hold_nothing_are_told(tmp_path, runs):

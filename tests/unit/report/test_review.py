@@ -5,6 +5,7 @@ import json
 import pytest
 from support.sifted_pools import save_pool, save_sifting
 
+from siftune.base.work_folder import record_text
 from siftune.data.read import load_rows
 from siftune.records.again import note_file
 from siftune.records.decisions import Decision, decisions_csv, read_decisions
@@ -128,8 +129,8 @@ def test_columns_keep_their_names(tmp_path):
     (folder / "scores.csv").write_text(decisions_csv([decision], ["score", "similarity"]))
     note_file(folder / "scores.csv")
     record = json.loads((folder / "sift.json").read_text())
-    record["facts"]["columns"] = ["prompt=question", "completion=answer"]
-    (folder / "sift.json").write_text(json.dumps(record))
+    facts = record["facts"] | {"columns": ["prompt=question", "completion=answer"]}
+    (folder / "sift.json").write_text(record_text(facts, record["state"]))
     (row,) = review(folder).review["rows"]
     assert json.loads(corrected(row, "4")) == {"question": "2?", "answer": "4", "completion": "5"}
 

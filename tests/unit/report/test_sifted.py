@@ -1,12 +1,12 @@
 """Sections on sifted pools: of a run, of a folder, and of the rows that a run was trained without."""
 
-import json
 import re
 
 import pytest
 from support.report_runs import save_run
 
 from siftune.base.errors import InputError
+from siftune.base.work_folder import record_text
 from siftune.records.again import note_recipe
 from siftune.report.charts import Part, histogram
 from siftune.report.page import make_page, sections
@@ -40,7 +40,7 @@ def run(tmp_path):
 
 def save_record(run, **state):
     state = {"seconds": 90, "reason": "for reasons", **state}
-    (run / "sift" / "sift.json").write_text(json.dumps({"facts": {"model": "tiny"}, "state": state}))
+    (run / "sift" / "sift.json").write_text(record_text({"model": "tiny"}, state))
 
 
 def parts(run, several=False):

@@ -1,20 +1,13 @@
 """Sweeps of learning rates on a page."""
 
-import json
-
 import pytest
 
 from siftune.base.errors import InputError
+from siftune.base.work_folder import line_text, record_text
 from siftune.report import show
 from siftune.report.compare import headline
 from siftune.report.page import sections
 from siftune.report.subjects import find_subjects
-
-
-def save(folder, name, record):
-    folder.mkdir()
-    (folder / name).write_text(json.dumps(record))
-    return folder
 
 
 def of(folder):
@@ -28,9 +21,10 @@ def lr_run(method="dense", lr=1e-3, heldout_loss=0.5, **values):
             "steps": 8, "seconds": 3.0, "diverged": None, **values}  # fmt: skip
 
 
-def save_rates(folder, runs, start=None):
-    save(folder, "start.json", start or {"facts": {}, "state": {"heldout_loss": 2.0}})
-    (folder / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in runs))
+def save_rates(folder, runs, **state):
+    folder.mkdir()
+    (folder / "start.json").write_text(record_text({}, state))
+    (folder / "results.jsonl").write_text("".join(map(line_text, runs)))
     return folder
 
 
@@ -38,7 +32,7 @@ def test_a_sweep_of_learning_rates(tmp_path):
     """Two methods at three rates; one run diverged, one has a loss far above the others, and a line is half written."""
     runs = [lr_run(lr=5e-4, heldout_loss=0.7), lr_run(), lr_run(lr=2e-3, heldout_loss=None, diverged="NaN")]
     runs += [lr_run("ist", 5e-4, 0.9), lr_run("ist", heldout_loss=0.8), lr_run("ist", 2e-3, 90.0)]
-    folder = save_rates(tmp_path / "lr", runs)
+    folder = save_rates(tmp_path / "lr", runs, heldout_loss=2.0)
     with (folder / "results.jsonl").open("a") as file:
         file.write('{"method": "gast", "lr"')
     told, section = of(folder)
@@ -58,16 +52,16 @@ def test_a_sweep_of_learning_rates(tmp_path):
 
 
 def test_a_sweep_of_learning_rates_that_has_just_begun(tmp_path):
-    told, section = of(save_rates(tmp_path / "lr", []))
+    told, section = of(save_rates(tmp_path / "lr", [], heldout_loss=2.0))
     assert "no run is finished yet" in told
-    told, empty = of(save_rates(tmp_path / "base", [], {"facts": {}, "state": {}}))  # not even the base's loss
+    told, empty = of(save_rates(tmp_path / "base", []))  # not even the base's loss
     assert "no run is finished yet" in told
     assert not empty.words
     assert section.words == ["Before training the loss is 2.0000."]
 
 
 def test_what_strangers_wrote_is_escaped(tmp_path):
-    html = show(save_rates(tmp_path / "<script>alert(1)", [lr_run()])).html
+    html = show(save_rates(tmp_path / "<script>alert(1)", [lr_run()], heldout_loss=2.0)).html
     assert "Learning rates in &lt;script&gt;alert(1)" in html
     assert "<script>alert(1)" not in html
 
@@ -75,4 +69,4 @@ def test_what_strangers_wrote_is_escaped(tmp_path):
 @pytest.mark.parametrize("change", [{"method": "x"}, {"lr": 0}, {"lr": 1e999}, {"heldout_loss": "x"}, {"seed": None}])
 def test_a_damaged_sweep_of_learning_rates_is_told(tmp_path, change):
     with pytest.raises(InputError, match=r"lr is no sweep of learning rates .*: run siftune find-lr again"):
-        show(save_rates(tmp_path / "lr", [lr_run() | change]))
+        show(save_rates(tmp_path / "lr", [lr_run() | change], heldout_loss=2.0))

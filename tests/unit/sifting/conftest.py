@@ -39,7 +39,16 @@ def small_chunks():
     """Have the 36 rows of the pool make several lines of losses."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("siftune.sifting.scoring._CHUNK", 16)
+        patch.setattr("siftune.sifting.answers._CHUNK", 7)
         patch.setattr("siftune.sifting.prompts._CHUNK", 16)
+        yield
+
+
+@pytest.fixture
+def shared_answers():
+    """Have the rows treated as if they shared a few answers, although each sum has its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("siftune.sifting.scoring._SHARED", 0.0)
         yield
 
 

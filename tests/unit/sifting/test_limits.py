@@ -11,7 +11,7 @@ from siftune.base.errors import DataError, RecipeError
 from siftune.recipe.schema import Recipe
 from siftune.records.decisions import read_decisions
 from siftune.records.rows import read_rows
-from siftune.sifting import scoring as module
+from siftune.suspects import answers
 
 from .conftest import write
 from .test_sift import QUIET, records, table
@@ -75,8 +75,8 @@ def test_without_a_limit_none_is_recorded(given, complete, no_model):
 
 def test_rows_that_a_lower_similarity_brings_are_scored_alone(given, complete, monkeypatch):
     counts = []
-    original = module.row_nll
-    monkeypatch.setattr(module, "row_nll", lambda m, rows, *a: counts.append(len(rows)) or original(m, rows, *a))
+    original = answers.row_nll
+    monkeypatch.setattr(answers, "row_nll", lambda m, rows, *a: counts.append(len(rows)) or original(m, rows, *a))
     before = np.isfinite(sift(**given, share=5, console=QUIET).scores)
     assert counts == []
     wider = sift(**given, max_score=99, min_similarity=-1, console=QUIET)
@@ -97,7 +97,7 @@ def test_rows_that_a_lower_similarity_brings_are_scored_alone(given, complete, m
         ({"max_score": 1.0, "share": 0.5}, "leave out share, or the limits"),
         ({"min_similarity": 0.5, "share": 5}, "leave out share, or the limits"),
         ({"max_score": 1.0, "target": None, "avoid": "few.jsonl"}, "--target FILE"),
-        ({"max_score": -1.0}, "max_score is -1.0"),
+        ({"max_score": float("-inf")}, "max_score is -inf"),
         ({"max_score": float("nan")}, "max_score is nan"),
         ({"max_score": float("inf")}, "max_score is inf"),
         ({"max_score": True}, "max_score is True"),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siftune.sifting.rows import held_out_count
-from siftune.sifting.scores import Choice, choose, lowest, separation, unlike, with_rare_answers
+from siftune.sifting.scores import choose_by_losses, choose_by_margins, lowest, separation, unlike
 
 LOSSES = st.floats(-20, 20, width=32)
 MANY = st.lists(LOSSES, min_size=1, max_size=60)
@@ -42,23 +42,42 @@ def test_the_choice_is_that_of_exact_arithmetic(rows, target, decoys):
     expected = list(task)
     if len(decoys) >= 8 and sum(pairs) / len(pairs) >= Fraction(3, 5) and min(ratios) >= Fraction(1, 20):
         expected = [of_it and value <= limit for value, of_it in zip(values, task, strict=True)]
-    assert choose(values, np.array(target), np.array(decoys), task).rows_R.tolist() == expected
+    assert choose_by_losses(values, np.array(target), np.array(decoys), task).rows_R.tolist() == expected
 
 
 def test_rows_above_the_limit_are_left_out_if_rows_are_as_unlikely_as_decoys():
     target, decoys, task = np.array([0.1] * 8 + [0.5, 3.0]), np.full(8, 4.0), np.ones(100, bool)
     for unlikely, left_out in ((5, 6), (4, 0)):
         pool = np.repeat([0.2, 0.5, 0.6, 4.0], [90, 9 - unlikely, 1, unlikely])
-        assert (~choose(pool, target, decoys, task).rows_R).sum() == left_out
+        assert (~choose_by_losses(pool, target, decoys, task).rows_R).sum() == left_out
 
 
 def test_nothing_is_left_out_if_decoys_are_few_or_as_likely_as_held_out_rows():
     target, pool, task = np.array([0.1] * 8 + [0.5, 3.0]), np.array([0.2] * 5 + [9.0] * 5), np.ones(10, bool)
-    assert "cannot tell" in choose(pool, target, np.full(8, 0.1), task).reason
-    assert "too few" in choose(pool, target, np.full(7, 9.0), task).reason
+    assert "cannot tell" in choose_by_losses(pool, target, np.full(8, 0.1), task).reason
+    assert "too few" in choose_by_losses(pool, target, np.full(7, 9.0), task).reason
     for decoys in (np.full(8, 0.1), np.full(7, 9.0), np.empty(0)):
-        assert choose(pool, target, decoys, task).rows_R.all()
-    assert not choose(pool, target, np.full(8, 9.0), task).rows_R.all()
+        assert choose_by_losses(pool, target, decoys, task).rows_R.all()
+    assert not choose_by_losses(pool, target, np.full(8, 9.0), task).rows_R.all()
+
+
+SOME = st.one_of(LOSSES, st.just(float("nan")))
+
+
+@given(st.lists(st.tuples(SOME, st.booleans()), min_size=1, max_size=60), st.lists(SOME, max_size=20))
+def test_the_choice_by_margins_is_that_of_exact_arithmetic(rows, held_out):
+    values, task = parts(rows)
+    if not task.any():
+        task[0] = True
+    beyond = [bool(of_it and value > 1) for value, of_it in zip(values, task, strict=True)]
+    compared = [value for value in held_out if value == value]  # not NaN
+    expected = task.tolist()
+    right = sum(value <= 1 for value in compared)
+    if len(compared) >= 8 and 5 * right >= 3 * len(compared) and 100 * sum(beyond) >= 3 * task.sum():
+        expected = [bool(of_it) and not gone for of_it, gone in zip(task, beyond, strict=True)]
+    choice = choose_by_margins(values, np.array(held_out, np.float64), task)
+    assert choice.rows_R.tolist() == expected
+    assert choice.limit == (None if expected == task.tolist() else 1.0)
 
 
 @given(FEW, st.lists(LOSSES, max_size=20))
@@ -66,32 +85,6 @@ def test_pairs_in_order_are_counted_one_by_one(target, decoys):
     pairs = [(d > t) + (d == t) / 2 for d in decoys for t in target]
     expected = sum(pairs) / len(pairs) if pairs else 0.5
     assert separation(np.array(decoys), np.array(target)) == pytest.approx(expected, abs=1e-12)
-
-
-ANSWERS = st.lists(
-    st.tuples(st.integers(-1000, 1000), st.sampled_from("abc"), st.booleans()),
-    min_size=10,
-    max_size=80,
-    unique_by=lambda row: row[0],
-)
-
-
-@given(ANSWERS, st.integers(-1000, 1000), st.sets(st.sampled_from("ab")))
-def test_answers_of_the_target_are_selected_at_half_the_share_of_the_task(rows, limit, known):
-    scores, answers, task = (np.array(part) for part in zip(*rows, strict=True))
-    if not task.any():
-        task[0] = True
-    within = task & (scores <= limit)
-    chosen = with_rare_answers(Choice(within, "", limit), scores, task, answers.tolist(), known).rows_R
-    assert not (within & ~chosen).any()
-    for answer in "abc":
-        own = [n for n in range(len(rows)) if task[n] and answers[n] == answer]
-        best = sorted(own, key=lambda n: scores[n])
-        count = int(within[own].sum())
-        if answer in known and len(own) >= 10:
-            needed = Fraction(int(within.sum()), 2 * int(task.sum())) * len(own)
-            count = max(count, -(-needed.numerator // needed.denominator))
-        assert [n for n in best if chosen[n]] == best[:count]
 
 
 @given(st.integers(8, 10_000))

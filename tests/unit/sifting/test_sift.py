@@ -22,12 +22,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune import sift
 from siftune.base.errors import DataError, InputError, RecipeError
+from siftune.data.rows import rows_from
 from siftune.recipe.schema import Recipe
 from siftune.records.decisions import read_decisions
 from siftune.records.rows import read_rows
 from siftune.sifting import prompts
 from siftune.sifting import scoring as module
-from siftune.sifting.scores import Choice, choose
+from siftune.sifting.scores import Choice, choose_by_losses, choose_by_margins
+from siftune.suspects import answers
+from siftune.suspects.decoys import decoys_of
 from siftune.train.folder.run import RunFolder
 from siftune.train.run import train
 
@@ -58,11 +61,6 @@ def loss(model, tokenizer, row, **settings):
     return -float(np.mean([logs[place - 1, ids[0, place]] for place in range(len(prompt), ids.shape[1])]))
 
 
-def score(model, tokenizer, row):
-    """The sum of a row's losses, divided by the root of their number; a token is a byte here, or the end."""
-    return loss(model, tokenizer, row) * (len(row["completion"]) + 1) ** 0.5
-
-
 def mean_state(model, tokenizer, prompt):
     """Mean of the last hidden states over the prompt's tokens, of length 1."""
     ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
@@ -80,15 +78,45 @@ def on_pool(given, tmp_path, places, **settings):
     return train(Recipe(**{**given, **own}), QUIET).folder.path
 
 
-def by_hand(given, tmp_path, number, pool, **settings):
-    """The adapter of a training on the rows that a sifting's training took, after one on the pool."""
+def by_hand(given, tmp_path, number, pool=None, **settings):
+    """The adapter of a training on the rows that a sifting's training took, perhaps after one on the pool."""
     seen = tmp_path / "sifted" / (f"{number}-seen.jsonl" if number else "seen.jsonl")
-    own = {"train": str(seen), "target": None, "out": str(tmp_path / f"by hand {number}"), "rank": None, **settings}
-    return train(Recipe(**{**given, "from_adapter": str(pool), **own}), QUIET).folder.adapter
+    own = {"train": str(seen), "target": None, "out": str(tmp_path / f"by hand {number}"), **settings}
+    further = {"from_adapter": str(pool), "rank": None} if pool else {}
+    return train(Recipe(**{**given, **further, **own}), QUIET).folder.adapter
 
 
-def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, task):
+def other_answers(rows, places, candidates, seed=0):
+    """Places of the rows whose answers are compared with that of each row."""
+    every = rows_from({"prompt": row["prompt"], "completion": row["completion"]} for row in rows)
+    numbers = decoys_of(every, seed, candidates).numbers
+    return {place: [other for other in numbers[place] if other >= 0] for place in places}
+
+
+def margins_by_hand(rows, places, others, nll):
+    """The largest gain of another answer by the prompt, minus that of the own; a gain is the usual loss minus the loss.
+
+    The usual loss is the mean over the prompts that an answer was compared with, and over ten that have the mean loss.
+    """
+    size = {row["completion"]: len(row["completion"]) + 1 for row in rows}
+    compared = [(rows[other]["completion"], nll(at, other)) for at in places for other in others[at]]
+    mean = sum(value for _, value in compared) / sum(size[text] for text, _ in compared)
+
+    def usual(text):
+        losses = [value for answer, value in compared if answer == text]
+        return (sum(losses) + 10 * mean * size[text]) / (len(losses) + 10)
+
+    def gain(at, other):
+        return usual(rows[other]["completion"]) - nll(at, other)
+
+    return [max(gain(at, other) for other in others[at]) - gain(at, at) for at in places]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, task, request, shared):
     """A target of fewer than 64 rows is halved: each training leaves out one half."""
+    if shared:
+        request.getfixturevalue("shared_answers")
     sifted = sift(**given, console=QUIET)
     halves = halves_of(tmp_path / "sifted")
     assert [len(half) for half in halves] == [6, 6]
@@ -104,24 +132,42 @@ def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, 
     np.testing.assert_allclose(sifted.similar, similar[:36].max(1), atol=2e-5)
     of_it = similar[:36].max(1) >= np.sort(own.max(1))[1] - 1e-5  # all of the twelve but one
     assert 8 < of_it.sum() < 36
-    steps = -(-int(of_it.sum()) // 8)  # half a pass over the task in batches of 4, at most the three that are given
+    rows, places = [*task.pool, *task.target], of_it.nonzero()[0].tolist()
+    target = [*range(36, 48)]
+    steps = -(-len(places) // 8)  # half a pass over the task in batches of 4, at most the three that are given
     assert 1 < steps <= 3
-    pool = on_pool(given, tmp_path, of_it.nonzero()[0], steps=steps)
-    after, held_out = [], []
+    pool = on_pool(given, tmp_path, places, steps=steps) if shared else None
+    candidates = [*places, *target] if shared else target
+    others = other_answers(rows, [*places, *target], candidates)
+    after, held_out, decoys = [], [], []
     for number, half in enumerate(halves):
-        adapter = by_hand(given, tmp_path, number, pool, steps=2)  # half of those that are given
+        adapter = by_hand(given, tmp_path, number, pool, steps=2 if shared else 3)  # half of those that are given
         tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
-        after.append([score(tuned, tokenizer, row) for row in task.pool])
-        held_out += [score(tuned, tokenizer, row) for row in half]
+        own = [36 + task.target.index(row) for row in half]
+
+        def nll(at, other, root=1.0, tuned=tuned):
+            row = {**rows[at], "completion": rows[other]["completion"]}
+            return loss(tuned, tokenizer, row) * (len(row["completion"]) + 1) ** root
+
+        if shared:
+            scores = margins_by_hand(rows, [*places, *own], others, nll)
+        else:
+            scores = [nll(at, at, 0.5) for at in [*places, *own]]
+            decoys += [nll(at, other, 0.5) for at in own for other in others[at]]
+        after.append(np.full(36, np.nan))
+        after[-1][places] = scores[: len(places)]
+        held_out += scores[len(places) :]
     after = np.mean(after, axis=0)
-    np.testing.assert_allclose(sifted.scores, np.where(of_it, after, np.nan), atol=2e-5)
+    np.testing.assert_allclose(sifted.scores, after, atol=1e-4)
     found = table(sifted.folder)
     assert [line["score"] == "" for line in found] == (~of_it).tolist()
-    np.testing.assert_allclose(
-        [float(line["score"] or "nan") for line in found], np.where(of_it, after, np.nan), atol=2e-5
-    )
+    np.testing.assert_allclose([float(line["score"] or "nan") for line in found], after, atol=1e-4)
     np.testing.assert_allclose([float(line["similarity"]) for line in found], similar[:36].max(1), atol=2e-5)
-    chosen = choose(after, np.array(held_out), decoys_by_hand(sifted.folder), of_it).rows_R.nonzero()[0].tolist()
+    if shared:
+        chosen = choose_by_margins(after, np.array(held_out), of_it)
+    else:
+        chosen = choose_by_losses(after, np.array(held_out), np.array(decoys), of_it)
+    chosen = chosen.rows_R.nonzero()[0].tolist()
     assert sifted.selected == chosen == [n for n, line in enumerate(found) if line["selected"] == "yes"]
 
 
@@ -176,28 +222,6 @@ def test_a_prompt_longer_than_a_row_may_be_is_compared_if_all_tokens_count(given
     assert np.isfinite(sifted.similar).all()
 
 
-def decoys_by_hand(folder):
-    """Scores of the last rows of either training: four decoys of each of its six held-out rows."""
-    found = []
-    for path in (folder / "losses.jsonl", folder / "1-losses.jsonl"):
-        pairs = [pair for line in records(path) for pair in zip(line["after"], line["tokens"], strict=True)]
-        found += [nll / tokens**0.5 for nll, tokens in pairs[-24:]]
-    return np.array(found)
-
-
-def test_decoys_have_the_prompts_of_held_out_rows_and_completions_of_others(given, task, monkeypatch):
-    seen = []
-    original = module.tokens_of
-    monkeypatch.setattr(module, "tokens_of", lambda rows, form: seen.append(rows) or original(rows, form))
-    sift(**given, console=QUIET)
-    assert [len(rows) for rows in seen] == [24, 24]
-    texts = {row["prompt"]: row["completion"] for row in task.target}
-    for half, rows in zip(halves_of(Path(given["out"])), seen, strict=True):
-        assert [row.prompt[0].content for row in rows] == [row["prompt"] for row in half for _ in range(4)]
-        assert all(row.completion in texts.values() for row in rows)
-        assert all(row.completion != texts[row.prompt[0].content] for row in rows)
-
-
 def test_a_larger_target_has_one_training_that_leaves_out_a_fifth(given, tmp_path):
     rows = [{"prompt": f"{i}+{i}?", "completion": str(i + i)} for i in range(64)]
     given["target"].write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -208,6 +232,7 @@ def test_a_larger_target_has_one_training_that_leaves_out_a_fifth(given, tmp_pat
     assert not (tmp_path / "sifted" / "tuning-1").exists()
 
 
+@pytest.mark.usefixtures("shared_answers")
 def test_the_held_out_rows_determine_the_steps(given, base, tmp_path, monkeypatch):
     """The weights are those of the least held-out loss, and training stops soon after it."""
     monkeypatch.setattr(module, "_EVERY", 1)
@@ -305,17 +330,18 @@ def test_selected_rows_are_those_of_the_pools_files(given, tmp_path, task, name,
 def test_the_template_is_that_of_both(given, base, monkeypatch):
     """Rows are tokenised alike for the training and for the losses; another template is other work."""
     seen = {}
-    original, losses_of = module.tune, module._losses
+    original, scored = module.tune, answers.shared_nll
     monkeypatch.setattr(module, "tune", lambda recipe, *a: seen.update(recipe=recipe) or original(recipe, *a))
-    monkeypatch.setattr(
-        module,
-        "_losses",
-        lambda work, name, data, *a: seen.update(ids=data["input_ids"]) or losses_of(work, name, data, *a),
-    )
+
+    def noted(model, pairs, *others):
+        seen.setdefault("ids", []).extend(ids for ids, _ in pairs)
+        return scored(model, pairs, *others)
+
+    monkeypatch.setattr(answers, "shared_nll", noted)
     sift(**{**given, "template": "chat"}, console=QUIET)
     assert seen["recipe"].template == "chat"
     tokenizer = AutoTokenizer.from_pretrained(base)
-    assert len(seen["ids"]) > 30  # rows of the task, six held-out rows and their 24 decoys
+    assert len(seen["ids"]) > 30  # six held-out rows and their decoys, twice
     assert all("<|start|>user\n" in tokenizer.decode(ids) for ids in seen["ids"])
     with pytest.raises(RecipeError, match="template"):
         sift(**given, console=QUIET)
@@ -357,6 +383,7 @@ def same_bits(folder, complete):
         assert (Path(folder) / name).read_bytes() == (complete / name).read_bytes(), name
 
 
+@pytest.mark.usefixtures("shared_answers")
 @pytest.mark.parametrize("training", [1, 2])
 def test_interrupted_in_a_training(given, tmp_path, interfere, monkeypatch, training):
     """In bfloat16, where an adapter that was just trained is in float32, and a saved one is not."""
@@ -546,7 +573,7 @@ def test_wrong_input_is_one_sentence_before_the_model_is_loaded(given, tmp_path,
 
 
 def test_a_pool_without_a_row_like_the_target(given, complete, monkeypatch):
-    monkeypatch.setattr(module, "choose", lambda *given: Choice(np.zeros(36, bool), "", 0.1))
+    monkeypatch.setattr(module, "choose_by_losses", lambda *given: Choice(np.zeros(36, bool), "", 0.1))
     with pytest.raises(DataError, match="no row of the pool"):
         sift(**given, console=QUIET)
     assert (complete / "losses.jsonl").exists()
@@ -554,15 +581,16 @@ def test_a_pool_without_a_row_like_the_target(given, complete, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_names_its_row(given, monkeypatch):
-    original = module.row_nll
+    original = answers.shared_nll
 
     first = int(np.isfinite(sift(**given, console=QUIET).scores).argmax())
     given["out"] += " again"
 
-    def broken(model, rows, batch, progress):
-        result = original(model, rows, batch, progress)
+    def broken(model, rows, *others):
+        result = original(model, rows, *others)
         return replace(result, nll=np.where(np.arange(len(rows)) == 0, np.nan, result.nll))
 
-    monkeypatch.setattr(module, "row_nll", broken)
+    monkeypatch.setattr(answers, "shared_nll", broken)
+    monkeypatch.setattr(answers, "row_nll", broken)
     with pytest.raises(DataError, match=rf"pool\.jsonl:{first + 1} is not finite"):
         sift(**given, console=QUIET)

@@ -40,7 +40,7 @@ def test_four_of_five_suspects_are_wrong_if_the_model_is_right_about_correct_ans
 def test_of_correct_rows_none_is_suspect(seed):
     _, verdict = pool(seed, wrong=0.0)
     assert verdict.count == 0
-    assert "10 times less likely" in verdict.doubt
+    assert "10 times as well" in verdict.doubt
 
 
 def test_a_model_that_has_learned_nothing_does_not_tell():
@@ -51,19 +51,24 @@ def test_a_model_that_has_learned_nothing_does_not_tell():
     assert (verdict.count, "learned too little" in verdict.doubt) == (0, True)
 
 
-def losses(suspects, elsewhere=9.0, other_elsewhere=9.0, count=100):
+def losses(suspects, usual=9.0, other_usual=9.0, count=100):
     """Losses of rows of which the first have an answer that is less likely than another one."""
     loss = np.repeat([6.0, 0.1], [suspects, count - suspects])
-    return judge(loss, np.full(count, 2.0), np.full(count, elsewhere), np.full(count, other_elsewhere))
+    return judge(loss, np.full(count, 2.0), np.full(count, usual), np.full(count, other_usual))
 
 
-def test_the_own_prompt_must_favour_the_other_answer():
+def test_the_own_prompt_must_favour_the_other_answer_ten_times():
     """The other answer is short, and as likely after any prompt; the row's own is likely after its prompt only."""
-    assert losses(20).count == 20
-    assert losses(20, elsewhere=13.0).count == 20  # 9 − 2 = 13 − 6
-    assert losses(20, elsewhere=13.1).count == 0
-    assert losses(20, other_elsewhere=2.0).count == 0
-    assert losses(20, other_elsewhere=np.nan).count == 0
+    assert losses(20).count == 20  # (9 − 2) − (9 − 6) nats
+    assert losses(20, usual=10.6).count == 20
+    assert losses(20, usual=10.8).count == 0
+    assert losses(20, other_usual=7.4).count == 20
+    assert losses(20, other_usual=7.2).count == 0
+    assert losses(20, other_usual=np.nan).count == 0
+
+
+def test_the_other_answer_must_be_the_more_likely_one():
+    assert judge(np.repeat([6.0, 0.1], [20, 80]), np.full(100, 6.1), np.full(100, 9.0), np.full(100, 16.0)).count == 0
 
 
 @pytest.mark.parametrize(("suspects", "count"), [(2, 0), (3, 3), (50, 50), (51, 0)])
@@ -73,9 +78,9 @@ def test_few_or_most_rows_are_no_suspects(suspects, count):
     assert verdict.order[:suspects].tolist() == [*range(suspects)]
 
 
-def test_the_other_answer_must_be_ten_times_as_likely():
-    loss, other = np.repeat([2 + np.log(9.9), 2 + np.log(10.1), 0.0], [20, 20, 60]), np.full(100, 2.0)
-    verdict = judge(loss, other, elsewhere_R=loss, other_elsewhere_R=other)
+def test_the_limit_is_ten_times():
+    loss, other, usual = np.repeat([2 + np.log(9.9), 2 + np.log(10.1), 0.0], [20, 20, 60]), *np.full((2, 100), 2.0)
+    verdict = judge(loss, other, usual, usual)
     assert sorted(verdict.order[: verdict.count]) == [*range(20, 40)]
 
 

@@ -48,10 +48,8 @@ def scored(base, tmp_path):
             losses = 0.1 + 0.1 * np.sin(np.arange(100))
             losses[WRONG] = 13 - np.arange(12)
         numbers = np.arange(100, dtype=np.int32)
-        loss, other_loss, elsewhere = (np.float32(values) for values in (losses, np.ones(100), np.full(100, 9.0)))
-        every = Losses(
-            numbers, np.full(100, 4, np.int32), numbers[::-1], loss, other_loss, elsewhere + loss, elsewhere + 1
-        )
+        loss, other_loss, usual = (np.float32(values) for values in (losses, np.ones(100), np.full(100, 9.0)))
+        every = Losses(numbers, np.full(100, 4, np.int32), numbers[::-1], loss, other_loss, usual, usual)
         write_losses(folder / LOSSES, every, about)
         return folder
 
@@ -72,13 +70,13 @@ def test_rows_with_the_highest_scores_come_first(run):
     first, second, third, *_ = rows
     assert first.text == (RECORDS[5]["prompt"], RECORDS[5]["completion"])
     assert (first.score, second.score) == (12.0, 11.0)
-    assert first.reason == f"162,755 times as likely: “{RECORDS[94]['completion']}”, the answer of {path}:95"
+    assert first.reason == f"“{RECORDS[94]['completion']}”, the answer of {path}:95, fits 162,755 times as well"
     assert third.text.completion == HTML
     assert [each.place for each in suspects(run, 1)] == [first.place]
 
 
 def test_ratios_beyond_a_million_are_not_stated(scored):
-    assert suspects(scored(np.repeat([90.0, 0.1], [10, 90])))[0].reason.startswith("1,000,000 times as likely: ")
+    assert suspects(scored(np.repeat([90.0, 0.1], [10, 90])))[0].reason.endswith(", fits 1,000,000 times as well")
 
 
 def test_losses_that_do_not_tell(scored, capsys):
@@ -90,7 +88,7 @@ def test_losses_that_do_not_tell(scored, capsys):
     result, said = siftune(capsys, "rows", folder, "--top", 3, "--csv", folder / "top.csv")
     assert [*read_decisions(str(folder / "top.csv")).selected.values()] == [True] * 3  # none is suspect
     assert [each["score"] for each in result["listed"]] == pytest.approx([2.0, 1.9697, 1.9394], abs=1e-3)
-    assert result["listed"][0]["reason"].startswith("7.4 times as likely: ")
+    assert result["listed"][0]["reason"].endswith(", fits 7.4 times as well")
     assert "No row is listed" in said
 
 

@@ -16,6 +16,7 @@ from siftune.base.files import why_unreadable
 from siftune.base.text import one_line
 from siftune.models.adapters.bottleneck import register
 from siftune.models.adapters.registry import ADAPTER_TYPES, Shape, filled_in
+from siftune.models.adapters.saved import check_patterns, read_config
 from siftune.models.quantised import refuse_on_quantised
 
 
@@ -105,8 +106,10 @@ def load_adapter(model: nn.Module, adapter: Path, base: str, exact: bool = False
 
     Raises:
         AdapterError: It can't be read or doesn't fit the model.
+        InputError: The folder holds a link to a file elsewhere, or a pipe.
     """
     register()
+    check_patterns(adapter, read_config(adapter), [name for name, _ in model.named_modules()])
     if not any((adapter / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
         raise AdapterError(f"{adapter} has no weights (adapter_model.safetensors); save the adapter again.")
     try:
@@ -131,14 +134,21 @@ def _refuse_foreign(tuned: PeftModel, adapter: Path, trainable: bool) -> None:
     Embeddings, which PEFT can save beside an adapter, are refused for training alone, which would not save them.
 
     Raises:
-        AdapterError: The file has such a tensor.
+        AdapterError: The file has such a tensor, or one of whole numbers.
     """
     own = get_peft_model_state_dict(tuned, save_embedding_layers=not trainable)
-    foreign = sorted(load_peft_weights(str(adapter), device="cpu").keys() - own.keys())
+    weights = load_peft_weights(str(adapter), device="cpu")
+    foreign = sorted(weights.keys() - own.keys())
     if foreign:
         raise AdapterError(
             f"the weights in {adapter} hold {one_line(foreign[0])}, which is no part of the adapter that its "
             "adapter_config.json describes: save the adapter again, with PEFT's save_embedding_layers=False."
+        )
+    whole = next((name for name, tensor in weights.items() if not tensor.is_floating_point()), None)
+    if whole is not None:
+        raise AdapterError(
+            f"the weights in {adapter} hold {one_line(whole)} as {weights[whole].dtype}, not as floating-point numbers: "
+            "save the adapter again."
         )
 
 

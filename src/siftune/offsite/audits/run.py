@@ -136,8 +136,8 @@ def _untuned(job: Job) -> tuple[Scores, GradientCosine]:
     scores = {FULL_ZS: job.measure(FULL_ZS, models.base), EMULATOR_ZS: job.measure(EMULATOR_ZS, models.emulator)}
     job.tell("gradients of the outer layers")
     some = job.rows.held_out.select(range(min(_COMPARED, len(job.rows.held_out))))
-    chosen = in_batches(some, job.settings.batch_size, padding(models.tokenizer))
-    cosine = gradient_cosine(models.base, models.emulator, chosen, models.split)
+    batches = in_batches(some, job.settings.batch_size, padding(models.tokenizer))
+    cosine = gradient_cosine(models.base, models.emulator, batches, models.split)
     job.tell("gradients of the outer layers", 1)
     return scores, cosine
 

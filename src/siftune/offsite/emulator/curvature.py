@@ -66,11 +66,11 @@ class Sums:
         if self._waiting:
             self._sum()
         inputs = {path: one.moments() for path, one in self._inputs.items()}
-        found = {}
+        curvatures = {}
         for path, gradients in self._gradients.items():
-            taken, given = inputs[self._leader[path]], gradients.moments()
-            found[path] = Curvature(taken, given, self._slope[path]) if self._slopes else _flat(taken, given)
-        return LayerCurvature(found)
+            x, g = inputs[self._leader[path]], gradients.moments()
+            curvatures[path] = Curvature(x, g, self._slope[path]) if self._slopes else _flat(x, g)
+        return LayerCurvature(curvatures)
 
     def _sum(self) -> None:
         seen = joined(self._waiting)
@@ -90,14 +90,14 @@ class Sums:
 def joined(parts: Sequence[Mapping[str, Captured]]) -> dict[str, Captured]:
     """What matrices saw in several batches; those that read the same tensor still share it."""
     inputs: dict[tuple[int, ...], Tensor] = {}
-    found = {}
+    captures = {}
     for path in parts[0]:
         own = [part[path] for part in parts]
         key = tuple(id(one.x_NI) for one in own)
         if key not in inputs:
             inputs[key] = torch.cat([one.x_NI for one in own])
-        found[path] = Captured(inputs[key], torch.cat([one.g_NO for one in own]))
-    return found
+        captures[path] = Captured(inputs[key], torch.cat([one.g_NO for one in own]))
+    return captures
 
 
 def _tokens(seen: Mapping[str, Captured]) -> int:
@@ -175,10 +175,10 @@ def kept_whole(kept: States, number: int, paths: Sequence[str], device: torch.de
     """A layer's curvature without slopes, as `keep_whole` left it; None if that of a matrix is not there."""
     if not kept.has(number):
         return None
-    found: dict[str, dict[str, Moments]] = {"inputs": {}, "gradients": {}}
+    moments: dict[str, dict[str, Moments]] = {"inputs": {}, "gradients": {}}
     for name, values in kept.get_named(number).items():
         kind, *readers = name.split(" ")
-        found[kind] |= dict.fromkeys(readers, Moments(values.to(device), True))
-    if not set(paths) <= set(found["inputs"]):
+        moments[kind] |= dict.fromkeys(readers, Moments(values.to(device), True))
+    if not set(paths) <= set(moments["inputs"]):
         return None
-    return LayerCurvature({path: _flat(found["inputs"][path], found["gradients"][path]) for path in paths})
+    return LayerCurvature({path: _flat(moments["inputs"][path], moments["gradients"][path]) for path in paths})

@@ -252,8 +252,8 @@ def measured_shares(base: Base, recording: Recording, how: EmulatorSettings) -> 
             sizes, costs = table.tolist()
             tables[number, path] = sizes, costs
     every = [sizes for sizes, _ in tables.values()]
-    chosen = water_fill(every, [costs for _, costs in tables.values()], how.keep * sum(one[-1] for one in every))
+    places = water_fill(every, [costs for _, costs in tables.values()], how.keep * sum(one[-1] for one in every))
     shares: dict[int, dict[str, float]] = {number: {} for number in recording.numbers}
-    for (number, path), place in zip(tables, chosen, strict=True):
+    for (number, path), place in zip(tables, places, strict=True):
         shares[number][path] = SHARES[place]
     return shares

@@ -102,14 +102,14 @@ def emulate(
     work = WorkFolder(place.with_name(f".{place.name}.work"), "plan.json", "*.safetensors")
     with work.begin(facts):
         layers = _compressed(base, batches, settings, options, work, progress)
-    parts = assemble(base, layers)
-    contents = KitContents(
-        parts.config, parts.split, parts.middle, converted(parts.frozen, options.dtype),
-        converted(parts.outer, options.outer_dtype), tokenizer, base.depth, identity,
-        options.calibration or calibrated_on(batches),
-    )  # fmt: skip
-    kit = write_kit(out, contents, options.signing_key)
-    work.remove()
+        parts = assemble(base, layers)
+        contents = KitContents(
+            parts.config, parts.split, parts.middle, converted(parts.frozen, options.dtype),
+            converted(parts.outer, options.outer_dtype), tokenizer, base.depth, identity,
+            options.calibration or calibrated_on(batches),
+        )  # fmt: skip
+        kit = write_kit(out, contents, options.signing_key)
+        work.remove()
     return kit
 
 

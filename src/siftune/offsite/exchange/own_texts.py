@@ -4,20 +4,25 @@ The base samples more texts than needed, freely or after prompts, and those with
 left out. Self-calibration is from pruning and quantisation (arXiv 2410.17170; 2410.17711 filters by perplexity). Ours:
 the use for emulators, and the share that is left out.
 
-The texts stay in siftune's cache folder, so that an interrupted command and a second kit do not sample again.
+The texts stay in siftune's cache folder, so that an interrupted command and a second kit do not sample again. Their
+folder is closed to other users, and each file has a SHA-256, by which damage is noticed *(ours)*.
 """
 
 import hashlib
 import json
 import logging
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from siftune.base.errors import DataError
+from siftune.base.errors import DataError, InputError
 from siftune.base.files import Progress, write_beside
+from siftune.base.json_files import read_json
 from siftune.data.encode import Encoder, writes_chat
 from siftune.data.rows import Row
 from siftune.data.tokens import tokenize_rows
@@ -32,6 +37,14 @@ logger = logging.getLogger(__name__)
 _RULE = 1  # by which texts are sampled and left out
 _LEAST = 4  # tokens to sample after a prompt
 _UNCUT = 1 << 20  # tokens that no row has
+_LARGEST = 2**30  # bytes of a file of texts
+
+
+class _Cached(BaseModel):
+    """A file of texts in the cache."""
+
+    texts: list[TokenRow]
+    sha256: str
 
 
 def own_texts(
@@ -136,20 +149,40 @@ def _prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: 
 
 
 def _read(path: Path) -> list[TokenRow] | None:
+    """Texts in the cache; None if there are none, or if they may not be those that the model wrote."""
     if not path.is_file():
         return None
-    try:
-        texts: list[TokenRow] = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        logger.warning("the texts in %s are damaged (%s); the model writes them again", path, error)
+    again = "the model writes its texts again"
+    if not _is_private(path.parent):
+        logger.warning("other users of this machine may write to %s; %s", path.parent, again)
         return None
-    return texts
+    try:
+        cached = read_json(path, _Cached, again, _LARGEST)
+    except InputError as error:
+        logger.warning("%s", error)
+        return None
+    if cached.sha256 != _digest(path, cached.texts):
+        logger.warning("%s is damaged; %s", path, again)
+        return None
+    return cached.texts
 
 
 def _write(path: Path, texts: Sequence[TokenRow]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.chmod(0o700)  # a kit is made with the texts, unseen
         with write_beside(path) as [beside]:
-            beside.write_text(json.dumps(texts), encoding="utf-8")
+            beside.write_text(json.dumps({"texts": texts, "sha256": _digest(path, texts)}), encoding="utf-8")
     except OSError as error:
         logger.warning("the model's texts are not cached: %s cannot be written (%s)", path, error.strerror or error)
+
+
+def _digest(path: Path, texts: Sequence[TokenRow]) -> str:
+    """SHA-256 of texts and of their file's name, which depends on all that they follow from."""
+    return hashlib.sha256(json.dumps([path.stem, texts]).encode()).hexdigest()
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether only this user can write to a folder. Windows has no such modes, and every folder counts."""
+    state = folder.stat()
+    return os.name != "posix" or (state.st_uid == os.getuid() and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH))

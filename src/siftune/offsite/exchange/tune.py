@@ -38,11 +38,10 @@ siftune plug --model BASE --kit KIT --return RUN/return --out TUNED
 answers.
 """
 
-# of a LoRA's config: the values with which it changes neither weights nor layers of the base, and merges into any
+# of a LoRA's config: the values with which it does not change the base's weights, and merges into any
 _FITTING: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
     "lora_bias": (False,),
-    "layer_replication": (None,),
 }
 
 
@@ -76,15 +75,15 @@ class KitSource:
             return recipe
         depth = self.kit.manifest.emulator_depth
         outer = self.kit.manifest.split.outer(depth)
-        chosen = layer_numbers(depth, outer if recipe.layers is None else recipe.layers)
-        middle = [number for number in chosen if number not in outer]
+        numbers = layer_numbers(depth, outer if recipe.layers is None else recipe.layers)
+        middle = [number for number in numbers if number not in outer]
         if middle:
             raise RecipeError(
                 f"layers names {_listed(middle)}, but in the kit {self.kit.path} only the outer layers "
                 f"{_listed(outer)} can train: what lies between stays as the model's owner made it; give some of "
                 "these, or leave layers out"
             )
-        return replace(recipe, layers=chosen)
+        return replace(recipe, layers=numbers)
 
     def _refuse_changed(self, recipe: Recipe) -> None:
         """Refuse what changes the weights that a return is put on."""
@@ -115,7 +114,7 @@ class KitSource:
 
         Raises:
             RecipeError: Something trains outside of the outer layers or beside their tensors, or the adapter changes
-                the kit's weights or layers.
+                the kit's weights.
         """
         decoder = find_layers(model)
         outer = self.kit.manifest.split.outer(len(decoder.layers))

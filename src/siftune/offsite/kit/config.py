@@ -35,8 +35,8 @@ def scrub(config: PreTrainedConfig, dtype: str) -> dict[str, Any]:
     Raises:
         KitError: A setting has a value that no kit may hold, such as a text with slashes.
     """
-    known = _known(config.model_type)
-    settings = {name: value for name, value in config.to_dict().items() if name in known}
+    names_of_family = _known(config.model_type)
+    settings = {name: value for name, value in config.to_dict().items() if name in names_of_family}
     if isinstance(settings.get("rope_parameters"), dict):
         settings["rope_parameters"] = _scrub_rotary(settings["rope_parameters"])
     # (ours) some configs name a token that no embedding is there for, such as -1, and mean none
@@ -80,12 +80,12 @@ def check_settings(value: Any) -> dict[str, Any]:
         KitError: The message names the field.
     """
     if not isinstance(value, dict) or value.get("model_type") not in (*FAMILIES,):
-        given = shown(value.get("model_type") if isinstance(value, dict) else value)
-        raise KitError(f"{CONFIG}: model_type is {given}; known are {', '.join(FAMILIES)}")
+        family = shown(value.get("model_type") if isinstance(value, dict) else value)
+        raise KitError(f"{CONFIG}: model_type is {family}; known are {', '.join(FAMILIES)}")
     depth = depth_key(value["model_type"])
-    known = _known(value["model_type"])
+    names_of_family = _known(value["model_type"])
     for name, setting in value.items():
-        if name not in known:
+        if name not in names_of_family:
             raise KitError(f"{CONFIG} has the key {shown(name)}, which this version of transformers does not know")
         check_range(name, setting, f"{CONFIG}: {name}")
     if depth not in value:
@@ -170,10 +170,10 @@ def check_of_base(settings: Mapping[str, Any], manifest: Manifest, base: PreTrai
         KitError: They do not fit.
     """
     said = {"model_type": manifest.model_type, "layers": manifest.depth}
-    found = {"model_type": base.model_type, "layers": base.num_hidden_layers}
+    facts = {"model_type": base.model_type, "layers": base.num_hidden_layers}
     for name, value in said.items():
-        if value != found[name]:
-            raise KitError(f"{MANIFEST}: base.{name} is {value}, but the base model's is {found[name]}")
+        if value != facts[name]:
+            raise KitError(f"{MANIFEST}: base.{name} is {value}, but the base model's is {facts[name]}")
     expected = emulator_config(base, manifest.split, manifest.middle)
     kinds, own = (getattr(c, "layer_types", None) for c in (make_config(settings), expected))
     if kinds != own:

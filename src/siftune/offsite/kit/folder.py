@@ -256,9 +256,9 @@ def facts(kit: Kit) -> dict[str, Any]:
     layers = find_layers(model).layers
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     middle = manifest.split.middle(len(layers))
-    kept = sum(sizes[number] for number in middle)
+    middle_size = sum(sizes[number] for number in middle)
     base = len(manifest.split.middle(manifest.depth)) * sizes[manifest.split.outer(len(layers))[0]]
-    rest = sum(p.numel() for p in model.parameters()) - kept
+    rest = sum(p.numel() for p in model.parameters()) - middle_size
     outer, dtype = manifest.outer, str(kit.config["dtype"])
     outer_dtype = DTYPES[next(iter(outer.values())).dtype]
     return {
@@ -268,7 +268,7 @@ def facts(kit: Kit) -> dict[str, Any]:
         "layers": manifest.depth,
         "calibration": dataclasses.asdict(manifest.calibration),
         "split": {"first": manifest.split.first, "last": manifest.split.last},
-        "middle": {"layers": len(middle), "of": len(manifest.split.middle(manifest.depth)), "kept": kept / base},
+        "middle": {"layers": len(middle), "of": len(manifest.split.middle(manifest.depth)), "kept": middle_size / base},
         "dtype": dtype,
         "emulator_mb": manifest.files[EMULATOR].bytes / 1e6,
         "outer_mb": manifest.files[OUTER].bytes / 1e6,

@@ -218,10 +218,10 @@ def _calibration(value: Any) -> Calibration:
     where = f"{MANIFEST}: calibration"
     for name, part in as_object(value, where, tuple(_CALIBRATION)).items():
         _CALIBRATION[name](part, f"{where}.{name}")
-    found = Calibration(**value)
-    if (found.kind == OWN_TEXTS) != (found.seed is not None):
-        raise KitError(f"{where} is of {found.kind}; {OWN_TEXTS} have a seed, rows have none")
-    return found
+    calibration = Calibration(**value)
+    if (calibration.kind == OWN_TEXTS) != (calibration.seed is not None):
+        raise KitError(f"{where} is of {calibration.kind}; {OWN_TEXTS} have a seed, rows have none")
+    return calibration
 
 
 def _split(value: Any, depth: int) -> Split:

@@ -125,13 +125,13 @@ def _hashing() -> Any:
 def _hashed(digests: Mapping[str, str]) -> Any:
     """Take the hashes that are given, and open no file."""
     hashing, manifest = import_module("model_signing.hashing"), import_module("model_signing.manifest")
-    known = {name: manifest.hashing.Digest("sha256", bytes.fromhex(digest)) for name, digest in digests.items()}
+    hashes = {name: manifest.hashing.Digest("sha256", bytes.fromhex(digest)) for name, digest in digests.items()}
 
     class Known(hashing.Config):  # type: ignore[misc, name-defined]
         """As its base, but the hashes are there already."""
 
         def hash(self, model_path: Any, **options: Any) -> Any:
-            return _listed(known, {"method": "files", "hash_type": "sha256", "allow_symlinks": False})
+            return _listed(hashes, {"method": "files", "hash_type": "sha256", "allow_symlinks": False})
 
     return Known()
 

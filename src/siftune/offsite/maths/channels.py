@@ -174,11 +174,11 @@ def costs_of_counts(
     write_OC, inputs = in_float64(write_OC[:, order_C]), _reordered(other.inputs, order_C)
     outputs = Moments(in_float64(other.gradients.values), other.gradients.formed)
     step = None if fit is None else _step(fit)  # where nothing comes in, nothing is fitted
-    known = None if fit is None or step is None else (_reordered(_widened(fit), order_C), damping, step)
+    solution = None if fit is None or step is None else (_reordered(_widened(fit), order_C), damping, step)
     blocks = list(pairwise(sorted({channels, *counts}, reverse=True)))
-    rows = [inputs] if known is None else [inputs, known[0]]
+    rows = [inputs] if solution is None else [inputs, solution[0]]
     few = all(not one.formed and 3 * len(one.values) <= channels for one in rows)
-    costs = (_by_rows if few else _by_factor)(write_OC, inputs, outputs, known, blocks)
+    costs = (_by_rows if few else _by_factor)(write_OC, inputs, outputs, solution, blocks)
     cost_of = dict(zip((low for _, low in blocks), costs, strict=True))
     return [max(cost_of[count], 0.0) if count < channels else 0.0 for count in counts]
 
@@ -188,7 +188,7 @@ _Blocks = Sequence[tuple[int, int]]  # ends and starts of the channels that are 
 
 
 def _by_factor(
-    write_OC: Tensor, inputs: Moments, outputs: Moments, known: _Fit | None, blocks: _Blocks
+    write_OC: Tensor, inputs: Moments, outputs: Moments, solution: _Fit | None, blocks: _Blocks
 ) -> Iterator[float]:
     """Costs after each block, from one Cholesky factor of A_δ; if rounding demands more damping, all have it.
 
@@ -197,10 +197,10 @@ def _by_factor(
     (Pᵀ G P)_ij (M A Mᵀ)_ij. Without a fit, P = d and M = I.
     """
     left_OC, parts_OC, cost = write_OC.clone(), torch.zeros_like(write_OC), 0.0
-    if known is None:
+    if solution is None:
         inverse_CC = torch.eye(write_OC.shape[1], dtype=write_OC.dtype, device=write_OC.device)
     else:
-        fit, damping, step = known
+        fit, damping, step = solution
         inverse_CC = _raised(Moments(fit.dense(), True), damping, step).inverse_root()
     for high, low in blocks:
         rows_BC = inverse_CC[low:high]
@@ -213,7 +213,7 @@ def _by_factor(
 
 
 def _by_rows(
-    write_OC: Tensor, inputs: Moments, outputs: Moments, known: _Fit | None, blocks: _Blocks
+    write_OC: Tensor, inputs: Moments, outputs: Moments, solution: _Fit | None, blocks: _Blocks
 ) -> Iterator[float]:
     """Costs after each block where tokens are few, without a matrix of channels by channels.
 
@@ -221,7 +221,7 @@ def _by_rows(
     Y δᵀ = Y_K X_Kᵀ (δ I + X_K X_Kᵀ)⁻¹ X_R d_Rᵀ − Y_R d_Rᵀ (Woodbury).
     """
     y_MC = inputs.values
-    x_NC = y_MC[:0] if known is None else known[0].values
+    x_NC = y_MC[:0] if solution is None else solution[0].values
     kept_NN, seen_MN = x_NC @ x_NC.T, y_MC @ x_NC.T
     lost_NO, missed_MO = (rows.new_zeros(len(rows), len(write_OC)) for rows in (x_NC, y_MC))
     for high, low in blocks:
@@ -231,8 +231,8 @@ def _by_rows(
         lost_NO += x_NB @ write_BO
         missed_MO += y_MB @ write_BO
         change_MO = -missed_MO
-        if known is not None:
-            change_MO += seen_MN @ _raised(Moments(kept_NN.clone(), True), *known[1:]).solve(lost_NO)
+        if solution is not None:
+            change_MO += seen_MN @ _raised(Moments(kept_NN.clone(), True), *solution[1:]).solve(lost_NO)
         yield float((change_MO * outputs.times(change_MO.T).T).sum())
 
 

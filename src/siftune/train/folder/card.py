@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from siftune.base.environment import hardware, versions
+from siftune.base.environment import ABOUT, hardware, versions
 from siftune.models.source import Origin
 from siftune.recipe.read import recipe_to_yaml, without_folders
 from siftune.recipe.schema import Recipe, method_of, train_files
@@ -54,7 +54,9 @@ covered.
 {{ recipe }}
 ```
 
-Versions: {{ versions }}."""
+Versions: {{ versions }}.
+
+{{ about }}"""
 
 _MERGED = """\
 ---
@@ -78,7 +80,9 @@ The base model's terms apply to this model too: {{ licence }}.{% for paper in pa
 
 ```yaml
 {{ recipe }}
-```{% endif %}"""
+```
+{% endif %}
+{{ about }}"""
 
 _ADAPTER = """\
 from peft import PeftModel
@@ -196,7 +200,7 @@ def merged_card(recipe: Recipe | None, base: Origin, folder: Path, chat: bool) -
 
 
 def _rendered(template: str, data: ModelCardData, **values: Any) -> str:
-    return f"{ModelCard.from_template(data, template_str=template, **values)}\n"
+    return f"{ModelCard.from_template(data, template_str=template, about=ABOUT, **values)}\n"
 
 
 def _data(base: Origin, library: str, tags: list[str], relation: str | None = None) -> ModelCardData:

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from siftune.base.environment import ran_out
 from siftune.base.errors import InputError, RecipeError, TrainingError
 from siftune.base.files import hash_of, to_disk, why_unreadable, write_beside
-from siftune.base.text import parsed
+from siftune.base.json_files import read_json
+from siftune.base.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ SEAL = "files.json"  # name -> [bytes, sha256]
 _MARK = ".unfinished"
 _STATE = "trainer_state.json"
 SOURCE = "source.json"  # of a kit: hashes by name, see `saving.SourceNote`
+_ADVICE = "resume from another checkpoint, or train in another folder"
 _READING = (  # errors of reading a file that is no state of a run
     pickle.UnpicklingError, RuntimeError, OSError, EOFError, SafetensorError,
     KeyError, ValueError, TypeError, AttributeError, IndexError,
@@ -65,12 +67,10 @@ def identity_in(checkpoint: Path) -> dict[str, str]:
     """The identity of what a complete checkpoint was trained on; empty for an ordinary model.
 
     Raises:
-        TrainingError: It cannot be read.
+        InputError: It cannot be read.
     """
     path = checkpoint / SOURCE
-    with read_of(str(path)):
-        content = parsed(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return {str(name): str(value) for name, value in content.items()}
+    return read_json(path, dict[str, str], _ADVICE) if path.exists() else {}
 
 
 @contextmanager
@@ -85,10 +85,7 @@ def read_of(checkpoint: str | None) -> Iterator[None]:
     except _READING as error:
         if ran_out(error):
             raise
-        raise TrainingError(
-            f"{checkpoint} cannot be read ({why_unreadable(error)}): resume from another checkpoint, or train in "
-            "another folder."
-        ) from error
+        raise TrainingError(f"{checkpoint} cannot be read ({why_unreadable(error)}): {_ADVICE}.") from error
 
 
 def begin(checkpoint: Path) -> None:
@@ -121,17 +118,19 @@ def fault_of(checkpoint: Path, hashes: bool = True) -> str | None:
         return "it was not written to its end"
     try:
         _state(checkpoint)
-        listed = parsed((checkpoint / SEAL).read_text(encoding="utf-8"))
-        if not isinstance(listed, dict) or _STATE not in listed:
-            return f"{SEAL} is no list of files"
+        listed = read_json(checkpoint / SEAL, dict[str, tuple[int, str]], _ADVICE)
+        if _STATE not in listed:
+            return f"{SEAL} does not list {_STATE}"
         files = _files(checkpoint)
-        for name, [size, digest] in listed.items():
+        for name, (size, digest) in listed.items():
             if name not in files:
                 return f"{name} is missing"
             if files[name].stat().st_size != size or (hashes and hash_of(files[name]) != digest):
                 return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return " ".join(str(error).split())[:200] or type(error).__name__
+    except InputError as error:
+        return str(error)
+    except OSError as error:
+        return one_line(str(error))
     return None
 
 
@@ -141,7 +140,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _state(checkpoint: Path) -> _State:
-    return _State.model_validate(parsed((checkpoint / _STATE).read_text(encoding="utf-8")))
+    return read_json(checkpoint / _STATE, _State, _ADVICE)
 
 
 def best_in(folder: Path, checkpoint: Path) -> Path | None:

@@ -21,16 +21,17 @@ torch, so that commands refuse a folder quickly.
 
 import contextlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from siftune.base.environment import hardware, versions
 from siftune.base.errors import InputError, RecipeError
-from siftune.base.files import open_to_append, refuse_links, writable_folder, write_beside
-from siftune.base.text import parsed
+from siftune.base.files import hash_of, open_to_append, refuse_links, writable_folder, write_beside
+from siftune.base.json_files import read_json_lines, read_sealed, sealed
 from siftune.records.rows import BAD_ROWS
 from siftune.records.visits import NAME as VISITS
 from siftune.train.folder.checkpoints import checkpoints_in, fault_of, step_of, whole_checkpoints
@@ -39,6 +40,21 @@ RECIPE, ROWS, METRICS, SELECTIONS = "recipe.yaml", "rows.sha256", "metrics.jsonl
 LOSSES, EVALS = "losses.parquet", "eval.json"
 HALVES = "halves"  # folder of a scoring of rows that was interrupted
 SIFT = "sift"  # folder of a pool that was sifted before the run
+
+
+class _Summary(BaseModel):
+    steps: int
+
+
+class _About(BaseModel):
+    """Fields of run.json that decide whether a run has finished."""
+
+    status: str
+    summary: _Summary
+
+
+class _Weights(BaseModel):
+    weights: dict[str, str] = {}
 
 
 class RunFolder:
@@ -88,7 +104,7 @@ class RunFolder:
     def write_run(self, **values: Any) -> None:
         """Write run.json: values, versions and hardware."""
         record = {**values, "versions": versions(), "hardware": hardware()}
-        self.write("run.json", json.dumps(record, indent=2) + "\n")
+        self.write("run.json", json.dumps(sealed(record), indent=2) + "\n")
 
     def replace(self, parts: Mapping[str, Callable[[Path], None]]) -> None:
         """Write subfolders, by name, beside their places, then move all of them."""
@@ -98,14 +114,9 @@ class RunFolder:
 
     def cut_records(self, step: int) -> None:
         """Drop metrics after `step`, which a resumed run writes again."""
-        path = self.path / METRICS
-        if not path.exists():
-            return
-        try:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}); move it elsewhere to continue") from error
-        self.write(METRICS, "".join(line + "\n" for line in lines if _step(line) <= step))
+        lines, _ = read_json_lines(self.path / METRICS, dict[str, Any], "move it elsewhere to continue")
+        earlier = [line for line in lines if _is_step(line.get("step")) and line["step"] <= step]
+        self.write_lines(METRICS, [*map(json.dumps, earlier)])
 
     def drop_half_written(self) -> None:
         """Remove incomplete checkpoints: on a full disk the adapter needs their space."""
@@ -124,10 +135,24 @@ class RunFolder:
     def has_finished(self, steps: int = 0) -> bool:
         """Whether a run of at least these steps has finished, with its results."""
         try:
-            record = parsed((self.path / "run.json").read_text(encoding="utf-8"))
-            return bool(record["status"] == "finished" and record["summary"]["steps"] >= steps)
-        except (OSError, ValueError, KeyError, TypeError):
+            about = read_sealed(self.path / "run.json", _About)
+        except InputError:
             return False
+        return about.status == "finished" and about.summary.steps >= steps
+
+    def weights(self) -> dict[str, str]:
+        """SHA-256 of each file of the trained weights, by name; of the card none, which is text for people."""
+        files = (path for path in sorted(self.adapter.glob("*")) if path.is_file() and path.name != "README.md")
+        return {path.name: hash_of(path) for path in files}
+
+    def changed_weights(self) -> list[str]:
+        """Names of the files of trained weights that are not what the run wrote; none if run.json does not tell."""
+        try:
+            before = read_sealed(self.path / "run.json", _Weights).weights
+        except InputError:
+            return []
+        now = self.weights() if before else {}
+        return [name for name, digest in before.items() if now.get(name) != digest]
 
     def is_fresh(self) -> bool:
         """Whether the folder has neither results nor complete checkpoints."""
@@ -172,9 +197,5 @@ class RunFolder:
             raise
 
 
-def _step(line: str) -> float:
-    """Step of a record; infinite for a damaged line."""
-    try:
-        return float(parsed(line)["step"])
-    except (ValueError, TypeError, LookupError):
-        return math.inf
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

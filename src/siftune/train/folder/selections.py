@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from siftune.base.errors import InputError
-from siftune.base.files import write_beside
+from siftune.base.parquet_files import read_table, write_table
 from siftune.base.text import one_line
 from siftune.methods.drivers.layer_driver import LayerChoice
 from siftune.methods.drivers.sample_choice import ALL_LAYERS, SampleChoice
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 _MOST_SOURCES = 2**16  # more names than this name single rows, not kinds of rows
 _MOST_LAYERS = 2**10  # an untrusted file could name any layer
-_MOST_VALUES = 2**28  # an untrusted file could unpack to any size
+_AGAIN = "move it elsewhere"
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,6 @@ class SelectionRecord(TrainerCallback):  # type: ignore[misc]
     def write(self, *places: Path) -> None:
         """Write the file, and copies; without a choice none is written, and an old one is removed."""
         import pyarrow
-        from pyarrow import parquet
 
         if self._lines:
             schema = _schema()
@@ -126,14 +125,12 @@ class SelectionRecord(TrainerCallback):  # type: ignore[misc]
             return
         self._tables = [pyarrow.concat_tables(self._tables)]
         for path in (self._path, *places):
-            with write_beside(path) as [beside]:
-                parquet.write_table(
-                    self._tables[0],
-                    beside,
-                    compression="zstd",
-                    use_dictionary=["rows.list.element", "sources.list.element"],
-                    column_encoding={"scores.list.element": "BYTE_STREAM_SPLIT"},  # a fifth smaller
-                )
+            write_table(
+                path,
+                self._tables[0],
+                use_dictionary=["rows.list.element", "sources.list.element"],
+                column_encoding={"scores.list.element": "BYTE_STREAM_SPLIT"},  # a fifth smaller
+            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -168,7 +165,7 @@ def read_selections(folder: Path) -> Iterator[LayersOfStep | RowsOfBatch]:
         InputError: The record is damaged, or another kind of file.
     """
     path = folder / SELECTIONS
-    if not path.is_file():
+    if not path.exists():
         return
     table = _read(path)
     steps, batches = (table[name].to_pylist() for name in ("step", "batch"))
@@ -178,7 +175,7 @@ def read_selections(folder: Path) -> Iterator[LayersOfStep | RowsOfBatch]:
             line = {name: values[number] for name, values in lists.items()}
             yield _layers(step, line) if batch is None else _rows(step, batch, line)
     except (ValueError, TypeError) as error:
-        raise _damaged(path, error) from error
+        raise InputError(f"{path} is damaged ({one_line(str(error))}); {_AGAIN}") from error
 
 
 def _layers(step: int, line: dict[str, Any]) -> LayersOfStep:
@@ -230,25 +227,8 @@ _DEFAULTS: dict[str, tuple[()]] = dict.fromkeys(("importance", "losses", "rows",
 
 
 def _read(path: Path) -> "pyarrow.Table":
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            about = file.metadata
-            columns = (
-                about.row_group(group).column(i)
-                for group in range(about.num_row_groups)
-                for i in range(about.num_columns)
-            )
-            if sum(column.num_values for column in columns) > _MOST_VALUES:
-                raise _damaged(path, "it is too large")
-            table = file.read()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise _damaged(path, error) from error
-    if not table.schema.equals(_schema()):
-        raise _damaged(path, "it has other columns")
-    return table
+    schema = _schema()
+    return read_table(path, dict(zip(schema.names, schema.types, strict=True)), _AGAIN, nullable=schema.names)
 
 
 def _lists(table: "pyarrow.Table", name: str) -> list[NDArray[Any]]:
@@ -259,7 +239,3 @@ def _lists(table: "pyarrow.Table", name: str) -> list[NDArray[Any]]:
         column.value_lengths().fill_null(0).to_numpy().cumsum(),
     )
     return np.split(values, ends[:-1]) if len(ends) else []
-
-
-def _damaged(path: Path, why: object) -> InputError:
-    return InputError(f"the selection record {path} is damaged ({one_line(str(why))}): move it elsewhere")

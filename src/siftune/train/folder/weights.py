@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from siftune.base.errors import AdapterError, RecipeError
-from siftune.base.text import parsed
+from siftune.base.json_files import read_json
 from siftune.models.adapters.registry import ADAPTER_TYPES, adapter_type_of
+from siftune.models.adapters.saved import CONFIG, read_config
 from siftune.recipe.schema import Recipe
 
 _WEIGHTS = "tuned_layers.safetensors"
@@ -34,7 +35,7 @@ def adapter_folder(name: str) -> Path:
     """
     path = Path(name).expanduser()
     for folder in (path / "adapter", path):
-        if (folder / "adapter_config.json").is_file():
+        if (folder / CONFIG).is_file():
             return folder
         if holds_tuned(folder):
             raise AdapterError(f"{folder} holds tuned layers, no adapter: export it to a model first")
@@ -50,21 +51,17 @@ def adopted(recipe: Recipe) -> Recipe:
     """
     if recipe.from_adapter is None:
         return recipe
-    path = adapter_folder(recipe.from_adapter) / "adapter_config.json"
-    try:
-        config = parsed(path.read_text(encoding="utf-8"))
-        adapter_type = adapter_type_of(config)
-        keys = {"adapter": "peft_type"} if adapter_type is None else ADAPTER_TYPES[adapter_type].keys
-        own = {name: _whole(config[key]) for name, key in keys.items() if name != "dropout" or key in config}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{path} can't be read ({error}); save the adapter again.") from error
-    if adapter_type is None:
-        raise AdapterError(f"{path} is of type {own['adapter']}; supported types: {', '.join(ADAPTER_TYPES)}")
-    own["adapter"] = adapter_type
+    folder = adapter_folder(recipe.from_adapter)
+    config = read_config(folder)
+    adapter_type = str(adapter_type_of(config))
+    keys = {name: key for name, key in ADAPTER_TYPES[adapter_type].keys.items() if name != "dropout" or key in config}
+    if missing := [key for key in keys.values() if config.get(key) is None]:
+        raise AdapterError(f"{folder / CONFIG} has no {missing[0]}; save the adapter again.")
+    own = {name: _whole(config[key]) for name, key in keys.items()} | {"adapter": adapter_type}
     for name, value in own.items():
         asked = getattr(recipe, name)
         if asked not in (getattr(Recipe, name), value):
-            raise RecipeError(f"{name} is {asked}, but the adapter in {path.parent} has {value}: leave {name} out")
+            raise RecipeError(f"{name} is {asked}, but the adapter in {folder} has {value}: leave {name} out")
     return replace(recipe, **own)
 
 
@@ -111,17 +108,9 @@ def read_about(folder: Path) -> About:
     """Read the origin of tuned layers.
 
     Raises:
-        AdapterError: The file is damaged.
+        InputError: The file is damaged.
     """
-    path = folder / _ABOUT
-    try:
-        content = parsed(path.read_text(encoding="utf-8"))
-        base, layers = content["base"], content["layers"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{path} can't be read ({error}); train again.") from error
-    if not isinstance(base, str) or not isinstance(layers, list) or not all(type(n) is int for n in layers):
-        raise AdapterError(f"{path} must hold `base`, a text, and `layers`, a list of whole numbers; train again.")
-    return About(base, tuple(layers))
+    return read_json(folder / _ABOUT, About, "train again")
 
 
 def read_tuned(folder: Path) -> dict[str, Tensor]:

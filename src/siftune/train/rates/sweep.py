@@ -68,7 +68,7 @@ class LRFolder(WorkFolder):
 
     def runs(self) -> list[LRRun]:
         """Finished runs in the order of their ends; of two in one cell the later."""
-        runs = [LRRun(**line) for line in self.lines(_RESULTS)]
+        runs = self.lines(_RESULTS, LRRun)
         return list({run.cell: run for run in runs}.values())
 
 
@@ -122,11 +122,10 @@ def run_missing(sweep: LRSweep, progress: Progress) -> Iterator[LRRun]:
     Raises:
         InputError: A method cannot train this model.
     """
-    missing = sweep.missing()
-    if not missing:
-        return
-    folder = sweep.folder
+    missing, folder = sweep.missing(), sweep.folder
     with folder:
+        if not missing:
+            return
         data = _begin(sweep, progress)
         for method in dict.fromkeys(method for method, _, _ in missing):
             if not (folder.path / f"{method}.yaml").exists():
@@ -134,13 +133,14 @@ def run_missing(sweep: LRSweep, progress: Progress) -> Iterator[LRRun]:
                 _tuned(sweep.source, replace(sweep.recipes[method], steps=1, lr=sweep.grid.rates[0]), data)
                 gc.collect()
                 folder.write(f"{method}.yaml", recipe_to_yaml(sweep.recipes[method]))
-    for number, (method, rate, seed) in enumerate(missing, 1):
-        stage = f"run {number} of {len(missing)}: {method} at {rate_text(rate)}"
-        recipe = replace(sweep.recipes[method], lr=rate, seed=seed)
-        run = _run(sweep.source, recipe, data, partial(progress, stage))
-        gc.collect()  # the Trainer refers to itself: without this two models would be in memory
-        folder.append(_RESULTS, asdict(run))
-        yield run
+    with folder.begin({}):  # whose results now stay whatever happens
+        for number, (method, rate, seed) in enumerate(missing, 1):
+            stage = f"run {number} of {len(missing)}: {method} at {rate_text(rate)}"
+            recipe = replace(sweep.recipes[method], lr=rate, seed=seed)
+            run = _run(sweep.source, recipe, data, partial(progress, stage))
+            gc.collect()  # the Trainer refers to itself: without this two models would be in memory
+            folder.append(_RESULTS, asdict(run))
+            yield run
 
 
 def _begin(sweep: LRSweep, progress: Progress) -> Mapping[str, Dataset]:

@@ -1,6 +1,7 @@
 """Texts that the base writes to calibrate a kit."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -60,10 +61,59 @@ def test_texts_are_sampled_once(cache, monkeypatch, caplog):
     own_texts(other, 3, 6, 0, PROMPTS)
     own_texts(tiny("llama").double(), 3, 6, 0, PROMPTS)
     assert len(calls) == 7 == len([*cache.iterdir()])
-    for path in cache.iterdir():
-        path.write_text("[{")
+    assert not caplog.messages
+
+
+def changed_texts(content):
+    """Other texts of the right form, as an attacker would leave them there."""
+    cached = json.loads(content)
+    cached["texts"][0]["input_ids"][-1] += 1
+    return json.dumps(cached).encode()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        changed_texts,
+        lambda content: b"[{",
+        lambda content: b"\xff" + content,
+        lambda content: b"[" * 100_000,
+        lambda content: content.replace(b"input_ids", b"input_idx"),
+        lambda content: json.dumps(json.loads(content)["texts"]).encode(),
+    ],
+    ids=["texts", "half", "encoding", "nesting", "name", "form"],
+)
+def test_damaged_texts_are_written_again(cache, caplog, damage):
+    model = tiny("llama")
+    first = own_texts(model, 3, 6, 0, PROMPTS)
+    (path,) = cache.iterdir()
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
     assert own_texts(model, 3, 6, 0, PROMPTS) == first
-    assert "are damaged" in caplog.text
+    assert "the model writes its texts again" in caplog.text
+    assert path.read_bytes() == content
+
+
+def test_texts_under_the_name_of_others_are_written_again(cache, caplog):
+    model = tiny("llama")
+    own_texts(model, 3, 6, 0)
+    (other,) = cache.iterdir()
+    expected = own_texts(model, 3, 6, 1)
+    (path,) = {*cache.iterdir()} - {other}
+    path.write_bytes(other.read_bytes())
+    assert own_texts(model, 3, 6, 1) == expected
+    assert "is damaged" in caplog.text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+def test_texts_that_others_may_have_written_are_not_used(cache, caplog):
+    model = tiny("llama")
+    first = own_texts(model, 3, 6, 0)
+    assert cache.stat().st_mode & 0o777 == 0o700
+    cache.chmod(0o777)
+    assert own_texts(model, 3, 6, 0) == first
+    assert "other users of this machine may write" in caplog.text
+    assert cache.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(cache, caplog):
@@ -130,4 +180,4 @@ def test_rows_without_prompts_are_refused():
 def test_the_cache_is_json(cache):
     texts = own_texts(tiny("llama"), 2, 5, 0)
     (path,) = cache.iterdir()
-    assert json.loads(path.read_text()) == texts
+    assert json.loads(path.read_text())["texts"] == texts

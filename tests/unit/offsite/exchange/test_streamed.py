@@ -14,7 +14,8 @@ from support.emulators import base, calibration, settings
 from support.tokenizer import byte_tokenizer
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from siftune.base.errors import DataError, ModelError, RecipeError
+from siftune.base.errors import DataError, InputError, ModelError, RecipeError
+from siftune.base.files import only_process
 from siftune.models.layers import find_layers
 from siftune.models.load import load_model
 from siftune.offsite.exchange.emulate import KitOptions, emulate
@@ -215,6 +216,26 @@ def test_unfinished_work_of_another_kit_is_refused_by_what_differs(tmp_path):
     with pytest.raises(RecipeError, match="the base model is"):
         emulate(model, tokenizer, batches, out, settings(keep=0.5))
     assert left == sorted((file, file.read_bytes()) for file in tmp_path.rglob("*.*") if file.is_file())
+
+
+def test_a_second_process_is_refused_before_it_changes_anything(tmp_path):
+    model, tokenizer, out = base(vocab_size=300).float(), byte_tokenizer(), tmp_path / "kit"
+    batches, work = calibration(model), tmp_path / ".kit.work"
+    work.mkdir()
+    (work / "plan.json").write_text("of another process")
+    with only_process(work), pytest.raises(InputError, match="another process"):
+        emulate(model, tokenizer, batches, out, settings(keep=0.5))
+    assert [path.read_text() for path in work.iterdir()] == ["of another process"]
+    told = []
+
+    def locked(stage, *_):
+        with pytest.raises(InputError, match="another process"), only_process(work):
+            pass
+        told.append(stage)
+
+    emulate(model, tokenizer, batches, out, settings(keep=0.5), progress=locked)
+    assert told
+    assert [path.name for path in tmp_path.iterdir()] == ["kit"]
 
 
 def test_work_that_has_nothing_yet_is_begun_anew(tmp_path):

@@ -206,9 +206,8 @@ def test_a_run_on_an_earlier_adapter_continues_by_its_own_recipe(kit, rows, tmp_
         ({"layers_to_transform": OUTER, "init_lora_weights": "pissa"}, "init_lora_weights pissa, but a return"),
         ({"layers_to_transform": OUTER, "init_lora_weights": "olora"}, "init_lora_weights olora, but a return"),
         ({"layers_to_transform": OUTER, "lora_bias": True}, "lora_bias True, but a return"),
-        ({"layers_to_transform": (0, 1, 5), "layer_replication": [[0, 4], [2, 4]]}, "layer_replication .*, but"),
     ],
-    ids=["middle", "embeddings", "norms", "pissa", "olora", "biases", "replicas"],
+    ids=["middle", "embeddings", "norms", "pissa", "olora", "biases"],
 )
 def test_an_earlier_adapter_that_no_return_can_hold_is_refused(kit, rows, tmp_path, settings, words):
     given = earlier(kit, tmp_path / "adapter", **settings)

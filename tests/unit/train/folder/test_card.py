@@ -15,6 +15,7 @@ from support.commands import siftune
 from support.tiny_run import recipe, save_base, save_rows
 from support.tokenizer import byte_tokenizer
 
+from siftune.base.environment import ABOUT
 from siftune.cli.main import main
 from siftune.data.encode import Encoder
 from siftune.data.rows import Row
@@ -116,6 +117,7 @@ def test_an_adapter_without_a_run_gets_a_card_as_well(licensed, tmp_path, capsys
     card = (tmp_path / "merged" / "README.md").read_text()
     assert head_of(card)["tags"] == ["siftune"]
     assert "## Recipe" not in card
+    assert card.splitlines()[-1] == (tmp_path / "run" / "README.md").read_text().splitlines()[-1] == ABOUT
     assert str(base.parent) not in card
 
 

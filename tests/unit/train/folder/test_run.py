@@ -146,3 +146,22 @@ def test_a_run_is_written_with_versions_and_hardware(folder):
     folder.write_run(status="finished")
     record = json.loads((folder.path / "run.json").read_text())
     assert record == {"status": "finished", "versions": versions(), "hardware": hardware()}
+
+
+def test_weights_that_changed_since_the_end_of_a_run(folder):
+    folder.adapter.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+        (folder.adapter / name).write_text(name)
+    assert folder.changed_weights() == []  # without run.json
+    folder.write_run(status="finished", summary={"steps": 1}, weights=folder.weights())
+    assert folder.has_finished(1)
+    assert folder.changed_weights() == []
+    (folder.adapter / "README.md").write_text("of people")
+    (folder.adapter / "more").write_text("of people")
+    assert folder.changed_weights() == []
+    (folder.adapter / "adapter_config.json").write_text("other")
+    (folder.adapter / "adapter_model.safetensors").unlink()
+    assert folder.changed_weights() == ["adapter_config.json", "adapter_model.safetensors"]
+    path = folder.path / "run.json"
+    path.write_text(path.read_text().replace('"steps": 1', '"steps": 2'))
+    assert not folder.has_finished(1)

@@ -171,6 +171,6 @@ def test_another_table_is_refused(tmp_path):
 
 def test_an_untrusted_file_does_not_unpack_to_any_size(tmp_path, monkeypatch):
     write(tmp_path, choice())
-    monkeypatch.setattr(selections, "_MOST_VALUES", 20)
-    with pytest.raises(InputError, match="too large"):
+    monkeypatch.setattr("siftune.base.parquet_files._MOST", 20)
+    with pytest.raises(InputError, match="more than 20 bytes"):
         list(read_selections(tmp_path))

@@ -14,6 +14,7 @@ from support.tiny_run import lines, recipe, save_rows
 from torch.nn.functional import cross_entropy
 
 from siftune.base.errors import InputError, RecipeError, TrainingError
+from siftune.base.files import only_process
 from siftune.data.read import load_rows
 from siftune.data.tasks import arithmetic_rows
 from siftune.methods.options import GASTSettings, ISTSettings
@@ -306,3 +307,40 @@ def test_a_target_is_trained_on_by_every_method_and_steers_one(plain, rows, tmp_
     assert again.missing() == []
     with pytest.raises(RecipeError, match=r"target .* is also a file of the training rows"):
         open_sweep(replace(aimed, target=str(rows)), grid("gast", rates=(1e-3,)), tmp_path / "sweep")
+
+
+def test_a_second_process_is_refused_before_it_changes_anything(plain, tmp_path):
+    _, sweep = swept(plain, grid("dense", rates=(1e-3,)), tmp_path / "lr")
+    before = {path: path.read_bytes() for path in sweep.folder.path.iterdir()}
+    with only_process(sweep.folder.path):
+        for rates in ((1e-3,), (1e-2,)):
+            with pytest.raises(InputError, match="another process"):
+                open_sweep(replace(plain, seed=1), grid("dense", rates=rates), tmp_path / "lr")
+    assert {path: path.read_bytes() for path in sweep.folder.path.iterdir()} == before
+
+
+def test_a_sweep_is_locked_to_its_end(plain, tmp_path):
+    def locked(*_):
+        with pytest.raises(InputError, match="another process"), only_process(tmp_path / "lr"):
+            pass
+        stages.append(True)
+
+    stages = []
+    runs, _ = swept(plain, grid("dense", rates=(1e-3, 1e-2)), tmp_path / "lr", locked)
+    assert len(runs) == 2
+    assert stages
+    with only_process(tmp_path / "lr"):
+        pass
+
+
+def test_a_run_that_was_changed_is_done_again(plain, tmp_path):
+    _, sweep = swept(plain, grid("dense"), tmp_path / "lr")
+    path = sweep.folder.path / "results.jsonl"
+    sound = path.read_text()
+    first = sound.splitlines()[0]
+    place = first.index('"heldout_loss": ') + len('"heldout_loss": ')
+    path.write_text(sound.replace(first, first[:place] + "0" + first[place + 1 :]))
+    again, sweep = swept(plain, grid("dense"), tmp_path / "lr")
+    assert [run.lr for run in again] == [1e-3]
+    without_time = [{**one, "seconds": 0, "sha256": ""} for one in map(json.loads, sound.splitlines())]
+    assert [{**one, "seconds": 0, "sha256": ""} for one in lines(path)] == without_time[::-1]

@@ -1,0 +1,207 @@
+"""Commands of the recorded runs, which stand above their tables, and notes on runs of earlier code.
+
+FOLDER has the files of the commonsense suite and of natural data (lab/README.md), GEMMA is the folder of Gemma 3 270M.
+"""
+
+_COMMONSENSE = r"""
+printf 'steps: 80\nwarmup: 8\n' > small.yaml
+python -m lab.reproduce commonsense-smollm2 --data FOLDER --tasks ARC-Easy,ARC-Challenge,openbookqa,boolq \
+    --answers texts --methods dense,ist,rst,gast --adapters lora,series,parallel --prompts masked \
+    --rates 5e-4,1e-3,2e-3 --sweep-steps 16 --limit 1280 --questions 150 --recipe small.yaml --out runs/texts
+"""
+_OFFSITE = (
+    'run="python -m lab.offsite --calibration ARC-Easy.train.json --text openbookqa.test.json '
+    '--steps 60 --questions 100"'
+)
+
+# file of results -> the commands that record it, or similar results today
+COMMANDS: dict[str, str] = {
+    "audit.json": r"""
+siftune emulate --model smollm2 --calibration ARC-Easy.train.json --rows 32 --max-length 128 --template none --out KIT
+siftune audit --model smollm2 --kit KIT --train ARC-Easy.train.json --limit 256 --eval ARC-Easy.test.json \
+    --eval-limit 256 --steps 32 --shadows 4 --template none --calibration ARC-Easy.train.json --out AUDIT
+""",
+    "avoid.jsonl": """
+run="python -m lab.avoid.run --data FOLDER --out avoid.jsonl --cells"
+$run carry-30 --methods dense oracle avoid "right late" "oracle 67"
+$run carry-30 --methods dense --steps 160
+$run carry-30 --seeds 1 --methods dense oracle avoid
+$run carry-15,phrase-30 --methods dense oracle avoid
+$run vowel-30,boolq-30 --methods dense oracle avoid
+""",
+    "bench.json": r"""
+siftune bench --against trl --steps 5 --warmup 1 --rounds 2 --methods \
+    dense,dense-compiled,gast-sample,gast-averaged,gast-rest,trl-no-checkpointing
+siftune bench --methods dense,rst,ist,ist+gast --steps 10 --warmup 1 --rounds 2
+siftune bench --methods dense,gast-averaged,gast-rest,ist --steps 5 --warmup 1 \
+    --rounds 1 --threads 2    # twice, in turns
+siftune bench --batch-size 16 --length 24 --methods dense,gast-averaged,gast-rest,gast-sample,ist \
+    --steps 10 --warmup 2 --rounds 2 --threads 2
+OMP_NUM_THREADS=2 python -m lab.floor --batch-size 16 --length 24    # and --length 128
+""",
+    "calibration_leak.jsonl": """
+python -m lab.calibration_leak --own ARC-Easy.train.json --public openbookqa.train.json --out leak.jsonl
+python -m lab.calibration_leak --report lab/results/calibration_leak.jsonl
+""",
+    "commonsense_smollm2_texts.json": _COMMONSENSE,
+    "dp_cost.jsonl": """
+python -m lab.dp_cost --steps 5 --warmup 1 --rounds 2 --threads 2 --out dp_cost.jsonl
+""",
+    "federated.jsonl": """
+python -m lab.federated --data FOLDER --rows 800 --questions 200 --seeds 0,1 --work WORK --out federated.jsonl
+python -m lab.federated --report lab/results/federated.jsonl
+""",
+    "gast_cost.jsonl": """
+python -m lab.gast_cost --steps 10 --warmup 1 --rounds 2 --threads 2 --out cost.jsonl
+""",
+    "gast_sweep.jsonl": """
+python -m lab.gast_cost --sweep --steps 6 --warmup 1 --rounds 2 --threads 1 --out sweep.jsonl
+""",
+    "keep.jsonl": """
+run="python -m lab.keep.run --data FOLDER --out keep.jsonl"
+$run --methods untrained dense kl prompts --seeds 0,1,2
+$run --cells mix --methods untrained dense prompts
+$run --steps 1000 --methods dense prompts
+$run --models gemma3 --methods untrained dense prompts
+$run --methods "asft × 0.1=asft,weight:0.1" "task × 0.3=kl,rows:task,weight:0.3"
+$run --methods "ewc × 4=ewc,weight:4" fisher "own rows=kl,loss:ce"
+python -m lab.keep.report keep.jsonl
+""",
+    "keep_epyc.jsonl": """
+python -m lab.keep.run --data FOLDER --out keep_epyc.jsonl --methods dense kl
+python -m lab.keep.run --data FOLDER --out keep_epyc.jsonl --methods dense --lrs 5e-4
+""",
+    "lira_epsilon.jsonl": """
+python -m lab.lira_epsilon --epsilons none,100,8,1 --models 16 --steps 30 --out lira_epsilon.jsonl
+""",
+    "natural.jsonl": """
+run="python -m lab.pays.run N --data FOLDER --out natural.jsonl --cells"
+$run intents-a,intents-b --methods few target oracle sifted --steps 90
+$run intents-b --methods target --steps 180
+python -m lab.pays.report natural.jsonl
+""",
+    "offsite.jsonl": rf"""{_OFFSITE}
+$run --rows 256 --keeps 0.7,0.5 --seeds 0 --out offsite.jsonl --methods "gradot, whitened, MLP refit" \
+    "gradot, whitened" "gradot, paper's basis" layerdrop "measured="    # also --seeds 1 --keeps 0.7
+$run --rows 256 --keeps 0.7 --seeds 0 --out offsite.jsonl --methods \
+    "λ 0.1=allot:uniform,lambda_attn:0.1,lambda_mlp:0.1" "λ 0.3=allot:uniform,lambda_attn:0.3,lambda_mlp:0.3" \
+    "λ 1=allot:uniform,lambda_attn:1,lambda_mlp:1"
+python -m lab.offsite --report lab/results/offsite.jsonl
+""",
+    "offsite_chat.jsonl": rf"""{_OFFSITE}
+$run --rows 1024 --keeps 0.7 --seeds 0,1,2 --lrs 5e-4 --out chat.jsonl --methods "own=" --template auto \
+    --source prompted --own-length 128
+$run --rows 1024 --keeps 0.7 --seeds 0 --lrs 5e-4 --out chat.jsonl --methods "70=" --template auto \
+    --source prompted --own-length 70
+$run --rows 1024 --keeps 0.7 --seeds 0,1,2 --lrs 5e-4 --out chat.jsonl --methods "rows=" --template auto
+""",
+    "offsite_default.jsonl": rf"""{_OFFSITE}
+$run --rows 1024 --keeps 0.7 --seeds 0,1,2 --lrs 5e-4 --out default.jsonl --methods "own=" --source prompted \
+    --own-length 40    # also --rows 2048 "2,048=", --own-length 128 "128="
+$run --rows 1024 --keeps 0.7 --seeds 0,1,2 --lrs 5e-4 --out default.jsonl --methods "1,024 rows="
+""",
+    "offsite_forms.jsonl": rf"""{_OFFSITE}
+$run --rows 256 --keeps 0.7 --tune none --out forms.jsonl --methods "gradot, paper's basis" \
+    "gradot, paper's basis, λ 0.1" "gradot, paper's basis, DRD alone" "gradot, paper's basis, SCP alone" \
+    "unit of the paper, 0.01=allot:uniform,basis:svd,mlp:channels,lambda_unit:paper,lambda_attn:0.01,lambda_mlp:0.01"
+    # the last one also with 0.0001 and 1.0
+""",
+    "offsite_gemma_default.jsonl": rf"""{_OFFSITE}
+$run --model GEMMA --rows 1024 --keeps 0.7 --seeds 0,1,2 --lrs 5e-5 --out gemma.jsonl --methods "1,024 rows="
+    # also --own-length 40 with "own=" --source prompted and "mixed=" --source mixed; --own-length 128 with
+    # "128=" --source prompted; --rows 256 with "256 rows="
+""",
+    "offsite_gemma_low.jsonl": rf"""{_OFFSITE}
+$run --model GEMMA --rows 256 --keeps 0.7 --seeds 0 --lrs 2e-5 --out gemma.jsonl --methods "256 rows="
+""",
+    "offsite_gemma_outer.jsonl": rf"""{_OFFSITE}
+$run --model GEMMA --rows 256 --keeps 0.7 --seeds 0,1,2 --lrs 5e-5 --outer 3 --out outer.jsonl --methods "measured="
+""",
+    "offsite_gemma_rates.jsonl": rf"""{_OFFSITE}
+$run --model GEMMA --rows 256 --keeps 0.7 --seeds 0,1,2 --lrs 5e-5 --out gemma.jsonl \
+    --methods "measured=" "uniform=allot:uniform"
+$run --model GEMMA --rows 256 --keeps 0.7 --seeds 0 --lrs 1e-4,2e-4 --out gemma.jsonl \
+    --methods "measured=" "uniform=allot:uniform"
+""",
+    "offsite_middle.jsonl": rf"""{_OFFSITE}
+$run --rows 256 --keeps 0.7 --middle --out middle.jsonl --methods "middle=allot:uniform"
+""",
+    "offsite_outer.jsonl": rf"""{_OFFSITE}
+$run --rows 1024 --keeps 0.7 --seeds 0,1,2 --lrs 5e-4 --out outer.jsonl --methods "outer 3=" --outer 3 \
+    --source prompted --own-length 40
+""",
+    "offsite_own.jsonl": r"""
+python -m lab.offsite --calibration ARC-Easy.train.json --text openbookqa.test.json --keeps 0.7 --steps 60 \
+    --questions 100 --rows 1024 --source free --own-length 40 --methods free=allot:uniform --out own.jsonl
+""",
+    "offsite_rates.jsonl": rf"""{_OFFSITE}
+$run --rows 256 --keeps 0.7 --seeds 0,1,2 --lrs 5e-4,2e-4 --out rates.jsonl \
+    --methods "measured=" "uniform=allot:uniform"
+$run --rows 256 --keeps 0.7 --seeds 0 --lrs 1e-4,1e-3 --out rates.jsonl --methods "measured=" "uniform=allot:uniform"
+$run --rows 32 --keeps 0.7 --seeds 0,1,2 --lrs 5e-4 --out rates.jsonl \
+    --methods "32 rows=" "32 rows, uniform=allot:uniform"
+$run --rows 1024 --keeps 0.7 --seeds 0,1,2 --lrs 5e-4 --out rates.jsonl --methods "1,024 rows="
+$run --rows 256 --keeps 0.7 --seeds 0,1,2 --lrs 5e-4 --out default.jsonl \
+    --methods "256=" --source prompted --own-length 40
+""",
+    "pays.jsonl": r"""
+run="python -m lab.pays.run S1 --data FOLDER --workers 2 --out pays.jsonl --cells"
+$run mix,reverse --seeds 0,1,2,3,4 --methods dense,few,target,target-gast "throughout=target,target-last:1"
+$run mix --seeds 0,1,2,3,4 --methods oracle,untrained
+$run mix --known 16 --seeds 0 --methods target,target-gast "throughout=target,target-last:1"
+$run mix,reverse --models gemma3 --seeds 0 --methods dense,target,target-gast "throughout=target,target-last:1"
+$run arithmetic-10,arc-25,boolq-25 --seeds 0 --methods dense,target,target-gast "throughout=target,target-last:1"
+$run arc-25-wrong --known 64 --seeds 0 --methods dense,target,target-gast
+run="python -m lab.pays.run S2 --data FOLDER --out pays.jsonl --cells uniform-30 --lrs 5e-4,1e-3 --steps 150"
+$run --seeds 0,1,2 --methods dense "sample 12 of 16=method:gast,gast.support:sample,gast.select:12" \
+    "random 12 of 16=method:gast,gast.support:rest,gast.choice:random,gast.select:12"
+run="python -m lab.pays.run S5 --data FOLDER --out pays.jsonl --cells clean"
+$run --methods dense,rst,ist --lrs 1e-3,2e-3 --seeds 0
+$run --methods untrained --lrs 1e-3
+$run --methods "half=rst,rst.active:0.5" "ist-half=ist,ist.active:0.5" --lrs 1e-3 --seeds 0
+$run --methods dense --lrs 1e-3 --steps 1000 --seeds 0
+python -m lab.pays.report lab/results/pays.jsonl --lr 5e-4 \
+    --methods dense,dense+known-weighted,late-known    # mix: also ceiling
+python -m lab.pays.report lab/results/pays.jsonl --lr 5e-4 --against late-known    # layers: --lr 1e-3
+""",
+    "private.jsonl": """
+run="python -m lab.pays.run S5 --data FOLDER --out private.jsonl --cells"
+$run clean,clean-options,clean-boolq --lrs 2e-3 --seeds 0,1,2 --methods dp opacus
+$run clean,clean-options,clean-boolq --lrs 2e-3 --methods dp-2=dp,dp_epsilon:2 opacus-2=opacus,dp_epsilon:2
+$run clean --lrs 5e-4 --methods dense=dense,dtype:float32
+$run clean-options,clean-boolq --lrs 5e-4 --seeds 0,1,2 --methods dense=dense,dtype:float32
+""",
+    "quality.jsonl": r"""
+run="python -m lab.pays.run S2 --data FOLDER --out pays.jsonl --cells uniform-30 --lrs 5e-4,1e-3 --steps 150"
+$run --seeds 0,1,2 --methods dense "sample 12 of 16=method:gast,gast.support:sample,gast.select:12"
+""",
+    "scores.json": """
+python -m lab.pays.scores intents-a --data FOLDER --rows 600    # also raters; mix and reverse with --rows 800
+""",
+    "rows.jsonl": """
+python -m lab.rows.run --cells mixed-25 --rows 920 --lr 1e-3 --epochs 1 --data FOLDER --out rows.jsonl
+python -m lab.rows.report lab/results/rows.jsonl
+""",
+}
+
+# results of earlier code, and what they support
+NOTES: dict[str, str] = {
+    "audit.json": "Recorded from the table that `siftune audit` printed.",
+    "bench.json": "Recorded from the tables that `siftune bench` printed.",
+    "natural.jsonl": "It supports docs/sifting.md, which README.md quotes. `0bb37074+changes` is the code of 979e1bad "
+    "before its commit.",
+    "avoid.jsonl": "Lines without `commit` are of earlier code, which had a second implementation of `--avoid`; their "
+    "methods other than `dense`, `oracle` and `right late` are scores. They support docs/avoid.md, which is quoted in "
+    "README.md and docs/which_method.md.",
+    "pays.jsonl": "Lines without `commit` are of earlier code, which had second implementations of `--target` and "
+    "`--sift`, an earlier score of rows, and methods that are gone. `late-known` is now `target`, `late-gast-half` "
+    "`target-gast`, `known-alone` `few`, and `oracle` replaces `ceiling`; `--layers` replaces what `upper-half` and "
+    "`upper-three-quarters` used. They support target rows and layers in docs/measured_target.md and "
+    "docs/measured_layers.md; docs/which_method.md; rates in docs/guide.md; and the table of README.md, but no figure "
+    "of sifting.",
+    "scores.json": "Recorded from the table that `lab.pays.scores` printed.",
+    "private.jsonl": "Lines without `commit` are of an earlier script on the same training path. They support "
+    "docs/measured_privacy.md.",
+    "quality.jsonl": "Recorded with an earlier script; the commands make similar runs. It supports the quality of GAST "
+    "in docs/measured_quality.md, which docs/which_method.md and README.md quote.",
+}

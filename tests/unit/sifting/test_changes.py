@@ -1,0 +1,178 @@
+"""Pools that change while they are sifted, two processes in one folder, and damaged files of an interrupted sifting."""
+
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from siftune import sift
+from siftune.base.errors import DataError, InputError
+from siftune.recipe.schema import Recipe
+from siftune.records.visits import NAME, read_visits
+from siftune.sifting import files, prompts, scoring
+from siftune.sifting import run as module
+from siftune.train.run import train
+
+QUIET = Console(quiet=True)
+
+
+def records(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def exchange(pool, row=None):
+    """Put other rows in the place of a pool's, or of one of them, and add one."""
+    rows = records(pool)
+    for place in range(len(rows)) if row is None else [row]:
+        rows[place] = {"prompt": f"other {place}", "completion": "never scored"}
+    pool.write_text("".join(json.dumps(each) + "\n" for each in [*rows, {"prompt": "new", "completion": "too"}]))
+
+
+@pytest.fixture
+def changing(given, monkeypatch):
+    """Have the pool exchanged when the first training begins."""
+    tune = scoring.tune
+
+    def changed(*args):
+        exchange(given["train"])
+        return tune(*args)
+
+    monkeypatch.setattr(scoring, "tune", changed)
+    return given
+
+
+def test_the_rows_that_were_scored_are_written_although_the_pool_changes_meanwhile(changing, finished, tmp_path):
+    sifted = sift(**changing, console=QUIET)
+    assert "never scored" in changing["train"].read_text()
+    for name in ("sifted.jsonl", "losses.jsonl", "1-losses.jsonl"):
+        assert (sifted.folder / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_run_trains_on_the_rows_that_were_scored_although_the_pool_changes_meanwhile(changing, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "STEPS", 3)
+    before = records(changing["train"])
+    settings = {**changing, "train": str(changing["train"]), "target": str(changing["target"])}
+    settings["out"] = str(tmp_path / "run")
+    recipe, sifted, read = module.sift_first(Recipe(**settings), None, QUIET)
+    assert "never scored" in changing["train"].read_text()
+    rows = [row for row in read.parts["train"] if not row.of_target]
+    assert [row.origin for row in rows] == [sifted.places[number] for number in sifted.selected]
+    texts = [(row.prompt[0].content, row.completion) for row in rows]
+    assert texts == [(before[number]["prompt"], before[number]["completion"]) for number in sifted.selected]
+    run = train(recipe, QUIET, read=read)
+    places = {place for place in read_visits(run.folder.path / NAME).places if "pool" in place}
+    assert 0 < len(places) == len(places & {row.origin for row in rows})
+
+
+@pytest.mark.parametrize("row", [0, 35])
+def test_a_pool_that_changes_before_it_is_copied_is_refused_by_the_row(given, monkeypatch, row):
+    copied = files.placed_records
+
+    def changed(*args):
+        exchange(given["train"], row)
+        return copied(*args)
+
+    monkeypatch.setattr(files, "placed_records", changed)
+    with pytest.raises(DataError, match=rf"pool\.jsonl:{row + 1} has changed since it was read: run the command again"):
+        sift(**given, console=QUIET)
+    assert not Path(given["out"]).exists()
+
+
+def test_a_pool_that_loses_its_last_row_is_refused(given, monkeypatch):
+    copied = files.placed_records
+    monkeypatch.setattr(files, "placed_records", lambda *args: [*copied(*args)][:-1])
+    with pytest.raises(DataError, match=r"pool\.jsonl:36 has changed"):
+        sift(**given, console=QUIET)
+
+
+LOCK = """
+import fcntl, os, sys
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def another_process_in(folder):
+    """Another process that has locked a folder."""
+    command = [sys.executable, "-c", LOCK, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.stdin.close()
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"seed": 3}])
+def test_a_second_process_changes_nothing(given, complete, changes):
+    before = contents(complete)
+    with another_process_in(complete), pytest.raises(InputError, match="another process is working in"):
+        sift(**{**given, **changes}, console=QUIET)
+    assert contents(complete) == before
+
+
+@pytest.mark.parametrize("changes", [{}, {"seed": 3}])
+def test_a_second_process_changes_no_record_of_one_that_has_no_results_yet(given, changes):
+    folder = Path(given["out"])
+    folder.mkdir()
+    (folder / "sift.json").write_text("of another process")
+    with another_process_in(folder), pytest.raises(InputError, match="another process is working in"):
+        sift(**{**given, **changes}, console=QUIET)
+    assert contents(folder) == {folder / "sift.json": b"of another process"}
+
+
+def test_a_second_process_in_the_run_folder_does_not_sift(given, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    settings = {**given, "train": str(given["train"]), "target": str(given["target"]), "out": str(run)}
+    with another_process_in(run), pytest.raises(InputError, match="another process is working in"):
+        module.sift_first(Recipe(**settings), None, QUIET)
+    assert [path.name for path in run.iterdir()] == ["checkpoints"]
+
+
+@pytest.mark.parametrize("name", ["losses.jsonl", "1-losses.jsonl", "similar.jsonl"])
+def test_a_changed_digit_is_computed_again(given, complete, finished, name):
+    """Of the similarities, the whole line; of the losses, the line with the digit."""
+    path = complete / name
+    lines = path.read_text().splitlines(keepends=True)
+    place = lines[-1].index(".") + 3
+    changed = "1" if lines[-1][place] != "1" else "2"
+    path.write_text("".join(lines[:-1]) + lines[-1][:place] + changed + lines[-1][place + 1 :])
+    sift(**given, console=QUIET)
+    for each in ("losses.jsonl", "1-losses.jsonl", "similar.jsonl", "sifted.jsonl"):
+        assert (complete / each).read_bytes() == (finished / each).read_bytes()
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_embeddings_that_were_changed_are_computed_again(given, complete, finished, monkeypatch, place):
+    """An interruption while the prompts are embedded leaves chunks, of which one is then damaged."""
+    (complete / "similar.jsonl").unlink()
+    compared = prompts._compared
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prompts, "_compared", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sift(**given, console=QUIET)
+    monkeypatch.setattr(prompts, "_compared", compared)
+    path, embedded = complete / "prompts.f32", []
+    content = bytearray(path.read_bytes())
+    of_row = (len(content) - 3 * 32) // 36  # a digest of 32 bytes after each chunk
+    content[place * (16 * of_row + 32) + 10] ^= 1
+    path.write_bytes(content)
+    embed = prompts.embed
+    monkeypatch.setattr(prompts, "embed", lambda *args: embedded.append(len(args[1])) or embed(*args))
+    sift(**given, console=QUIET)
+    assert embedded == [12, *[16, 16, 4][place:]]
+    assert (complete / "similar.jsonl").read_bytes() == (finished / "similar.jsonl").read_bytes()
