@@ -29,7 +29,7 @@ from siftune.suspects.losses import Losses, trained_rows, write_losses
 SECONDS = 60  # of a command that would otherwise hang
 NOTES = ("damaged", "cannot be read", "not what", "not available", "skipped", "unknown", "is missing", "cut off")
 COUNT = 100  # changes of each folder
-MOST = {"sift": 24, "resume": 8}  # of commands that take longer
+MOST = {"sift": 20, "resume": 8}  # of commands that take longer
 
 
 # --- kinds of changes: file -> None

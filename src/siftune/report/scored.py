@@ -14,7 +14,7 @@ from siftune.base.text import finite
 from siftune.records.decisions import PLACE, SELECTED, is_selected
 from siftune.sifting.run import SCORES
 from siftune.sifting.scores import NO_LIMITS, Limits
-from siftune.sifting.scoring import AVOID
+from siftune.sifting.tuning import AVOID
 
 logger = logging.getLogger(__name__)
 

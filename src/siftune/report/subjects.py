@@ -20,7 +20,7 @@ from siftune.report.scored import DecisionList, Pool, by_bad_rows, by_target, re
 from siftune.report.words import duration
 from siftune.sifting.checks import RECORD as SIFT_RECORD
 from siftune.sifting.run import SCORES
-from siftune.sifting.scoring import AVOID
+from siftune.sifting.tuning import AVOID
 from siftune.train.folder.run import RECIPE, SIFT
 from siftune.train.folder.selections import LayersOfStep, RowsOfBatch, read_selections
 

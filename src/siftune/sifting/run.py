@@ -51,7 +51,8 @@ from siftune.sifting.checks import RECORD, check_sifting
 from siftune.sifting.files import DROPPED, SIFTED, copied_records, write_dropped, write_scores, write_selected
 from siftune.sifting.rows import PARTS, Rows, count_of, read_all
 from siftune.sifting.scores import NO_LIMITS, Floats, Limits
-from siftune.sifting.scoring import AVOID, POOL, choose_by_bad_rows, choose_by_target, prefix
+from siftune.sifting.scoring import choose_by_bad_rows, choose_by_target
+from siftune.sifting.tuning import AVOID, POOL, prefix
 from siftune.sifting.work import LOSSES, PROMPTS, SIMILAR, TUNING, Work
 from siftune.train.folder.run import SIFT, RunFolder
 from siftune.train.prepare import NAMED, ModelSource, Prepared, Source, bad_lines, prepare
@@ -133,10 +134,11 @@ def sift(
     """Select the rows of a pool that are like a few rows of a target, and unlike bad rows (ours; scores.py).
 
     Rows with prompts like those of the target are of its task: see `least_similarity`. The model is tuned on most of
-    the target's rows, as long as the loss of the others falls. If the rows share a few answers, it is tuned on the task's
-    rows first, and rows are left out to whose prompts another answer fits better: see `choose_by_margins`. Otherwise
-    those are left out whose loss is above that of four in five of the target's other rows: see `choose_by_losses`. Rows
-    like the bad ones are left out after a model tuned on the pool is tuned further on them: see `unlike`.
+    the target's rows, as long as the loss of the others falls. If the rows share a few answers, it is tuned on the
+    task's rows first, and rows are left out to whose prompts another answer fits better: see `choose_by_margins`.
+    Otherwise those are left out whose loss is above that of four in five of the target's other rows: see
+    `choose_by_losses`. Rows like the bad ones are left out after a model tuned on the pool is tuned further on them:
+    see `unlike`.
 
     Args:
         train: The pool: a file or hub id, or several.

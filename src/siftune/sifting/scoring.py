@@ -4,15 +4,10 @@ Each part is written to the folder of a sifting as soon as it is computed, so th
 run.py. Prompts are compared first (prompts.py), so that only rows of the target's task need a loss.
 """
 
-import json
 import logging
-import math
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
@@ -21,21 +16,16 @@ from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, model_validator
 
-from siftune.base.errors import DataError, TrainingError
+from siftune.base.errors import DataError
 from siftune.base.files import Progress
 from siftune.base.stages import stages
-from siftune.base.text import counted
-from siftune.data.read import load_rows, placed_records
-from siftune.data.rows import Row, row_texts
-from siftune.engine.ranks import from_first, mean_over_ranks, rank, wait_for_all, world_size
+from siftune.data.rows import Row
+from siftune.engine.ranks import from_first, mean_over_ranks, rank, world_size
 from siftune.evaluate.likelihood import row_nll
-from siftune.models.adapters.attach import load_adapter
 from siftune.models.attention import short_rows
 from siftune.models.loss import IGNORED
 from siftune.models.modules import check_window, model_device
-from siftune.recipe.schema import SCORING, Recipe
 from siftune.records.decisions import DIGITS
-from siftune.records.rows import Read
 from siftune.sifting.answers import answer_losses, decoys_among
 from siftune.sifting.prompts import similarities
 from siftune.sifting.rows import PARTS, Few
@@ -51,26 +41,23 @@ from siftune.sifting.scores import (
     unlike,
 )
 from siftune.sifting.similarity import least_similarity
-from siftune.sifting.work import LOSSES, TUNING, Work, base_model, rows_at_once
+from siftune.sifting.tuning import (
+    AVOID,
+    before_bad_rows,
+    of_training,
+    tuned_on_bad_rows,
+    tuned_on_target,
+)
+from siftune.sifting.work import LOSSES, Work, rows_at_once
 from siftune.suspects.answers import Answers
 from siftune.suspects.margins import margins
-from siftune.train.folder.run import RunFolder
 from siftune.train.guards.memory import free
 from siftune.train.prepare import Prepared
-from siftune.train.run import train as tune
 
 logger = logging.getLogger(__name__)
 
-AVOID = "avoid"  # folder of what the bad rows score, and their name in `rows.PARTS`
-POOL = "pool"  # run folder of the training on the pool, which precedes that on the few rows
-_SEEN, _UNSEEN = "seen.jsonl", "unseen.jsonl"
-_FURTHER = 20  # steps on the bad rows, after those on the pool (ours)
-_AFTER = 0.5  # of the steps, at most, for the target's rows after those on the pool (ours)
 _SHARED = 0.5  # of the target's rows whose answer is also among those of similar prompts, at least (ours)
-_PASS = 0.5  # share of the task's rows on which the model is trained at most before it is trained on the target (ours)
 _CHUNK = 512  # rows in a line of losses.jsonl
-# steps between measurements of the held-out rows, at most; measurements, at least; those without improvement (ours)
-_EVERY, _MEASURED, _PATIENCE = 10, 6, 2
 
 
 @dataclass(frozen=True)
@@ -140,7 +127,7 @@ def choose_by_bad_rows(work: Work, prepared: Prepared, few: Few) -> Part:
         DataError: A loss is not finite.
     """
     data, held_out = _tokens(prepared, "train"), _tokens(prepared, AVOID).select(_places(prepared, few, few.unseen[0]))
-    tuned = cache(partial(_tuned_on_bad_rows, work, few))  # loaded at most once, and only if something is missing
+    tuned = cache(partial(tuned_on_bad_rows, work, few))  # loaded at most once, and only if something is missing
     every = concatenate_datasets([data, held_out])
     losses = _losses(work, f"{AVOID}/{LOSSES}", every, tuned)
     tuned.cache_clear()
@@ -191,8 +178,8 @@ def _target_scores(
     of_task, held_out, of_decoys = list[Floats](), list[Floats](), list[Floats]()
     for number, unseen in enumerate(few.unseen):
         numbers = [*task, *(count + place for place in _places(prepared, few, unseen))]
-        tuned = cache(partial(_tuned_on_target, work, few, number, trained))
-        losses = answer_losses(work, _of_training(number, LOSSES), rows, numbers, decoys.numbers, tuned)
+        tuned = cache(partial(tuned_on_target, work, few, number, trained))
+        losses = answer_losses(work, of_training(number, LOSSES), rows, numbers, decoys.numbers, tuned)
         tuned.cache_clear()
         free()
         _refuse_broken(losses.own, [rows[place] for place in numbers])
@@ -215,6 +202,7 @@ def _margins(
     """Margins of N of all R rows."""
     own_R, others_RD = np.full(len(rows), np.nan), np.full(decoys_RD.shape, np.nan)
     own_R[numbers], others_RD[numbers] = losses.own, losses.others
+    tokens_R = tokens_R.copy()
     tokens_R[numbers] = losses.tokens
     answers_R = [row.completion.strip() for row in rows]
     return margins(answers_R, tokens_R, own_R, decoys_RD, others_RD).score[numbers]
@@ -279,7 +267,7 @@ def _losses(work: Work, name: str, data: Dataset, tuned: Callable[[], Any]) -> _
             own = missing[start : start + _CHUNK]
             rows = data.select(own)
             after, tokens = _row_losses(work, model, rows, _shifted(progress, start, len(missing)))
-            with _earlier(model):
+            with before_bad_rows(model):
                 before, _ = _row_losses(work, model, rows)
             values = {"rows": own, "tokens": tokens, "after": after, "before": before}
             if rank() == 0:
@@ -312,152 +300,3 @@ def _row_losses(
     part[0, own], part[1, own] = torch.from_numpy(result.nll), torch.from_numpy(np.maximum(result.tokens, 1))
     nll, tokens = (mean_over_ranks(part, model_device(model)) * world_size()).tolist()
     return nll, tokens
-
-
-def prefix(few: Few) -> str:
-    """Where the files of few rows are in the folder of a sifting: empty for the target's."""
-    return "" if few.name == "target" else f"{few.name}/"
-
-
-@contextmanager
-def _earlier(model: Any) -> Iterator[None]:
-    """The model tuned on the pool, before the training on the bad rows."""
-    model.set_adapter(POOL)
-    try:
-        yield
-    finally:
-        model.set_adapter("default")
-
-
-def _tuned_on_target(work: Work, few: Few, number: int, trained: Sequence[Row]) -> Any:
-    """Tune a model that was tuned on the pool further on most of the target's rows, unless an earlier call has.
-
-    The pool teaches the form of the answers and the classes of which the target has few rows. At most half of its rows
-    train, each once, so that few wrong ones are learned by heart. The training on the target stops if the loss of the
-    rows that it leaves out no longer falls, and its best weights remain. They are loaded even after a training in this
-    call, so that the losses of an interrupted call are the same.
-
-    Args:
-        work: The sifting.
-        few: The target.
-        number: Of the training on the target.
-        trained: Rows of the pool to train on first; none: the training on the target is the only one.
-    """
-    top = work.folder.path
-    if trained:
-        of_step = work.recipe.batch_size * work.recipe.accumulate * world_size()
-        steps = min(work.steps, math.ceil(_PASS * len(trained) / of_step))
-        _tune_on_pool(work, ".", trained, steps)
-    folder = top / (TUNING if number == 0 else f"{TUNING}-{number}")
-    seen, unseen = (_of_training(number, name) for name in (_SEEN, _UNSEEN))
-    origins = {row.origin for row in few.unseen[number]}
-    _write_records(work, few, seen, [row for row in few.rows if row.origin not in origins])
-    _write_records(work, few, unseen, few.unseen[number])
-    own = _further(work, top / POOL) if trained else _scoring(work)
-    steps = math.ceil(_AFTER * work.steps) if trained else work.steps
-    own |= {"train": str(top / seen), "eval": str(top / unseen), "steps": steps}
-    if steps >= _MEASURED:
-        own |= {"eval_every": min(_EVERY, steps // _MEASURED), "patience": _PATIENCE}
-    _tune(work, folder, own, f"{counted(len(few.rows) - len(origins), 'row')} of the target")
-    return _loaded(work, folder)
-
-
-def _of_training(number: int, name: str) -> str:
-    """Name of a file of the first or the second training on the target."""
-    return f"{number}-{name}" if number else name
-
-
-def _write_records(work: Work, few: Few, name: str, rows: Sequence[Row]) -> None:
-    """Write rows as they are in their file, as JSON lines.
-
-    Raises:
-        DataError: They would be read as other rows: the columns of a file's first row determine its format. Or the file
-            has changed.
-    """
-    if rank() == 0:
-        places = {row.origin for row in rows}
-        records = (record for place, record in placed_records(few.file) if place in places)
-        work.folder.write(name, "".join(json.dumps(record, default=str) + "\n" for record in records))
-    wait_for_all()
-    again = load_rows(str(work.folder.path / name), columns=work.recipe.columns)
-    if [*row_texts(again)] != [*row_texts(rows)]:
-        raise DataError(
-            f"the rows of {few.file} have different columns, or have changed since they were read: give all of them "
-            "the same columns, or run the command again"
-        )
-
-
-def _tuned_on_bad_rows(work: Work, few: Few) -> Any:
-    """Tune a model that was tuned on the pool further on the bad rows, and load both adapters."""
-    folder = work.folder.path / AVOID
-    _tune_on_pool(work, AVOID, work.rows.pool, work.steps)
-    unseen = {row.origin for row in few.unseen[0]}
-    _write_records(work, few, f"{AVOID}/{_SEEN}", [row for row in few.rows if row.origin not in unseen])
-    own = _further(work, folder / POOL) | {"steps": _FURTHER, "train": str(folder / _SEEN)}
-    _tune(work, folder / TUNING, own, f"{counted(len(few.rows) - len(few.unseen[0]), 'row')} of the bad rows")
-    tuned = _loaded(work, folder / TUNING)
-    tuned.load_adapter(str(folder / POOL / "adapter"), adapter_name=POOL, autocast_adapter_dtype=False)
-    return tuned
-
-
-def _tune_on_pool(work: Work, name: str, rows: Sequence[Row], steps: int) -> None:
-    """Tune the model on rows of the pool, in the run folder `pool` of a folder of the sifting."""
-    folder = work.folder.path / name
-    if rank() == 0:
-        folder.mkdir(exist_ok=True)
-    wait_for_all()
-    settings = {**_scoring(work), "train": work.recipe.train, "steps": steps}
-    _tune(work, folder / POOL, settings, f"{counted(len(rows), 'row')} of the pool", Read({"train": rows}))
-
-
-def _scoring(work: Work) -> dict[str, Any]:
-    """Settings of a training that scores depend on."""
-    return {name: getattr(work.recipe, name) for name in SCORING}
-
-
-def _further(work: Work, folder: Path) -> dict[str, Any]:
-    """Settings of a training that continues with the adapter of a run folder, which has its own shape."""
-    shape = {name: getattr(Recipe, name) for name in ("rank", "alpha", "targets", "layers")}
-    return {**_scoring(work), **shape, "from_adapter": str(folder)}
-
-
-def _loaded(work: Work, folder: Path) -> Any:
-    """Load the model with the adapter of a run folder."""
-    return load_adapter(base_model(work), folder / "adapter", work.recipe.model)
-
-
-def _tune(work: Work, folder: Path, settings: Mapping[str, Any], title: str, read: Read | None = None) -> None:
-    """Train in a run folder, or continue there; a training that has finished is not repeated.
-
-    Args:
-        work: The sifting.
-        folder: The run folder.
-        settings: Settings of a recipe.
-        title: The rows in messages.
-        read: Rows that were read before.
-    """
-    if from_first(lambda: _has_finished(folder)):
-        return
-    resume = from_first(lambda: _has_checkpoint(folder))
-    work.console.print(f"training on {title}, to score the pool", markup=False)
-    try:
-        tune(Recipe(**settings, out=str(folder), resume=resume), work.console, work.source_of, read)
-    except TrainingError as error:  # without the advice to resume that training as a run
-        cause = error.__cause__ if isinstance(error.__cause__, TrainingError) else error
-        raise TrainingError(f"training on {title}: {cause}") from error
-    free()
-
-
-def _has_finished(folder: Path) -> bool:
-    """Whether a training has ended; an interrupted one leaves an adapter too. One whose weights changed is removed."""
-    if folder.exists() and (changed := RunFolder(folder).changed_weights()):
-        logger.warning("%s is not what was trained: the training is repeated", folder / "adapter" / changed[0])
-        shutil.rmtree(folder)
-    return folder.exists() and RunFolder(folder).has_finished()
-
-
-def _has_checkpoint(folder: Path) -> bool:
-    """Whether that training can continue; without a checkpoint its folder is removed."""
-    if folder.exists() and not RunFolder(folder).has_checkpoint():
-        shutil.rmtree(folder)
-    return folder.exists()

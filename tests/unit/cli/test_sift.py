@@ -28,7 +28,7 @@ from siftune.recipe.schema import SCORING, Recipe
 from siftune.records.decisions import read_decisions
 from siftune.records.rows import read_rows
 from siftune.sifting import run as module
-from siftune.sifting import scoring
+from siftune.sifting import scoring, tuning
 from siftune.sifting.scores import Choice
 
 SETTINGS = "{template: none, max_length: 64, rank: 2, batch_size: 4, lr: 0.01, log_every: 9}"
@@ -96,7 +96,7 @@ def test_the_rows_of_the_run_are_the_selected_ones_and_the_target(sifted, task, 
     assert recipe.drop_rows == str(sifted / "sift" / "dropped.csv")
     assert not set(pool) & {*read_decisions(recipe.drop_rows).selected}
     tuning = load_recipe(sifted / "sift" / "tuning" / "recipe.yaml")
-    assert (tuning.steps, tuning.rank, tuning.lr, tuning.template) == (2, 2, 0.01, "none")  # half of 3, rounded up
+    assert (tuning.steps, tuning.rank, tuning.lr, tuning.template) == (3, 2, 0.01, "none")
 
 
 def test_a_run_resumes_without_sifting_in_another_folder(sifted, tmp_path, monkeypatch):
@@ -170,7 +170,7 @@ def test_a_kit(words, tmp_path):
     run = tmp_path / "run"
     assert main([*map(str, words), "--model", str(kit.path), "--out", str(run), "--sift"]) == 0
     assert (run / "return").exists()
-    assert load_recipe(run / "sift" / "pool" / "recipe.yaml").layers == (0, 1, 3)
+    assert load_recipe(run / "sift" / "tuning" / "recipe.yaml").layers == (0, 1, 3)
     assert json.loads((run / "sift" / "sift.json").read_text())["facts"]["kit"] == kit.digest
 
 
@@ -210,9 +210,9 @@ def test_a_training_that_fails_leaves_nothing(words, tmp_path, capsys, monkeypat
     def fail(*_):
         raise TrainingError("Broken. So far, more.") from TrainingError("Broken.")
 
-    monkeypatch.setattr(scoring, "tune", fail)
+    monkeypatch.setattr(tuning, "tune", fail)
     said = error_of(capsys, *words, "--out", tmp_path / "run", "--sift")
-    assert said == "training on 12 rows of the pool: Broken."
+    assert said == "training on 6 rows of the target: Broken."
     assert not (tmp_path / "run").exists()
 
 
@@ -291,7 +291,7 @@ def test_the_trainings_that_score_have_the_settings_of_the_command(base, task, t
     more = ["--template", "none", "--attention", "eager", "--no-completion-only", "--rank", "2", "--alpha", "3"]
     more += ["--targets", "q_proj", "--layers", "-1", "--batch-size", "2", "--accumulate", "2", "--checkpointing"]
     siftune(capsys, "sift", *named, *more, "--steps", "1", "--share", "5")
-    recipe = load_recipe(tmp_path / "s" / "pool" / "recipe.yaml")
+    recipe = load_recipe(tmp_path / "s" / "tuning" / "recipe.yaml")
     assert (recipe.attention, recipe.completion_only, recipe.rank, recipe.alpha) == ("eager", False, 2, 3)
     assert (recipe.targets, recipe.layers, recipe.accumulate) == (("q_proj",), (-1,), 2)
     assert recipe.checkpointing
@@ -327,7 +327,7 @@ def test_another_share_selects_again_without_computing(base, task, tmp_path, cap
         "^the same command with (--out .*) and another --share selects again without computing$", said, re.M
     )
     assert again is not None, said
-    monkeypatch.setattr(scoring, "tune", None)
+    monkeypatch.setattr(tuning, "tune", None)
     monkeypatch.setattr("siftune.train.prepare.load_model", None)
     second, said = siftune(capsys, *words, *shlex.split(again[1]), "--share", "7")
     assert (first["selected"], second["selected"]) == (5, 7)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from siftune import sift
 from siftune.base.errors import DataError, InputError, RecipeError
 from siftune.recipe.schema import Recipe
-from siftune.sifting import scoring as module
+from siftune.sifting import scoring, tuning
 from siftune.sifting.scores import Choice, unlike
 from siftune.train.run import train
 
@@ -37,7 +37,7 @@ def avoiding(given, bad):
 
 
 def test_scores_and_rows_that_remain_are_those_of_a_slow_oracle(avoiding, base, bad, tmp_path, task, monkeypatch):
-    monkeypatch.setattr(module, "_FURTHER", 2)
+    monkeypatch.setattr(tuning, "_FURTHER", 2)
     sifted = sift(**avoiding, console=QUIET)
     place = sifted.folder / "avoid"
     seen = records(place / "seen.jsonl")
@@ -73,7 +73,7 @@ def least_similarity(folder):
 
 
 def test_rows_like_the_target_and_unlike_the_bad_rows_are_selected(given, bad, monkeypatch):
-    monkeypatch.setattr(module, "unlike", lambda scores, _: Choice(scores > np.sort(scores)[9], "ten are left out"))
+    monkeypatch.setattr(scoring, "unlike", lambda scores, _: Choice(scores > np.sort(scores)[9], "ten are left out"))
     sifted = sift(**given, avoid=bad, share=20, console=QUIET)
     task = sifted.similar >= least_similarity(sifted.folder)
     likely = np.lexsort((np.where(task, sifted.scores, -sifted.similar), ~task))[:20]
@@ -87,14 +87,14 @@ def test_rows_like_the_target_and_unlike_the_bad_rows_are_selected(given, bad, m
 
 
 def test_no_row_remains(given, bad, monkeypatch):
-    monkeypatch.setattr(module, "unlike", lambda scores, _: Choice(np.zeros(len(scores), bool), ""))
+    monkeypatch.setattr(scoring, "unlike", lambda scores, _: Choice(np.zeros(len(scores), bool), ""))
     with pytest.raises(DataError, match="bad rows"):
         sift(**given, avoid=bad, share=20, console=QUIET)
 
 
 def test_bad_rows_in_the_pool_are_left_out_of_it_and_of_the_training_on_it(avoiding, bad, task, monkeypatch):
-    trained, tune = [], module.tune
-    monkeypatch.setattr(module, "tune", lambda *given: trained.append(given[3]) or tune(*given))
+    trained, tune = [], tuning.tune
+    monkeypatch.setattr(tuning, "tune", lambda *given: trained.append(given[3]) or tune(*given))
     own = records(bad)[3]
     write(avoiding["train"], [own, *task.pool, own])
     sifted = sift(**avoiding, console=QUIET)

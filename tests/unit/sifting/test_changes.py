@@ -13,7 +13,7 @@ from siftune import sift
 from siftune.base.errors import DataError, InputError
 from siftune.recipe.schema import Recipe
 from siftune.records.visits import NAME, read_visits
-from siftune.sifting import files, prompts, scoring
+from siftune.sifting import files, prompts, tuning
 from siftune.sifting import run as module
 from siftune.train.run import train
 
@@ -35,13 +35,13 @@ def exchange(pool, row=None):
 @pytest.fixture
 def changing(given, monkeypatch):
     """Have the pool exchanged when the first training begins."""
-    tune = scoring.tune
+    tune = tuning.tune
 
     def changed(*args):
         exchange(given["train"])
         return tune(*args)
 
-    monkeypatch.setattr(scoring, "tune", changed)
+    monkeypatch.setattr(tuning, "tune", changed)
     return given
 
 

@@ -26,8 +26,7 @@ from siftune.data.rows import rows_from
 from siftune.recipe.schema import Recipe
 from siftune.records.decisions import read_decisions
 from siftune.records.rows import read_rows
-from siftune.sifting import prompts
-from siftune.sifting import scoring as module
+from siftune.sifting import prompts, scoring, tuning
 from siftune.sifting.scores import Choice, choose_by_losses, choose_by_margins
 from siftune.suspects import answers
 from siftune.suspects.decoys import decoys_of
@@ -235,7 +234,7 @@ def test_a_larger_target_has_one_training_that_leaves_out_a_fifth(given, tmp_pat
 @pytest.mark.usefixtures("shared_answers")
 def test_the_held_out_rows_determine_the_steps(given, base, tmp_path, monkeypatch):
     """The weights are those of the least held-out loss, and training stops soon after it."""
-    monkeypatch.setattr(module, "_EVERY", 1)
+    monkeypatch.setattr(tuning, "_EVERY", 1)
     sift(**{**given, "steps": 24, "lr": 0.1}, share=9, console=QUIET)  # at most 12 of them on the target
     run = RunFolder(tmp_path / "sifted" / "tuning")
     losses = [line["eval_loss"] for line in records(run.path / "metrics.jsonl") if "eval_loss" in line]
@@ -330,8 +329,8 @@ def test_selected_rows_are_those_of_the_pools_files(given, tmp_path, task, name,
 def test_the_template_is_that_of_both(given, base, monkeypatch):
     """Rows are tokenised alike for the training and for the losses; another template is other work."""
     seen = {}
-    original, scored = module.tune, answers.shared_nll
-    monkeypatch.setattr(module, "tune", lambda recipe, *a: seen.update(recipe=recipe) or original(recipe, *a))
+    original, scored = tuning.tune, answers.shared_nll
+    monkeypatch.setattr(tuning, "tune", lambda recipe, *a: seen.update(recipe=recipe) or original(recipe, *a))
 
     def noted(model, pairs, *others):
         seen.setdefault("ids", []).extend(ids for ids, _ in pairs)
@@ -573,7 +572,7 @@ def test_wrong_input_is_one_sentence_before_the_model_is_loaded(given, tmp_path,
 
 
 def test_a_pool_without_a_row_like_the_target(given, complete, monkeypatch):
-    monkeypatch.setattr(module, "choose_by_losses", lambda *given: Choice(np.zeros(36, bool), "", 0.1))
+    monkeypatch.setattr(scoring, "choose_by_losses", lambda *given: Choice(np.zeros(36, bool), "", 0.1))
     with pytest.raises(DataError, match="no row of the pool"):
         sift(**given, console=QUIET)
     assert (complete / "losses.jsonl").exists()

@@ -147,8 +147,8 @@ def _refuse_foreign(tuned: PeftModel, adapter: Path, trainable: bool) -> None:
     whole = next((name for name, tensor in weights.items() if not tensor.is_floating_point()), None)
     if whole is not None:
         raise AdapterError(
-            f"the weights in {adapter} hold {one_line(whole)} as {weights[whole].dtype}, not as floating-point numbers: "
-            "save the adapter again."
+            f"the weights in {adapter} hold {one_line(whole)} as {weights[whole].dtype}, not as floating-point "
+            "numbers: save the adapter again."
         )
 
 

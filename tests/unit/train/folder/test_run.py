@@ -1,12 +1,14 @@
 """The run folder: files change in one move, records can be cut, half a checkpoint is none."""
 
 import json
+from typing import Any
 
 import pytest
 from support.tiny_run import lines
 
 from siftune.base.environment import hardware, versions
 from siftune.base.errors import InputError, RecipeError
+from siftune.base.json_files import read_sealed
 from siftune.train.folder.checkpoints import begin, is_complete, newest_checkpoint, seal, step_of
 from siftune.train.folder.run import RunFolder
 
@@ -144,7 +146,7 @@ def test_the_newest_complete_checkpoint(folder):
 
 def test_a_run_is_written_with_versions_and_hardware(folder):
     folder.write_run(status="finished")
-    record = json.loads((folder.path / "run.json").read_text())
+    record = read_sealed(folder.path / "run.json", dict[str, Any])
     assert record == {"status": "finished", "versions": versions(), "hardware": hardware()}
 
 
