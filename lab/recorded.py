@@ -175,8 +175,8 @@ $run clean-options,clean-boolq --lrs 5e-4 --seeds 0,1,2 --methods dense=dense,dt
 run="python -m lab.pays.run S2 --data FOLDER --out pays.jsonl --cells uniform-30 --lrs 5e-4,1e-3 --steps 150"
 $run --seeds 0,1,2 --methods dense "sample 12 of 16=method:gast,gast.support:sample,gast.select:12"
 """,
-    "scores.json": """
-python -m lab.pays.scores intents-a --data FOLDER --rows 600    # also raters; mix and reverse with --rows 800
+    "sift_scores.jsonl": """
+python -m lab.pays.scores intents-b --data FOLDER --out sift_scores.jsonl    # and the other pools
 """,
     "rows.jsonl": """
 python -m lab.rows.run --cells mixed-25 --rows 920 --lr 1e-3 --epochs 1 --data FOLDER --out rows.jsonl
@@ -199,7 +199,7 @@ NOTES: dict[str, str] = {
     "`upper-three-quarters` used. They support target rows and layers in docs/measured_target.md and "
     "docs/measured_layers.md; docs/which_method.md; rates in docs/guide.md; and the table of README.md, but no figure "
     "of sifting.",
-    "scores.json": "Recorded from the table that `lab.pays.scores` printed.",
+    "scores.json": "Recorded with an earlier script, whose model was trained on the target alone.",
     "private.jsonl": "Lines without `commit` are of an earlier script on the same training path. They support "
     "docs/measured_privacy.md.",
     "quality.jsonl": "Recorded with an earlier script; the commands make similar runs. It supports the quality of GAST "
