@@ -42,7 +42,8 @@ def scored(job: Job, data: Path, folder: Path) -> Record:
         commands.run(*words, *settings_of(job, "none"), *flags({"max-length": 1024, **length}), "--out", "run")
         before = commands.seconds
         commands.run("rows", "run", "--csv", "suspects.csv")
-        losses = read_losses(Path("run/losses.parquet"), trained_rows(Path("run"))[1])
+        every, about = trained_rows(Path("run"))
+        losses = read_losses(Path("run/losses.parquet"), about, len(every))
         trained_on = _trained_on(rows) if job["epochs"] else None
         listed = read_decisions("suspects.csv").selected.values() if Path("suspects.csv").exists() else []
     return {
