@@ -71,8 +71,7 @@ def decoys_of(rows: Sequence[Row], seed: int, numbers: Sequence[int] | None = No
     for start in range(0, len(asked), _AT_ONCE):
         chunk = asked[start : start + _AT_ONCE]
         similar_RC = _weighted(_counts([text_of(rows[at]).prompt for at in chunk]), rarity_F) @ candidates_CF.T
-        nearest_RC = np.argsort(-similar_RC, axis=1, kind="stable")[:, :_NEAREST]
-        for at, nearest in zip(chunk, nearest_RC, strict=True):
+        for at, nearest in zip(chunk, _highest(similar_RC), strict=True):
             own, nearest_with = rows[at].completion.strip(), dict[str, int]()
             for other in (candidates[place] for place in nearest if candidates[place] != at):
                 nearest_with.setdefault(rows[other].completion.strip(), other)
@@ -80,6 +79,14 @@ def decoys_of(rows: Sequence[Row], seed: int, numbers: Sequence[int] | None = No
             chosen = [other for answer, other in nearest_with.items() if answer != own][:count]
             chosen_RD[at, : len(chosen)] = chosen
     return Decoys(chosen_RD, covered_R)
+
+
+def _highest(similar_RC: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Places of the nearest candidates, the nearest first, and of equal ones the first; (R, 64) or fewer."""
+    count = min(_NEAREST, similar_RC.shape[1])
+    some = np.sort(np.argpartition(-similar_RC, count - 1, axis=1)[:, :count], axis=1)
+    order = np.argsort(-np.take_along_axis(similar_RC, some, 1), axis=1, kind="stable")
+    return np.take_along_axis(some, order, 1)
 
 
 def _counts(texts: Sequence[str]) -> NDArray[np.float32]:
