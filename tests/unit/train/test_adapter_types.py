@@ -112,7 +112,7 @@ def test_what_a_kind_does_not_have_is_refused(base, rows, tmp_path, settings, wo
 
 def test_a_kind_that_is_not_known_is_refused(base, tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "SHADOW"}')
-    with pytest.raises(AdapterError, match="of type SHADOW"):
+    with pytest.raises(AdapterError, match="SHADOW is not supported"):
         train(recipe(base, tmp_path, tmp_path / "run", from_adapter=str(tmp_path)), QUIET)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "BOTTLENECK", "parallel": True}))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
