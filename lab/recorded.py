@@ -188,8 +188,7 @@ python -m lab.rows.report lab/results/rows.jsonl
 NOTES: dict[str, str] = {
     "audit.json": "Recorded from the table that `siftune audit` printed.",
     "bench.json": "Recorded from the tables that `siftune bench` printed.",
-    "natural.jsonl": "It supports docs/sifting.md, which README.md quotes. `0bb37074+changes` is the code of 979e1bad "
-    "before its commit.",
+    "natural.jsonl": "It supports docs/sifting.md, which README.md and docs/which_method.md quote.",
     "avoid.jsonl": "Lines without `commit` are of earlier code, which had a second implementation of `--avoid`; their "
     "methods other than `dense`, `oracle` and `right late` are scores. They support docs/avoid.md, which is quoted in "
     "README.md and docs/which_method.md.",
