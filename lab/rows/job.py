@@ -79,10 +79,7 @@ def main(argv: list[str]) -> int:
 
     def run(job: Job, data: Path, folder: Path) -> tuple[Record, str]:
         result = scored(job, data.resolve(), folder)
-        return (
-            result,
-            f"{result['suspects_bad']} of {result['suspects']} suspects are wrong, of {result['bad']} wrong rows",
-        )
+        return result, f"{result['listed']} rows are listed; {len(result['wrong'])} are wrong"
 
     return work_off(argv, run)
 
