@@ -1,11 +1,10 @@
 """How well scores of a pool separate wrong rows, from the losses that `siftune sift` recorded.
 
-    python -m lab.pays.scores CELL --data FOLDER --out sift_scores.jsonl [--rows 600] [--seed 0] [--known 100]
-    python -m lab.tables sift_scores
+    python -m lab.pays.scores CELL --data FOLDER --out scores.jsonl [--rows 600] [--seed 0] [--known 100]
 
-It writes the pool and the target of a cell, runs `siftune sift`, and adds a line: for each score the area under the ROC
-curve of wrong rows against correct ones of the task, and for the rows that the command selects the share of wrong ones
-and the share of the correct rows that remain.
+It writes the pool and the target of a cell, runs `siftune sift`, adds a line, and prints all lines: for each score the
+area under the ROC curve of wrong rows against correct ones of the task, and for the rows that the command selects the
+share of wrong ones and the share of the correct rows that remain.
 """
 
 import argparse
@@ -100,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("cell", help="a cell of S1 or N, such as mix or intents-a")
     add("--data", type=Path, default=Path())
-    add("--out", type=Path, default=Path(__file__).parents[1] / "results" / "sift_scores.jsonl")
+    add("--out", type=Path, required=True)
     add("--rows", type=int, help="rows of the pool")
     add("--seed", type=int, default=0)
     add("--known", type=int, default=100)
@@ -114,12 +113,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.rows is not None:
         cell = {**cell, "rows": args.rows}
     job = {"cell": cell, "steps": 120, "batch": 16, **{name: getattr(args, name) for name in ("seed", "model", "lr")}}
-    if any(line["job"] == job for line in read(args.out)):
-        return 0
     data, out = args.data.resolve(), args.out.resolve()
-    with tempfile.TemporaryDirectory() as folder, chdir(folder):
-        line = compare(job, data)
-    append(out, {"job": job, **line, "commit": commit(), "hardware": hardware()})
+    if not any(line["job"] == job for line in read(out)):
+        with tempfile.TemporaryDirectory() as folder, chdir(folder):
+            line = compare(job, data)
+        append(out, {"job": job, **line, "commit": commit(), "hardware": hardware()})
+    print(report(read(out)))
     return 0
 
 
