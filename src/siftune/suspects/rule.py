@@ -2,7 +2,7 @@
 
 The score of a row is its margin (`margins`) under a model that was not trained on the row: by how many nats its prompt
 favours the answer of another row over its own. A row is suspect if its prompt favours the other answer ten times as
-much, and if that answer is also the more likely one (ours). About four fifths of the suspects were wrong in each pool
+much, and if that answer is also ten times as likely (ours). About four fifths of the suspects were wrong in each pool
 of docs/rows.md.
 
 Correct rows of a task that the model has not learned lose by chance. None is suspect if the model prefers the other
@@ -64,7 +64,7 @@ def judge(loss_R: Floats, other_R: Floats, usual_R: Floats, other_usual_R: Float
     gain_R, other_gain_R = usual_R - loss_R, other_usual_R - other_R
     score_R = np.asarray(other_gain_R - gain_R, np.float64)
     compared_R = ~np.isnan(score_R)
-    suspect_R = (score_R >= np.log(TIMES)) & (other_R < loss_R)
+    suspect_R = np.minimum(score_R, loss_R - other_R) >= np.log(TIMES)
     compared, lost, suspect = (int(part.sum()) for part in (compared_R, score_R > 0, suspect_R))
     doubt = ""
     if compared < COMPARED:

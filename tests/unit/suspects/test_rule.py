@@ -67,8 +67,10 @@ def test_the_own_prompt_must_favour_the_other_answer_ten_times():
     assert losses(20, other_usual=np.nan).count == 0
 
 
-def test_the_other_answer_must_be_the_more_likely_one():
-    assert judge(np.repeat([6.0, 0.1], [20, 80]), np.full(100, 6.1), np.full(100, 9.0), np.full(100, 16.0)).count == 0
+@pytest.mark.parametrize(("other", "count"), [(3.6, 20), (3.8, 0)])
+def test_the_other_answer_must_also_be_ten_times_as_likely(other, count):
+    loss, others = np.repeat([6.0, 0.1], [20, 80]), np.full(100, other)
+    assert judge(loss, others, np.full(100, 9.0), np.full(100, 10.0)).count == count
 
 
 @pytest.mark.parametrize(("suspects", "count"), [(2, 0), (3, 3), (50, 50), (51, 0)])
