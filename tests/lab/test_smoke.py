@@ -105,6 +105,21 @@ def test_rows_job(base, suite, tmp_path, monkeypatch):
     assert "| mixed-50 |" in report.report([line])
 
 
+@pytest.mark.lab
+def test_scores_of_a_pool(base, suite, tmp_path, monkeypatch):
+    from lab.pays import scores
+
+    monkeypatch.chdir(tmp_path)
+    job = {**pays_job(base), "batch": 4}
+    line = scores.compare(job, suite)
+    assert line["rows"] == 12
+    assert line["auc"].keys() == {*scores.SCORES}
+    assert 0 < line["auc"]["K"] < 1
+    assert line["auc"]["siftune sift"] is not None
+    assert 0 < line["selected"] <= line["rows"]
+    assert f"| {job['cell']['name']} |" in scores.report([{"job": job, **line}])
+
+
 SMALL = ["--batch-size", "2", "--length", "16", "--steps", "1", "--warmup", "1", "--rounds", "1", "--threads", "1"]
 
 

@@ -164,7 +164,7 @@ def parse(kind: type[T], arguments: Sequence[str], program: str) -> T:
     files = [word for word in words if _is_recipe(word)] if issubclass(kind, Recipe) else []
     parser = _parser(kind, list(options.values()), program, every=_ALL in {*words})
     try:
-        namespace, rest = parser.parse_known_intermixed_args([word for word in words if word not in files])
+        namespace, rest = parser.parse_known_intermixed_args([each for each in words if each not in files])
     except argparse.ArgumentError as error:
         name = next(part for part in str(error.argument_name).split("/") if part.startswith("--"))
         wanted = next((described(option.hint) for option in options.values() if option.name == name), "")

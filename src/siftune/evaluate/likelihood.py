@@ -103,11 +103,13 @@ def shared_nll(
 ) -> PerplexityResult:
     """Compute what `row_nll` computes, but read a prompt that several rows have once.
 
-    A prompt is what precedes a row's first label. The model must have a cache, as for generation. If each row has a
-    prompt of its own, `row_nll` is faster.
+    A prompt is what precedes a row's first label. If each row has a prompt of its own, `row_nll` is faster. It computes
+    the rows of models whose state cannot be shared, such as Mamba's.
 
     Arguments and errors are those of `row_nll`.
     """
+    if getattr(model, "_is_stateful", False):
+        return row_nll(model, rows, batch_size, progress, stage)
     tokens = np.array([_count_labels(i, *row) for i, row in enumerate(rows)], dtype=np.int64)
     nll = np.zeros(len(rows), dtype=np.float64)
     labelled, done = np.flatnonzero(tokens).tolist(), 0

@@ -4,29 +4,20 @@ Each part is written to the folder of a sifting as soon as it is computed, so th
 run.py. Prompts are compared first (prompts.py), so that only rows of the target's task need a loss.
 """
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Annotated, Any, NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, model_validator
 
 from siftune.base.errors import DataError
-from siftune.base.files import Progress
-from siftune.base.stages import stages
 from siftune.data.rows import Row
-from siftune.engine.ranks import from_first, mean_over_ranks, rank, world_size
-from siftune.evaluate.likelihood import row_nll
-from siftune.models.attention import short_rows
 from siftune.models.loss import IGNORED
-from siftune.models.modules import check_window, model_device
 from siftune.records.decisions import DIGITS
-from siftune.sifting.answers import answer_losses, decoys_among
+from siftune.sifting.lines import answer_losses, bad_row_losses
 from siftune.sifting.prompts import similarities
 from siftune.sifting.rows import PARTS, Few
 from siftune.sifting.scores import (
@@ -43,21 +34,18 @@ from siftune.sifting.scores import (
 from siftune.sifting.similarity import least_similarity
 from siftune.sifting.tuning import (
     AVOID,
-    before_bad_rows,
     of_training,
     tuned_on_bad_rows,
     tuned_on_target,
 )
-from siftune.sifting.work import LOSSES, Work, rows_at_once
+from siftune.sifting.work import LOSSES, Work
 from siftune.suspects.answers import Answers
+from siftune.suspects.decoys import decoys_of
 from siftune.suspects.margins import margins
 from siftune.train.guards.memory import free
 from siftune.train.prepare import Prepared
 
-logger = logging.getLogger(__name__)
-
 _SHARED = 0.5  # of the target's rows whose answer is also among those of similar prompts, at least (ours)
-_CHUNK = 512  # rows in a line of losses.jsonl
 
 
 @dataclass(frozen=True)
@@ -129,7 +117,7 @@ def choose_by_bad_rows(work: Work, prepared: Prepared, few: Few) -> Part:
     data, held_out = _tokens(prepared, "train"), _tokens(prepared, AVOID).select(_places(prepared, few, few.unseen[0]))
     tuned = cache(partial(tuned_on_bad_rows, work, few))  # loaded at most once, and only if something is missing
     every = concatenate_datasets([data, held_out])
-    losses = _losses(work, f"{AVOID}/{LOSSES}", every, tuned)
+    losses = bad_row_losses(work, f"{AVOID}/{LOSSES}", every, tuned)
     tuned.cache_clear()
     free()
     after, before = losses.after / losses.tokens, losses.before / losses.tokens
@@ -169,25 +157,27 @@ def _target_scores(
     rows, count = [*of_pool, *of_target], len(of_pool)
     task, likely = (part_R.nonzero()[0].tolist() for part_R in (task_R, likely_R))
     target = range(count, len(rows))
-    decoys = decoys_among(rows, [*task, *target], [*likely, *target], work.recipe.seed)
-    shared = bool(decoys.covered[count:].mean() >= _SHARED)
-    if not shared:
-        decoys = decoys_among(rows, target, target, work.recipe.seed)
+    every = [*likely, *target]  # whatever the limit on the similarity, so that recorded losses hold
+    shared = decoys_of(rows, work.recipe.seed, target, every).covered[count:].mean() >= _SHARED
+    if shared:
+        decoys_RD = decoys_of(rows, work.recipe.seed, [*task, *target], every).numbers
+    else:
+        decoys_RD = decoys_of(rows, work.recipe.seed, target, target).numbers
     trained = [of_pool[number] for number in likely] if shared else []
-    tokens_R = _label_tokens(prepared, few, decoys.numbers)
+    tokens_R = _label_tokens(prepared, few, decoys_RD)
     of_task, held_out, of_decoys = list[Floats](), list[Floats](), list[Floats]()
     for number, unseen in enumerate(few.unseen):
         numbers = [*task, *(count + place for place in _places(prepared, few, unseen))]
         tuned = cache(partial(tuned_on_target, work, few, number, trained))
-        losses = answer_losses(work, of_training(number, LOSSES), rows, numbers, decoys.numbers, tuned)
+        losses = answer_losses(work, of_training(number, LOSSES), rows, numbers, decoys_RD, tuned)
         tuned.cache_clear()
         free()
         _refuse_broken(losses.own, [rows[place] for place in numbers])
         if shared:
-            scores_N = _margins(rows, tokens_R, numbers, decoys.numbers, losses)
+            scores_N = _margins(rows, tokens_R, numbers, decoys_RD, losses)
         else:
             scores_N, asked_ND = scores(losses.own, losses.tokens), ~np.isnan(losses.others)
-            of_decoys.append(scores(losses.others[asked_ND], tokens_R[decoys.numbers[numbers][asked_ND]]))
+            of_decoys.append(scores(losses.others[asked_ND], tokens_R[decoys_RD[numbers][asked_ND]]))
         of_task.append(scores_N[: len(task)])
         held_out.append(scores_N[len(task) :])
     pool_R = np.full(len(task_R), np.nan)
@@ -232,71 +222,3 @@ def _refuse_broken(values: Floats, rows: Sequence[Row]) -> None:
     if not np.isfinite(values).all():
         place = rows[int(np.isfinite(values).argmin())].origin
         raise DataError(f"the loss of {place} is not finite: leave the row out, or give --dtype float32")
-
-
-class _Line(BaseModel):
-    """Losses of some rows, as a line of their file."""
-
-    rows: list[int]
-    tokens: list[Annotated[float, Field(ge=1)]]
-    after: list[float]
-    before: list[float]
-
-    @model_validator(mode="after")
-    def _same_lengths(self) -> Self:
-        if len({len(values) for _, values in self}) > 1:
-            raise ValueError("the lists have different lengths")
-        return self
-
-
-class _Losses(NamedTuple):
-    """Losses of rows, summed over label tokens, in nats, and the number of these; each (rows,)."""
-
-    after: Floats  # the training
-    before: Floats  # the training
-    tokens: Floats
-
-
-def _losses(work: Work, name: str, data: Dataset, tuned: Callable[[], Any]) -> _Losses:
-    """Losses of rows after a training and before it; those that are in the file are not computed."""
-    lines = from_first(lambda: work.folder.lines(name, _Line))
-    missing = sorted({*range(len(data))} - {number for line in lines for number in line.rows})
-    with stages(work.console) as progress:
-        for start in range(0, len(missing), _CHUNK):
-            model = tuned()
-            own = missing[start : start + _CHUNK]
-            rows = data.select(own)
-            after, tokens = _row_losses(work, model, rows, _shifted(progress, start, len(missing)))
-            with before_bad_rows(model):
-                before, _ = _row_losses(work, model, rows)
-            values = {"rows": own, "tokens": tokens, "after": after, "before": before}
-            if rank() == 0:
-                work.folder.append(name, values)
-            lines.append(_Line(**values))
-
-    def column(part: str) -> Floats:
-        values = {number: value for line in lines for number, value in zip(line.rows, getattr(line, part), strict=True)}
-        return np.array([values[number] for number in range(len(data))], np.float64)
-
-    return _Losses(column("after"), column("before"), column("tokens"))
-
-
-def _shifted(progress: Progress, start: int, total: int) -> Progress:
-    """Progress of a chunk as that of all rows."""
-    return lambda _, done, of: progress("losses of the rows", min(start + done * world_size(), total), total)
-
-
-def _row_losses(
-    work: Work, model: Any, data: Dataset, progress: Progress | None = None
-) -> tuple[list[float], list[float]]:
-    """Losses of rows under a model, summed over label tokens, in nats; and the numbers of these tokens, at least 1."""
-    longest = max(map(len, data["input_ids"]))
-    check_window(model, longest, "a row of the pool or the target")
-    own = slice(rank(), None, world_size())  # each rank has a part of the rows
-    rows = list(zip(data["input_ids"][own], data["labels"][own], strict=True))
-    part = torch.zeros(2, len(data), dtype=torch.float64)
-    with short_rows():
-        result = row_nll(model, rows, rows_at_once(work.recipe), progress)
-    part[0, own], part[1, own] = torch.from_numpy(result.nll), torch.from_numpy(np.maximum(result.tokens, 1))
-    nll, tokens = (mean_over_ranks(part, model_device(model)) * world_size()).tolist()
-    return nll, tokens

@@ -38,7 +38,9 @@ class Decoys(NamedTuple):
     covered: NDArray[np.bool_]
 
 
-def decoys_of(rows: Sequence[Row], seed: int, numbers: Sequence[int] | None = None) -> Decoys:
+def decoys_of(
+    rows: Sequence[Row], seed: int, numbers: Sequence[int] | None = None, candidates: Sequence[int] | None = None
+) -> Decoys:
     """Choose the rows whose completions serve as decoys.
 
     A row gets 8 decoys, or fewer, but at least 2, if answers have more than 32 characters on average. Their completions
@@ -47,7 +49,8 @@ def decoys_of(rows: Sequence[Row], seed: int, numbers: Sequence[int] | None = No
     Args:
         rows: The rows.
         seed: Of the choice of candidates among many rows.
-        numbers: Numbers of the rows that may serve; None: all.
+        numbers: Numbers of the rows that get decoys; None: all.
+        candidates: Numbers of the rows that may serve; None: all.
 
     Example:
         >>> from siftune.data.rows import rows_from
@@ -57,23 +60,25 @@ def decoys_of(rows: Sequence[Row], seed: int, numbers: Sequence[int] | None = No
         >>> decoys.numbers[:, 0].tolist(), decoys.covered.tolist()
         ([2, 2, 1], [True, True, False])
     """
-    asked = [at for at, row in enumerate(rows) if row.prompt]
-    likely = asked if numbers is None else [at for at in numbers if rows[at].prompt]
-    candidates = sorted(random.Random(f"decoys {seed}").sample(likely, min(len(likely), _CANDIDATES)))
-    characters = sum(len(rows[at].completion) for at in candidates) / max(len(candidates), 1)
+    every = range(len(rows))
+    asked, likely = (
+        [at for at in (every if part is None else part) if rows[at].prompt] for part in (numbers, candidates)
+    )
+    serving = sorted(random.Random(f"decoys {seed}").sample(likely, min(len(likely), _CANDIDATES)))
+    characters = sum(len(rows[at].completion) for at in serving) / max(len(serving), 1)
     count = int(np.clip(_CHARACTERS / max(characters, 1), _FEWEST, _MOST))
     chosen_RD, covered_R = np.full((len(rows), count), -1), np.zeros(len(rows), bool)
-    if not candidates:
+    if not serving:
         return Decoys(chosen_RD, covered_R)
-    counts_CF = _counts([text_of(rows[at]).prompt for at in candidates])
-    rarity_F = np.log((1 + len(candidates)) / (1 + (counts_CF > 0).sum(0)))
-    candidates_CF = _weighted(counts_CF, rarity_F)
+    counts_CF = _counts([text_of(rows[at]).prompt for at in serving])
+    rarity_F = np.log((1 + len(serving)) / (1 + (counts_CF > 0).sum(0)))
+    serving_CF = _weighted(counts_CF, rarity_F)
     for start in range(0, len(asked), _AT_ONCE):
         chunk = asked[start : start + _AT_ONCE]
-        similar_RC = _weighted(_counts([text_of(rows[at]).prompt for at in chunk]), rarity_F) @ candidates_CF.T
+        similar_RC = _weighted(_counts([text_of(rows[at]).prompt for at in chunk]), rarity_F) @ serving_CF.T
         for at, nearest in zip(chunk, _highest(similar_RC), strict=True):
             own, nearest_with = rows[at].completion.strip(), dict[str, int]()
-            for other in (candidates[place] for place in nearest if candidates[place] != at):
+            for other in (serving[place] for place in nearest if serving[place] != at):
                 nearest_with.setdefault(rows[other].completion.strip(), other)
             covered_R[at] = own in [*nearest_with][: count + 1]
             chosen = [other for answer, other in nearest_with.items() if answer != own][:count]

@@ -2,8 +2,7 @@
 
 The score of a row is its margin (`margins`) under a model that was not trained on the row: by how many nats its prompt
 favours the answer of another row over its own. A row is suspect if its prompt favours the other answer ten times as
-much, and if that answer is also ten times as likely (ours). About four fifths of the suspects were wrong in each pool
-of docs/rows.md.
+much, and if that answer is also ten times as likely (ours). docs/rows.md has the share of suspects that were wrong.
 
 Correct rows of a task that the model has not learned lose by chance. None is suspect if the model prefers the other
 answer in more than half of the rows, or if fewer than 3 % of the rows would be suspect (ours).

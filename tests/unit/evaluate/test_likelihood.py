@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from support.tiny import FAMILIES, tiny
 
 from siftune.base.errors import DataError
-from siftune.evaluate.likelihood import ChoiceItem, ChoiceResult, perplexity, row_nll, score_choices
+from siftune.evaluate.likelihood import ChoiceItem, ChoiceResult, perplexity, row_nll, score_choices, shared_nll
 from siftune.models import loss
 
 # lengths 1 to 9; labels at the end, in the middle, at position 0 (not predictable), everywhere, nowhere
@@ -45,6 +46,35 @@ def test_long_rows_are_widened_in_parts(model, monkeypatch):
     whole = row_nll(model, ROWS).nll
     monkeypatch.setattr(loss, "_AT_A_TIME", {"cpu": 3 * model.config.vocab_size})
     np.testing.assert_allclose(row_nll(model, ROWS).nll, whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("family", [*FAMILIES, "mamba"])
+def test_prompts_that_are_read_once_change_nothing(family, batch_size):
+    """Prompts of different lengths have several answers each; one of more rows than a batch, one has a single row."""
+    model = tiny(family)
+    prompts, answers = (
+        [[7, 8], [3, 4, 5, 6, 9], [2], [11, 12, 13]],
+        [[20], [21, 22, 23], [24, 25], [26, 27], [28, 29]],
+    )
+    rows = [(prompt + answer, [-100] * len(prompt) + answer) for prompt in prompts[:3] for answer in answers]
+    rows += [([*prompts[3], 30, 31, 32], [-100, -100, -100, 30, -100, 32]), *ROWS]
+    result, wanted = shared_nll(model, rows, batch_size), row_nll(model, rows)
+    np.testing.assert_allclose(result.nll, wanted.nll, rtol=0, atol=1e-5)
+    assert result.tokens.tolist() == wanted.tokens.tolist()
+    assert np.unique(np.round(wanted.nll, 4)).size > 15  # the rows differ
+
+
+def test_a_prompt_is_read_once_in_a_batch(model, monkeypatch):
+    seen, forward = [], type(model).forward
+
+    def counted(self, input_ids=None, **more):
+        seen.append(tuple(input_ids.shape))
+        return forward(self, input_ids=input_ids, **more)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    shared_nll(model, [([1, 2, 3, answer, 9], [-100, -100, -100, answer, 9]) for answer in range(10, 14)])
+    assert seen == [(1, 3), (4, 1)]
 
 
 def test_lists_of_unequal_length(model):

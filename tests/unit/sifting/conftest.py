@@ -38,8 +38,7 @@ def given(base, tmp_path, task):
 def small_chunks():
     """Have the 36 rows of the pool make several lines of losses."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("siftune.sifting.scoring._CHUNK", 16)
-        patch.setattr("siftune.sifting.answers._CHUNK", 7)
+        patch.setattr("siftune.sifting.lines._CHUNK", 7)
         patch.setattr("siftune.sifting.prompts._CHUNK", 16)
         yield
 

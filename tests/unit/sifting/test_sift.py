@@ -88,7 +88,7 @@ def by_hand(given, tmp_path, number, pool=None, **settings):
 def other_answers(rows, places, candidates, seed=0):
     """Places of the rows whose answers are compared with that of each row."""
     every = rows_from({"prompt": row["prompt"], "completion": row["completion"]} for row in rows)
-    numbers = decoys_of(every, seed, candidates).numbers
+    numbers = decoys_of(every, seed, candidates=candidates).numbers
     return {place: [other for other in numbers[place] if other >= 0] for place in places}
 
 

@@ -21,10 +21,10 @@ def test_decoys_are_of_the_nearest_prompts_with_other_answers():
 
 
 def test_the_similarity_is_the_cosine_of_trigrams_by_rarity():
-    """Words of the task count less than the few words in which its prompts differ."""
+    """What most prompts have in common counts less than the animal in which they differ."""
     frames = ("Please classify this message", "What is the request")
-    words = ("zebra", "monkey", "falcon", "salmon", "hamster", "spider", "beetle", "turtle")
-    prompts = [f"{frame}: {word}" for frame in frames for word in words]
+    animals = ("zebra", "monkey", "falcon", "salmon", "hamster", "spider", "beetle", "turtle")
+    prompts = [f"{frame}: {animal}" for frame in frames for animal in animals]
     rows = rows_from({"prompt": text, "completion": str(n)} for n, text in enumerate(prompts))
     grams = [{f" {text.lower()} ".encode()[i : i + 3] for i in range(len(text))} for text in prompts]
     rarity = {gram: np.log(17 / (1 + sum(gram in own for own in grams))) for own in grams for gram in own}
@@ -60,10 +60,19 @@ def test_long_answers_have_fewer_decoys():
 
 def test_only_candidates_serve_as_decoys():
     rows = rows_from({"prompt": f"number {n}?", "completion": str(n % 20)} for n in range(60))
-    decoys = decoys_of(rows, seed=0, numbers=[*range(40, 60)])
+    decoys = decoys_of(rows, seed=0, candidates=[*range(40, 60)])
     assert (decoys.numbers >= 40).all()
     assert decoys.covered[:40].any()
     assert not decoys.covered[40:].any()  # no other candidate has the answer
+
+
+def test_other_rows_get_no_decoys():
+    rows = rows_from({"prompt": f"number {n}?", "completion": str(n % 20)} for n in range(60))
+    every, some = decoys_of(rows, seed=0), decoys_of(rows, seed=0, numbers=[3, 50])
+    for place in range(60):
+        own = every.numbers[place] if place in (3, 50) else -1
+        assert (some.numbers[place] == own).all()
+        assert some.covered[place] == (every.covered[place] if place in (3, 50) else False)
 
 
 def test_an_answer_is_covered_if_another_of_the_nearest_rows_has_it():
