@@ -175,6 +175,9 @@ $run clean-options,clean-boolq --lrs 5e-4 --seeds 0,1,2 --methods dense=dense,dt
 run="python -m lab.pays.run S2 --data FOLDER --out pays.jsonl --cells uniform-30 --lrs 5e-4,1e-3 --steps 150"
 $run --seeds 0,1,2 --methods dense "sample 12 of 16=method:gast,gast.support:sample,gast.select:12"
 """,
+    "sift_scores.jsonl": """
+python -m lab.pays.scores intents-b --data FOLDER --out sift_scores.jsonl
+""",
     "scores.json": """
 python -m lab.pays.scores intents-a --data FOLDER --out scores.jsonl    # similar: scores of what `siftune sift` records
 """,

@@ -16,6 +16,7 @@ from lab.avoid import report as avoid
 from lab.keep import report as keep
 from lab.lines import key, read
 from lab.pays import report as pays
+from lab.pays import scores
 from lab.recorded import COMMANDS, NOTES
 from lab.rows import report as rows
 from siftune.report.table import Table, markdown_table
@@ -90,6 +91,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "quality.jsonl": _quality,
     "rows.jsonl": lambda path: rows.report(read(path)),
     "scores.json": _printed,
+    "sift_scores.jsonl": lambda path: scores.report(read(path)),
 }
 
 
