@@ -50,7 +50,8 @@ class Commands:
         """
         self.texts.append(shlex.join(["siftune", *(Path(word).name if "/" in word else word for word in words)]))
         started = time.process_time()
-        with patch.object(sifting, "_sift", self._timed_sift(sifting._sift)):  # of `siftune sift` and `train --sift`
+        # `siftune sift` and `siftune train --sift` both call it
+        with patch.object(sifting, "sift_pool", self._timed_sift(sifting.sift_pool)):
             code = main(words)
         self.seconds += time.process_time() - started
         if code:

@@ -169,14 +169,14 @@ def sift(
     pool = str(train) if isinstance(train, str | Path) else tuple(map(str, train))
     named = {"target": None if target is None else str(target)}
     recipe = Recipe(**{**settings, "train": pool, **named})
-    asked = _Asked(None if avoid is None else str(avoid), share, steps, Limits(max_score, min_similarity))
+    asked = Asked(None if avoid is None else str(avoid), share, steps, Limits(max_score, min_similarity))
     check_sifting(recipe, share, asked.avoid, asked.limits)
     if steps < 1:
         raise RecipeError(f"steps is {steps}, but must be at least 1")
-    return _sift(recipe, asked, console, source_of, ReadOnce())
+    return sift_pool(recipe, asked, console, source_of, ReadOnce())
 
 
-class _Asked(NamedTuple):
+class Asked(NamedTuple):
     """Settings of a sifting that are not those of a recipe, as for `sift`."""
 
     avoid: str | None
@@ -185,14 +185,25 @@ class _Asked(NamedTuple):
     limits: Limits = NO_LIMITS
 
 
-def _sift(
+def sift_pool(
     recipe: Recipe,
-    asked: _Asked,
+    asked: Asked,
     console: Console | None,
     source_of: Callable[[str], Source],
     reader: ReadOnce,
 ) -> Sifted:
-    """Sift the pool of a recipe; arguments as for `sift`, and a reader of the files."""
+    """Sift the pool of a recipe, of a command or of a training.
+
+    Args:
+        recipe: The recipe; `out` is the folder, or None.
+        asked: What only a sifting is asked for.
+        console: As for `sift`.
+        source_of: As for `sift`.
+        reader: Reads files; one that the training reads again is read once.
+
+    Raises:
+        InputError: As `sift`.
+    """
     with in_launch(), ExitStack() as stack:
         console = console or text_console(stderr=True)
         console = Console(quiet=True) if rank() else console
@@ -264,7 +275,7 @@ def sift_first(
         pool = replace(recipe, out=str(folder.path / SIFT), steps=Recipe.steps)
         if not by_target:
             pool = replace(pool, target=None)
-        sifted = _sift(pool, _Asked(avoid, share, STEPS), console, source_of, reader)
+        sifted = sift_pool(pool, Asked(avoid, share, STEPS), console, source_of, reader)
         if sifted.dropped is not None:
             recipe = replace(recipe, drop_rows=str(sifted.dropped))
         return recipe, sifted, read_rows(resolve_recipe(recipe), reader)
