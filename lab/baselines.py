@@ -23,14 +23,15 @@ from torch import Tensor, nn
 
 from siftune.base import numerics
 from siftune.base.errors import RecipeError, UnsupportedError
+from siftune.base.ranks import world_size
 from siftune.engine import kinds as per_sample
 from siftune.engine.groups import group_by_layer, outside
-from siftune.engine.ranks import world_size
-from siftune.methods.drivers.batches import Batch, Draws, Loss, RowDraws, model_loss
+from siftune.methods.drivers.batches import Draws, RowDraws
 from siftune.methods.drivers.support import support_gradient
 from siftune.methods.gast import maths
 from siftune.methods.gast.maths import Scored, score_samples
 from siftune.methods.options import GASTSettings, count_of
+from siftune.models.loss import Batch, Loss, model_loss
 from siftune.train.trainer import SiftTrainer
 
 Read = Callable[[nn.Linear, Tensor, Tensor], Tensor | None]  # matrix, output's gradient, input -> weight's gradient

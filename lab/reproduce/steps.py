@@ -19,10 +19,10 @@ from siftune.data.read import load_rows
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.report.rates import bests, write_report
-from siftune.train.prepare import ModelSource, Source
 from siftune.train.rates.grid import Grid
 from siftune.train.rates.sweep import LRFolder, open_sweep, run_missing
 from siftune.train.run import train
+from siftune.train.source import ModelSource, Source
 
 _RUN = "run.json"
 

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from lab.commands import Commands, flags, load_tuned, settings_of, write_rows
 from lab.lines import work_off
 from lab.rows.cells import Row, rows_of
+from siftune.data.decisions import read_decisions
 from siftune.data.rows import rows_from
 from siftune.data.tokens import tokenize_rows
 from siftune.evaluate.likelihood import row_nll
 from siftune.models.attention import short_rows
-from siftune.records.decisions import read_decisions
 from siftune.suspects.losses import read_losses, trained_rows
 
 Job = dict[str, Any]

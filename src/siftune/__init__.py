@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from siftune.methods.rst import RST
     from siftune.models.adapters.attach import attach_adapter
     from siftune.models.layers import find_layers
-    from siftune.records.record import RowRecord
     from siftune.sifting.run import sift
 
 __version__ = "0.1.0"
@@ -25,7 +24,6 @@ _LAZY = {
     "Keep": "siftune.methods.keep.callback",
     "LabelLogits": "siftune.methods.host.label_logits",
     "RST": "siftune.methods.rst",
-    "RowRecord": "siftune.records.record",
     "SiftuneError": "siftune.base.errors",
     "attach_adapter": "siftune.models.adapters.attach",
     "find_layers": "siftune.models.layers",
@@ -39,7 +37,6 @@ __all__ = [  # noqa: RUF022
     "Keep",
     "LabelLogits",
     "RST",
-    "RowRecord",
     "SiftuneError",
     "attach_adapter",
     "find_layers",

@@ -1,14 +1,11 @@
 """Two ranks under DDP choose what one rank chooses in their batches together, and reach its weights."""
 
-import numpy as np
 import pytest
 import torch
 from support.every_method import SETTINGS, chooses_rows, trained
 from support.ranks import run
-from support.recorded import recorded
 
 from siftune.methods import METHODS
-from siftune.records.visits import read_visits
 
 pytestmark = pytest.mark.distributed
 
@@ -85,7 +82,7 @@ def test_two_ranks_keep_what_one_keeps(tmp_path):
         assert not torch.allclose(value, free["weights"][name], rtol=1e-2, atol=1e-3)
 
 
-def test_columns_of_ranks_that_have_different_numbers_of_them(tmp_path):
+def test_ranks_exchange_columns_and_flags(tmp_path):
     first, second = run(tmp_path / "run", 2, "columns.py")
     assert torch.equal(first, second)
     assert first.tolist() == [[0.0, 1.0, 2.0, 3.0], [10.0, 11.0, 12.0, 13.0]]
@@ -195,17 +192,3 @@ def test_four_ranks_are_one(tmp_path):
                 assert_runs_agree({**got, "weights": {}}, {**wanted, "weights": {}}, atol=1e-6)
                 for key, value in wanted["weights"].items():
                     torch.testing.assert_close(got["weights"][key], value, rtol=1e-3, atol=1e-4)
-
-
-def test_two_ranks_have_one_record_of_all_rows(tmp_path):
-    alone, _ = recorded(tmp_path / "one", 4)
-    ranks = run(tmp_path / "two", 2, "row_record.py")
-    wanted, found = (read_visits(tmp_path / name / "rows.parquet").visits for name in ("one", "two"))
-    assert len(found) == 64
-    for name in ("row", "step", "tokens"):
-        assert getattr(found, name).tolist() == getattr(wanted, name).tolist(), name
-    np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-3)
-    half = read_visits(tmp_path / "two" / "checkpoint-2" / "rows.parquet").visits
-    assert half.row.tolist() == found.row[:32].tolist()
-    seen = [row for choices in ranks for rows in choices for row in rows.tolist()]
-    assert sorted(seen) == sorted(row for rows in alone for row in rows.tolist()) == list(range(64))

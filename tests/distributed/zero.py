@@ -16,7 +16,7 @@ from support.trainers import adapted, leave
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from siftune.engine.ranks import first_rank_first, join_launch
+from siftune.base.ranks import first_rank_first, join_launch
 
 
 class Held(TrainerCallback):

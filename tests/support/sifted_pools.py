@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 
 from siftune.base.work_folder import record_text
-from siftune.records.again import note_file
-from siftune.records.decisions import Decision, decisions_csv
+from siftune.data.decisions import Decision, decisions_csv
+from siftune.recipe.again import note_file
 
 LIMITS = (1.25, 0.6)  # on the score, and on the similarity of prompts
 

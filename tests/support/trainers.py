@@ -5,7 +5,7 @@ from datasets import Dataset
 from support.tiny import VOCAB, tiny
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from siftune.engine.ranks import leave_launch, let_go
+from siftune.base.ranks import leave_launch, let_go
 from siftune.models.adapters.attach import attach_adapter
 
 ROWS = 24

@@ -14,7 +14,7 @@ def list_of_recipes(tmp_path_factory):
     """Keep the user's list of own recipes out of the tests."""
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as changes:
-        changes.setattr("siftune.records.again.cache_root", lambda: cache)
+        changes.setattr("siftune.recipe.again.cache_root", lambda: cache)
         yield
 
 

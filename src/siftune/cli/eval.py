@@ -124,8 +124,8 @@ def job_of(subject: "Subject", options: Options) -> Job:
 def _rows(subject: "Subject", options: Options, columns: tuple[str, ...]) -> "tuple[str, list[Row]]":
     """The rows to measure on, and what they are called."""
     from siftune.data.read import load_rows
-    from siftune.records.again import is_own
-    from siftune.records.rows import used_rows
+    from siftune.recipe.again import is_own
+    from siftune.recipe.rows import used_rows
 
     recipe = subject.recipe
     if options.data is not None:

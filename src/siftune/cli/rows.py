@@ -81,9 +81,9 @@ def run(options: Options) -> dict[str, Any]:
 def _score(options: Options, folder: Path, console: "Console") -> None:
     """Score the rows of a run."""
     from siftune.offsite.exchange.tune import source_of
+    from siftune.recipe.again import is_own
     from siftune.recipe.read import load_recipe
     from siftune.recipe.schema import Recipe
-    from siftune.records.again import is_own
     from siftune.suspects.scoring import score_run
 
     recipe: Recipe = load_recipe(folder / "recipe.yaml")
@@ -98,7 +98,7 @@ def _score(options: Options, folder: Path, console: "Console") -> None:
 
 def _write(path: Path, text: str) -> None:
     from siftune.base.files import write_beside
-    from siftune.records.again import note_file
+    from siftune.recipe.again import note_file
 
     path = path.expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from siftune.base.settings import CONFIG, Count, Positive, Validated
 from siftune.base.text import one_line
 from siftune.base.work_folder import WorkFolder
 from siftune.recipe.schema import SCORING, Recipe, with_settings
-from siftune.sifting.checks import RECORD, check_sifting
+from siftune.sifting.checks import RECORD, STEPS, check_sifting
 from siftune.sifting.scores import Limits
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Options(Validated):
     held-out rows."""
     min_similarity: Annotated[float, Field(ge=-1, le=1)] | None = None
     """Rows are of the task from this similarity of their prompts. Default: the limit of the target's own prompts."""
-    steps: Count = 60
+    steps: Count = STEPS
     """At most N optimizer steps on the pool, and half of them on the target's rows, of which some determine the end."""
     lr: Positive | None = Recipe.lr
     """Peak learning rate of the training on the target's rows. Default: 5e-4."""

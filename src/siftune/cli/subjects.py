@@ -20,13 +20,13 @@ from siftune.models.adapters.saved import CONFIG, read_config
 from siftune.offsite.exchange.returned import open_return
 from siftune.offsite.exchange.tune import KitSource, find_kit, put_in_return
 from siftune.offsite.kit.folder import Kit
+from siftune.recipe.again import is_own
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
-from siftune.records.again import is_own
 from siftune.train.folder.checkpoints import step_of, whole_checkpoints
 from siftune.train.folder.run import RunFolder
 from siftune.train.folder.weights import holds_tuned, put_in, read_about, read_tuned
-from siftune.train.prepare import ModelSource
+from siftune.train.source import ModelSource
 
 logger = logging.getLogger(__name__)
 

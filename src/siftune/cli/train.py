@@ -22,9 +22,9 @@ from siftune.train.folder.run import RunFolder
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from siftune.records.rows import Read
-    from siftune.train.prepare import Source
+    from siftune.recipe.rows import Read
     from siftune.train.run import Run
+    from siftune.train.source import Source
 
 
 @dataclass(config=CONFIG)
@@ -59,9 +59,9 @@ def run(options: Options) -> dict[str, Any]:
     if options.dry_run:
         return _try(options, recipe)
 
+    from siftune.base.ranks import in_launch
     from siftune.base.stages import text_console
     from siftune.base.text import counted
-    from siftune.engine.ranks import in_launch
     from siftune.offsite.exchange.tune import source_of
     from siftune.train.run import train
 

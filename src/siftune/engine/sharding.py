@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from siftune.base.errors import UnsupportedError
-from siftune.engine.ranks import join_launch, world_size
+from siftune.base.ranks import join_launch, world_size
 from siftune.models.layers import find_layers
 
 

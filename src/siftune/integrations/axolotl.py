@@ -16,7 +16,7 @@ from siftune.methods.host.callback import SelectionCallback
 _FUSED = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
 SiftuneArgs = create_model("SiftuneArgs", **dict.fromkeys(keys(), (Any, None)))  # type: ignore[call-overload]
-"""Keys in axolotl's YAML: a group for each method, `label_logits` and `row_record`."""
+"""Keys in axolotl's YAML: a group for each method, and `label_logits`."""
 
 
 class SiftunePlugin(BasePlugin):  # type: ignore[misc]

@@ -8,7 +8,7 @@ from siftune.base.errors import RecipeError
 from siftune.base.settings import Settings, nearest
 from siftune.methods import Part, all_parts
 
-PLAIN = {"label_logits": "LabelLogits", "row_record": "RowRecord"}
+PLAIN = {"label_logits": "LabelLogits"}
 """Boolean keys, and the public name of the callback of each."""
 
 _OF_CALLBACKS = ("seed", "layers")

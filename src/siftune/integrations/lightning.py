@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from siftune.base.errors import ModelError, RecipeError, UnsupportedError
-from siftune.methods.drivers.batches import Batch, Loss, RowDraws, model_loss
+from siftune.methods.drivers.batches import RowDraws
 from siftune.methods.ist.callback import IST
+from siftune.models.loss import Batch, Loss, model_loss
 
 _SHARDING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 

@@ -25,17 +25,16 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from siftune.base.errors import AdapterError, LayerError, UnsupportedError
+from siftune.base.errors import AdapterError, LayerError
 from siftune.base.numerics import copies_asynchronously
 
 IGNORED = -100  # label of a token without a loss, as in torch's cross entropy
+Batch = Mapping[str, Any]
+Loss = Callable[[nn.Module, Batch], Tensor]
 
 # logits at a time, of which there are two or three copies in float32: a processor's cache; 0.5 GB on a GPU
 _AT_A_TIME = {"cpu": 2**18}
 _ELSEWHERE = 2**27
-_ROW_LOSSES_AT_A_TIME = 2**24  # logits: 64 MB in float32
-
-_FUSED = ("log_probs", "label_mask")  # of TRL's outputs
 
 
 class _OfNewest:
@@ -82,7 +81,7 @@ def places(mask_BT: Tensor) -> Tensor:
     return mask_BT.flatten().nonzero().squeeze(1)
 
 
-def moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def moved(batch: Batch, device: torch.device) -> dict[str, Any]:
     """Move a batch of the CPU to a device, without waiting for it if possible: label positions are found before."""
     asynchronous = copies_asynchronously(device.type)
     there: dict[str, Any] = send_to_device(dict(batch), device, non_blocking=asynchronous)
@@ -92,6 +91,12 @@ def moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         places.keep(positions, places(label_positions(own)).to(device, non_blocking=asynchronous))
         label_positions.keep(labels, positions)  # which was called for the CPU's in between
     return there
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss that the model computes from a batch with labels; a scalar."""
+    loss: Tensor = model(**moved(batch, next(model.parameters()).device)).loss
+    return loss
 
 
 def find_output_embeddings(model: nn.Module) -> nn.Module:
@@ -317,44 +322,3 @@ def by_row(losses_N: Tensor, labels_BT: Tensor) -> Tensor:
     sums_2B = wide_N.new_zeros(2, len(labels_BT))
     sums_2B.index_add_(1, row_N, torch.stack([wide_N, torch.ones_like(wide_N)]))
     return torch.stack([sums_2B[0] / sums_2B[1], sums_2B[1]])
-
-
-@torch.no_grad()
-def row_losses(output: Any, labels_BT: Tensor) -> Tensor:
-    """Compute the loss of every row, as `by_row`, from a causal language model's output.
-
-    Args:
-        output: With `logits` of (B, T, V); or of (1, N, V), at the labels alone; or of (1, N + 1, V), as `LabelLogits`
-            makes them. Or with `log_probs` and `label_mask`, both (B, T − 1) or (1, N), as TRL's SFTTrainer makes them.
-        labels_BT: (B, T) int64, -100 at tokens without a loss.
-
-    Raises:
-        UnsupportedError: It has neither.
-    """
-    where_N = places(label_positions(labels_BT))
-    count, log_probs, mask = len(where_N), *(getattr(output, name, None) for name in _FUSED)
-    if log_probs is not None and mask is not None and len(log_probs) == len(labels_BT):
-        sums_2B = torch.stack([-log_probs.detach().float().mul(mask).sum(1), mask.sum(1).float()])
-        return torch.stack([sums_2B[0] / sums_2B[1], sums_2B[1]])
-    if log_probs is not None and log_probs.shape == (1, count):
-        return by_row(-log_probs.flatten(), labels_BT)
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor) and logits.ndim == 3:
-        if logits.shape[:2] == labels_BT.shape:
-            return by_row(_losses(logits, where_N, labels_BT), labels_BT)
-        if logits.shape[:2] in ((1, count), (1, count + 1)):
-            return by_row(_losses(logits, torch.arange(count, device=logits.device), labels_BT), labels_BT)
-    found = tuple(logits.shape) if isinstance(logits, Tensor) else "no logits"
-    raise UnsupportedError(
-        f"labels are {tuple(labels_BT.shape)} and the model's output has {found}, from which losses of rows cannot "
-        "be computed: turn off what fuses the loss into the model (such as use_liger_kernel), or leave out RowRecord"
-    )
-
-
-def _losses(logits: Tensor, where_N: Tensor, labels_BT: Tensor) -> Tensor:
-    """Cross entropy at some positions, (N,), in chunks, so that no second set of logits is in memory."""
-    flat, targets_N = logits.detach().flatten(0, 1), next_labels(labels_BT).to(logits.device)
-    size = max(1, _ROW_LOSSES_AT_A_TIME // flat.shape[1])
-    parts = zip(torch.split(where_N.to(flat.device), size), torch.split(targets_N, size), strict=True)
-    losses = [nn.functional.cross_entropy(flat[at].float(), wanted, reduction="none") for at, wanted in parts]
-    return torch.cat(losses) if losses else flat.new_zeros(0, dtype=torch.float32)

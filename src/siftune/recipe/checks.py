@@ -36,6 +36,20 @@ def check(recipe: Recipe) -> None:
             raise RecipeError(sentence)
 
 
+def refuse_all_weights(recipe: Recipe) -> None:
+    """Refuse to train all weights of a model in every step.
+
+    Raises:
+        RecipeError: The adapter is "full", there are no `layers`, and the method does not choose layers.
+    """
+    chooses = any(not part.rows for part in method_of(recipe).parts)
+    if recipe.adapter == "full" and recipe.layers is None and not chooses:
+        raise RecipeError(
+            "adapter is full and no layers are given: training all weights of a model is not what siftune is for; "
+            "give --layers, such as 0 1 -2 -1, an adapter such as lora, or a method that chooses layers, such as rst"
+        )
+
+
 def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
     return [
         (not recipe.train and recipe.resume is not False, _no_recipe(recipe.resume)),

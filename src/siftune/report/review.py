@@ -9,8 +9,8 @@ from typing import Any
 
 from siftune.base.files import hash_of
 from siftune.base.text import counted
-from siftune.records.again import is_own_file
-from siftune.records.decisions import PLACE, SELECTED
+from siftune.data.decisions import PLACE, SELECTED
+from siftune.recipe.again import is_own_file
 from siftune.report.parts import Section, slug
 from siftune.report.scored import OTHER, TEXTS, DecisionList, Pool, plain
 from siftune.report.texts import Complete, complete_rows

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 
 from siftune.base.text import visible
-from siftune.records.decisions import Decision, decisions_csv
+from siftune.data.decisions import Decision, decisions_csv
 from siftune.report.table import Table
 from siftune.suspects.named import Suspect
 

@@ -12,8 +12,8 @@ from typing import Any
 from siftune.base.errors import InputError
 from siftune.base.text import counted, finite
 from siftune.base.work_folder import read_record
-from siftune.records.again import is_own
-from siftune.records.decisions import read_decisions
+from siftune.data.decisions import read_decisions
+from siftune.recipe.again import is_own
 from siftune.report.charts import Part, histogram
 from siftune.report.parts import Cell, Grid, Section, slug
 from siftune.report.score_chart import score_chart

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siftune.base.errors import DataError
+from siftune.data.decisions import Decision, decisions_csv
 from siftune.data.read import placed_records
 from siftune.data.rows import Row, parse_rows, row_texts
 from siftune.data.target import source_or_file
+from siftune.recipe.rows import text_of
 from siftune.recipe.schema import Recipe, train_files
-from siftune.records.decisions import Decision, decisions_csv
-from siftune.records.rows import text_of
 from siftune.sifting.scores import Floats
 from siftune.sifting.work import Work
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field, model_validator
 
 from siftune.base.files import Progress
+from siftune.base.ranks import from_first, mean_over_ranks, rank, world_size
 from siftune.base.stages import stages
 from siftune.data.rows import Row
-from siftune.engine.ranks import from_first, mean_over_ranks, rank, world_size
 from siftune.evaluate.likelihood import row_nll
 from siftune.models.attention import short_rows
 from siftune.models.modules import check_window, model_device

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, FiniteFloat
 
 from siftune.base.errors import DataError
+from siftune.base.ranks import from_first, mean_over_ranks, rank, wait_for_all, world_size
 from siftune.base.stages import stages
 from siftune.data.rows import Row
 from siftune.data.tokens import tokens_of
-from siftune.engine.ranks import from_first, mean_over_ranks, rank, wait_for_all, world_size
 from siftune.models.attention import short_rows
 from siftune.models.modules import check_window, model_device
 from siftune.sifting.similarity import Floats, embed, nearest, nearest_other, prompt_of

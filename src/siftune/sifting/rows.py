@@ -14,9 +14,10 @@ from siftune.base.errors import DataError, RecipeError
 from siftune.base.text import counted
 from siftune.data.rows import Row, row_texts
 from siftune.data.tokens import Form, tokens_of
+from siftune.recipe.rows import Read, ReadOnce, read_rows
 from siftune.recipe.schema import Recipe, train_files
-from siftune.records.rows import Read, ReadOnce, read_rows
-from siftune.train.prepare import Source, refuse_read
+from siftune.train.prepare import refuse_read
+from siftune.train.source import Source
 
 LEAST = 8  # rows of a target, and bad rows (ours)
 _SMALL = 64  # rows of a target; fewer are halved (ours)

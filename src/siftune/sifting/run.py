@@ -32,22 +32,22 @@ from rich.console import Console
 from siftune.base.environment import launch_rank
 from siftune.base.errors import DataError, RecipeError
 from siftune.base.files import only_process
-from siftune.base.stages import stages, text_console
-from siftune.base.work_folder import WorkFolder
-from siftune.data.rows import Row
-from siftune.data.target import source_or_file
-from siftune.engine.ranks import (
+from siftune.base.ranks import (
     first_rank_first,
     from_first,
     in_launch,
     rank,
     wait_for_all,
 )
+from siftune.base.stages import stages, text_console
+from siftune.base.work_folder import WorkFolder
+from siftune.data.rows import Row
+from siftune.data.target import source_or_file
+from siftune.recipe.again import note_file
 from siftune.recipe.checks import check
+from siftune.recipe.rows import Read, ReadOnce, digest_of, read_rows
 from siftune.recipe.schema import SCORING, Recipe, method_of, new_folder, resolve_recipe
-from siftune.records.again import note_file
-from siftune.records.rows import Read, ReadOnce, digest_of, read_rows
-from siftune.sifting.checks import RECORD, check_sifting
+from siftune.sifting.checks import RECORD, STEPS, check_sifting
 from siftune.sifting.files import DROPPED, SIFTED, copied_records, write_dropped, write_scores, write_selected
 from siftune.sifting.rows import PARTS, Rows, count_of, read_all
 from siftune.sifting.scores import NO_LIMITS, Floats, Limits
@@ -55,10 +55,11 @@ from siftune.sifting.scoring import choose_by_bad_rows, choose_by_target
 from siftune.sifting.tuning import AVOID, POOL, prefix
 from siftune.sifting.work import LOSSES, PROMPTS, SIMILAR, TUNING, Work
 from siftune.train.folder.run import SIFT, RunFolder
-from siftune.train.prepare import NAMED, ModelSource, Prepared, Source, bad_lines, prepare
+from siftune.train.prepare import NAMED, Prepared, bad_lines, prepare
 from siftune.train.resume import find_checkpoint
+from siftune.train.session import settled
+from siftune.train.source import ModelSource, Source
 
-STEPS = 60  # of the training on the pool, at most (ours: docs/sifting.md)
 SCORES = "scores.csv"
 TEMPLATE = "template.jinja"  # a copy of the file, if the recipe names one
 
@@ -207,9 +208,7 @@ def sift_pool(
     with in_launch(), ExitStack() as stack:
         console = console or text_console(stderr=True)
         console = Console(quiet=True) if rank() else console
-        recipe = from_first(lambda: _dense(recipe))
-        source = source_of(recipe.model)
-        recipe = source.settle(recipe)
+        recipe, source = settled(_dense(recipe), source_of)
         rows = read_all(recipe, asked.avoid, source, reader)
         with first_rank_first(), stages(console) as progress:
             parts = Read({"train": rows.pool, **{PARTS[few.name]: few.rows for few in rows.few}}, rows.bad)
@@ -288,7 +287,7 @@ def _dense(recipe: Recipe) -> Recipe:
     if method_of(recipe).lr != method_of(Recipe()).lr:
         recipe = replace(recipe, lr=None)
     recipe = replace(recipe, method="dense", target_share=0.0, target_last=None)
-    return resolve_recipe(replace(recipe, out=recipe.out or new_folder("sift")))
+    return replace(recipe, out=recipe.out or from_first(lambda: new_folder("sift")))
 
 
 def _own_template(folder: WorkFolder, file: Path) -> Path:

@@ -14,9 +14,9 @@ from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 
 from siftune.base.errors import DataError
+from siftune.data.decisions import DIGITS
 from siftune.data.rows import Row
 from siftune.models.loss import IGNORED
-from siftune.records.decisions import DIGITS
 from siftune.sifting.lines import answer_losses, bad_row_losses
 from siftune.sifting.prompts import similarities
 from siftune.sifting.rows import PARTS, Few

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from siftune.base.errors import DataError, TrainingError
+from siftune.base.ranks import from_first, rank, wait_for_all, world_size
 from siftune.base.text import counted
 from siftune.data.read import load_rows, placed_records
 from siftune.data.rows import Row, row_texts
-from siftune.engine.ranks import from_first, rank, wait_for_all, world_size
 from siftune.models.adapters.attach import load_adapter
+from siftune.recipe.rows import Read
 from siftune.recipe.schema import SCORING, Recipe
-from siftune.records.rows import Read
 from siftune.sifting.rows import Few
 from siftune.sifting.work import TUNING, Work, base_model
 from siftune.train.folder.run import RunFolder

@@ -7,13 +7,13 @@ from typing import IO, Any
 import torch
 from rich.console import Console
 
+from siftune.base.ranks import first_rank_first
 from siftune.base.work_folder import WorkFolder
 from siftune.data.tokens import Form
-from siftune.engine.ranks import first_rank_first
 from siftune.models.load import use_attention
 from siftune.recipe.schema import Recipe
 from siftune.sifting.rows import Rows
-from siftune.train.prepare import Source
+from siftune.train.source import Source
 
 LOSSES, PROMPTS, SIMILAR, TUNING = "losses.jsonl", "prompts.f32", "similar.jsonl", "tuning"
 _WIDER = 4  # times the rows of a training step in a forward pass, unless the step saves no activations

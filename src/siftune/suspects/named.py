@@ -8,7 +8,7 @@ import numpy as np
 
 from siftune.base.text import one_line
 from siftune.data.target import source_or_file
-from siftune.records.rows import Text, text_of
+from siftune.recipe.rows import Text, text_of
 from siftune.suspects.losses import read_losses, trained_rows
 from siftune.suspects.rule import judge
 from siftune.train.folder.run import LOSSES
@@ -42,7 +42,7 @@ def suspects(run: Path, top: int | None = None, files: Sequence[str] = ()) -> li
     Args:
         run: Folder of a run of `siftune train` whose rows are scored, by `siftune rows` or `score_run`.
         top: At most N rows; None: all.
-        files: Files of the rows, if the recipe is not the user's own: see `records.again`.
+        files: Files of the rows, if the recipe is not the user's own: see `recipe.again`.
 
     Returns:
         Rows of which about four fifths are wrong; none if the losses do not tell.

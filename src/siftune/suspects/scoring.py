@@ -24,12 +24,12 @@ from siftune.base.errors import DataError, TrainingError
 from siftune.base.files import Progress
 from siftune.base.stages import stages, text_console
 from siftune.base.text import counted
+from siftune.data.decisions import absolute_place
 from siftune.data.rows import Row, row_texts
 from siftune.data.tokens import Form
+from siftune.recipe.again import recipe_again
+from siftune.recipe.rows import read_rows
 from siftune.recipe.schema import Recipe
-from siftune.records.again import recipe_again
-from siftune.records.decisions import absolute_place
-from siftune.records.rows import read_rows
 from siftune.suspects.answers import answers_of
 from siftune.suspects.decoys import decoys_of
 from siftune.suspects.losses import Losses, read_losses, trained_rows, write_losses
@@ -37,9 +37,9 @@ from siftune.suspects.margins import margins
 from siftune.suspects.rule import COMPARED
 from siftune.train.folder.run import HALVES, LOSSES, RunFolder
 from siftune.train.guards.memory import free
-from siftune.train.prepare import ModelSource, Source
 from siftune.train.run import Run
 from siftune.train.run import train as tune
+from siftune.train.source import ModelSource, Source
 
 FEWEST, MOST = 30, 300  # steps of a training (ours)
 _LARGER = 2  # rows per forward pass, over those of a training batch: no activations are kept
@@ -56,7 +56,7 @@ def score_run(
 
     Args:
         run: The run folder.
-        files: Files of the rows, if the recipe is not the user's own: see `records.again`.
+        files: Files of the rows, if the recipe is not the user's own: see `recipe.again`.
         base: The model to train, in the place of that of the recipe.
         console: For progress; stderr by default.
         source_of: Maps the name of the model to its source, as for `siftune.train.run.train`.

@@ -14,8 +14,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from siftune.base.environment import peak_memory_mb
 from siftune.base.stages import BETWEEN
 from siftune.base.text import counted, duration
-from siftune.engine.ranks import on_any_rank
 from siftune.train.folder.run import RunFolder
+from siftune.train.guards.flags import Flag
 
 logger = logging.getLogger(__name__)
 _PARTS = 10  # of a run, with a checkpoint after each
@@ -203,6 +203,7 @@ class RegularCheckpoints(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self._saved = 0.0
+        self.flag = Flag(lambda: time.monotonic() - self._saved >= _SECONDS)  # clocks differ, and ranks save together
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -214,8 +215,7 @@ class RegularCheckpoints(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save a step long after the last checkpoint."""
-        late = time.monotonic() - self._saved >= _SECONDS
-        if on_any_rank(late, args.device):  # clocks differ, and ranks must save together
+        if self.flag:
             control.should_save = True
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

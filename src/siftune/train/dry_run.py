@@ -10,7 +10,7 @@ keep their layers for some steps draw them in every step.
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -21,30 +21,19 @@ import numpy.typing as npt
 import torch
 from datasets import Dataset
 from rich.console import Console
-from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from siftune.base.environment import peak_memory_mb, synchronize
 from siftune.base.errors import RecipeError
 from siftune.base.stages import stages
 from siftune.models.loss import IGNORED
-from siftune.recipe.checks import NO_TRACKER, check
-from siftune.recipe.schema import Recipe, method_of, resolve_recipe, settings_of
-from siftune.records.rows import read_rows
-from siftune.train.build import Built, build, check_trackers, trainable
-from siftune.train.folder.weights import adopted
-from siftune.train.prepare import (
-    Lengths,
-    ModelSource,
-    Prepared,
-    Source,
-    lengths_of,
-    prepare,
-    refuse_long,
-    row_lengths,
-    trained_and_held_out,
-)
+from siftune.recipe.checks import NO_TRACKER
+from siftune.recipe.schema import Recipe, method_of, settings_of
+from siftune.train.build import Built, build, trainable
+from siftune.train.prepare import Lengths, Prepared, lengths_of, row_lengths, trained_and_held_out
+from siftune.train.session import Session, open_session, settled
+from siftune.train.source import ModelSource, Source
 from siftune.train.trainer import planned_steps
 
 _LEAST, _MOST = 6, 24  # steps to time
@@ -118,22 +107,14 @@ def dry_run(recipe: Recipe, console: Console, source_of: Callable[[str], Source]
     Raises:
         InputError: Recipe, data or model cannot be used. Bad rows are reported instead, unless all are bad.
     """
-    check(recipe)
-    check_trackers(recipe.report_to)
     if recipe.resume:
         raise RecipeError("a dry run is of a complete run: leave resume out")
-    source = source_of(recipe.model)
-    recipe = adopted(recipe)
-    check(recipe)  # also for the type of an adapter that was trained before
-    recipe = source.settle(resolve_recipe(recipe))
-    read = read_rows(recipe)
-    model, tokenizer = source.load(recipe.dtype, recipe.quantize)
+    recipe, source = settled(recipe, source_of)
+    session = open_session(replace(recipe, bad_rows="drop"), source, console)
     with stages(console) as progress:
-        prepared = prepare(replace(recipe, bad_rows="drop"), tokenizer, read, progress)
-        refuse_long(model, prepared.data)
         progress("trying some steps", 0, 0)
-        estimate = _estimate(recipe, source, model, tokenizer, prepared.data)
-    data, rows = prepared.data["train"], prepared.rows["train"]
+        estimate = _estimate(session)
+    data, rows, tokenizer = session.data["train"], session.prepared.rows["train"], session.tokenizer
     order = np.argsort(row_lengths(data), kind="stable")
     examples = []
     for number in dict.fromkeys((0, int(order[len(order) // 2]), int(order[-1]))):
@@ -141,7 +122,7 @@ def dry_run(recipe: Recipe, console: Console, source_of: Callable[[str], Source]
         runs = groupby(pairs, lambda pair: pair[1] != IGNORED)
         parts = [(str(tokenizer.decode([token for token, _ in run])), labels) for labels, run in runs]
         examples.append(Example(rows[number].origin, parts))
-    return DryRun(recipe, prepared, examples, estimate)
+    return DryRun(recipe, session.prepared, examples, estimate)
 
 
 class _Clock(TrainerCallback):  # type: ignore[misc]
@@ -157,17 +138,12 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
     on_step_end = on_train_begin
 
 
-def _estimate(
-    recipe: Recipe,
-    source: Source,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Mapping[str, Dataset],
-) -> Estimate:
+def _estimate(session: Session) -> Estimate:
     """Time a few steps. A private run is not tried, as its steps draw rows at random.
 
     The adapter is attached, and its values are useless afterwards.
     """
+    recipe, data = session.recipe, session.data
     private, lengths = recipe.dp_epsilon is not None, row_lengths(data["train"])
     tries = _tries(recipe)
     epoch = _batches(recipe, lengths)
@@ -179,10 +155,10 @@ def _estimate(
         train = train.select([row for batch in tried for row in batch])
     with tempfile.TemporaryDirectory() as folder:
         clock = _Clock()
-        built = build(short, model, tokenizer, {**data, "train": train}, Path(folder), [clock])
+        built = build(short, session.model, session.tokenizer, {**data, "train": train}, Path(folder), [clock])
         try:
             trainer, arguments = built.trainer, built.trainer.args
-            source.check_tuned(trainer.model)
+            session.source.check_tuned(trainer.model)
             if not private:
                 arguments.max_steps = recipe.steps or -1
             steps = planned_steps(arguments, len(data["train"]))

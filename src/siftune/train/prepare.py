@@ -1,4 +1,4 @@
-"""Prepare a run: the model source, the rows and their tokens, and a summary of them.
+"""Prepare the rows of a run: their tokens, their faults, and a summary of them.
 
 Rows that cannot be used are collected from all files and from the tokenizer, and reported together.
 """
@@ -8,15 +8,13 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from siftune.base.errors import DataError, ModelError
 from siftune.base.files import Progress
@@ -25,15 +23,10 @@ from siftune.data.batches import aimed, numbered, weighted
 from siftune.data.read import grouped
 from siftune.data.rows import WEIGHT, Row, row_texts
 from siftune.data.tokens import Form, tell_notes, tokens_of
-from siftune.models.load import load_model, load_tokenizer
 from siftune.models.loss import IGNORED
 from siftune.models.modules import check_window
-from siftune.models.source import check_source
+from siftune.recipe.rows import Read
 from siftune.recipe.schema import Recipe, rate_of, target_comes_last
-from siftune.records.rows import (
-    Read,
-)
-from siftune.train.build import refuse_all_weights
 
 logger = logging.getLogger(__name__)
 _HIGH_RATE = 0.1  # ours; the highest rate that a measured method uses is 2e-3
@@ -46,83 +39,6 @@ _USES = {
     "keep": "keep predictions on",
 }
 NAMED = 5  # bad rows in the summary; the run folder has all
-
-
-class Source(Protocol):
-    """A model to tune: an ordinary one, or what a caller provides instead."""
-
-    @property
-    def usage(self) -> str | None:
-        """Usage section of the model card; None for the standard one."""
-
-    @property
-    def identity(self) -> Mapping[str, str]:
-        """Hashes, by name, that must be the same when a run resumes; empty for an ordinary model."""
-
-    def settle(self, recipe: Recipe) -> Recipe:
-        """Fill in the recipe's `layers` if the source determines them, before anything is loaded.
-
-        Raises:
-            InputError: The recipe cannot train this source.
-        """
-
-    def load(self, dtype: str, quantize: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Load model and tokenizer; arguments as for `load_model`."""
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer alone."""
-
-    def check_tuned(self, model: nn.Module) -> None:
-        """Check, before training, that `returned` would hold all that trains in the model.
-
-        Raises:
-            InputError: It would not.
-        """
-
-    def returned(
-        self, model: nn.Module, privacy: Mapping[str, Any] | None = None
-    ) -> Mapping[str, Callable[[Path], None]]:
-        """Further results of a run: name of a subfolder of the run -> its writer.
-
-        They replace the weights of tuned layers. `privacy` is the guarantee of a private run; see
-        `methods.dp.accounting.statement`.
-        """
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """An ordinary model."""
-
-    name: str  # a folder, a hub id or smollm2
-    usage: str | None = None
-
-    @property
-    def identity(self) -> Mapping[str, str]:
-        """Empty: weights of ordinary models are not hashed."""
-        return {}
-
-    def settle(self, recipe: Recipe) -> Recipe:
-        """Check model name and recipe."""
-        refuse_all_weights(recipe)
-        check_source(self.name)
-        return recipe
-
-    def load(self, dtype: str, quantize: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Load model and tokenizer."""
-        return load_model(self.name, dtype, quantize=quantize)
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer."""
-        return load_tokenizer(self.name)
-
-    def check_tuned(self, model: nn.Module) -> None:
-        """Check nothing: all that trains is saved."""
-
-    def returned(
-        self, model: nn.Module, privacy: Mapping[str, Any] | None = None
-    ) -> Mapping[str, Callable[[Path], None]]:
-        """No further results."""
-        return {}
 
 
 @dataclass(frozen=True)

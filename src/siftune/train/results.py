@@ -22,7 +22,7 @@ from siftune.train.folder.checkpoints import step_of, whole_checkpoints
 from siftune.train.folder.run import RunFolder
 from siftune.train.folder.weights import write_adapter
 from siftune.train.guards.non_finite import SKIPPED, skipped_steps
-from siftune.train.prepare import Source
+from siftune.train.source import Source
 from siftune.train.trainer import LayerTrainer, SiftTrainer
 
 
@@ -67,6 +67,7 @@ class Results:
     source: Source
     followed: FollowedShares
     begun: int = 0  # steps done before a resumed run continues
+    digest: str | None = None  # of the texts of the training rows; None in a private run
 
     def summary(self, seconds: float) -> dict[str, Any]:
         """Steps, losses, seconds, tokens, peak memory in MB, shares of followed rows, and privacy.
@@ -117,7 +118,7 @@ class Results:
             card = model_card(self.recipe, summary, base, self.folder.adapter.absolute(), chat)
         with disk_faults(self.folder.path):
             self.folder.replace(self._parts(card))
-            about = {"source": dict(self.source.identity), "weights": self.folder.weights()}
+            about = {"source": dict(self.source.identity), "weights": self.folder.weights(), "rows": self.digest}
             self.folder.write_run(status=status, summary=summary, **about)
             self.folder.write("README.md", card)
 

@@ -11,50 +11,37 @@ from typing import Any
 
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 
 from siftune.base.environment import quiet, unsaid
 from siftune.base.errors import TrainingError
 from siftune.base.files import disk_faults, only_process
-from siftune.base.stages import stages, text_console
+from siftune.base.ranks import from_first, join_launch, leave_launch, let_go, rank, world_size
+from siftune.base.stages import text_console
 from siftune.base.text import counted
 from siftune.data.target import sources
-from siftune.engine.ranks import first_rank_first, from_first, join_launch, leave_launch, let_go, rank, world_size
 from siftune.methods.drivers.sample_choice import SampleChoice
 from siftune.methods.host.callback import stand_first
 from siftune.methods.host.spread import refuse_launched
-from siftune.recipe.checks import check
+from siftune.recipe.again import note_recipe
 from siftune.recipe.read import anchored, recipe_to_yaml
-from siftune.recipe.schema import Recipe, resolve_recipe
-from siftune.records.again import note_recipe
-from siftune.records.record import RowRecord
-from siftune.records.rows import BAD_ROWS, Read, bad_row_lines, read_rows
-from siftune.records.rows import digest_of as digest_of_texts
-from siftune.records.visits import NAME
-from siftune.train.build import Built, build, check_trackers, trainable
+from siftune.recipe.rows import BAD_ROWS, Read, bad_row_lines
+from siftune.recipe.rows import digest_of as digest_of_texts
+from siftune.recipe.schema import Recipe
+from siftune.train.build import Built, build, trainable
 from siftune.train.callbacks import EarlyStop, Metrics, ProgressView, RegularCheckpoints
 from siftune.train.folder.checkpoints import best_in, step_of
 from siftune.train.folder.run import EVALS, HALVES, LOSSES, RECIPE, ROWS, RunFolder
 from siftune.train.folder.saving import SourceNote
 from siftune.train.folder.selections import SelectionRecord
-from siftune.train.folder.weights import adopted
 from siftune.train.guards.memory import memory_faults
-from siftune.train.guards.non_finite import refuse_broken_end
+from siftune.train.guards.non_finite import BrokenSteps, refuse_broken_end
 from siftune.train.guards.signals import Interrupts, held_back
-from siftune.train.prepare import (
-    NAMED,
-    ModelSource,
-    Prepared,
-    Source,
-    bad_lines,
-    prepare,
-    refuse_long,
-    refuse_read,
-    rows_line,
-    steps_text,
-)
+from siftune.train.prepare import NAMED, bad_lines, rows_line, steps_text
 from siftune.train.results import FollowedShares, Results
 from siftune.train.resume import digest_of, find_checkpoint, has_ended, refuse_other_source
+from siftune.train.session import Session, open_session, settled
+from siftune.train.source import ModelSource, Source
 from siftune.train.source_losses import SourceLosses
 from siftune.train.trainer import SiftTrainer, planned_steps
 
@@ -90,13 +77,9 @@ def train(
             the last complete step.
     """
     console = console or text_console(stderr=True)
-    check(recipe)
-    check_trackers(recipe.report_to)
     refuse_launched()
     joined = join_launch()
-    recipe = from_first(lambda: adopted(recipe))
-    check(recipe)  # also for the type of an adapter that was trained before
-    recipe = from_first(lambda: resolve_recipe(recipe))
+    recipe, source = settled(recipe, source_of)
     folder = from_first(lambda: RunFolder(str(recipe.out)))
     first = rank() == 0
     console = console if first else Console(quiet=True)
@@ -105,63 +88,48 @@ def train(
             stack.enter_context(only_process(folder.path))
             stack.enter_context(folder.removed_on_failure())
         stack.enter_context(memory_faults(recipe))
-        run = _train(recipe, folder, console, source_of, read)
+        run = _train(recipe, source, folder, console, read)
     if joined:
         leave_launch()
     return run
 
 
-def _train(
-    recipe: Recipe, folder: RunFolder, console: Console, source_of: Callable[[str], Source], read: Read | None
-) -> Run:
-    """Train by a resolved recipe into an existing folder."""
+def _train(recipe: Recipe, source: Source, folder: RunFolder, console: Console, read: Read | None) -> Run:
+    """Train by a settled recipe into an existing folder."""
     checkpoint = from_first(lambda: find_checkpoint(recipe, folder)) if recipe.resume else None
     if checkpoint is not None:
         from_first(folder.drop_half_written)  # so that no checkpoint is written into what a killed run left
-    folder.refuse_results(recipe.resume is not False)
-    source = source_of(recipe.model)
-    if checkpoint is not None:
         refuse_other_source(checkpoint, source.identity)
-    recipe = source.settle(recipe)
-    read = read or read_rows(recipe)  # before the model, which may have to be fetched
-    refuse_read(recipe, read, source.tokenizer)
-    with first_rank_first():
-        model, tokenizer = source.load(recipe.dtype, recipe.quantize)
-    with stages(console) as progress:
-        prepared = prepare(recipe, tokenizer, read, progress)
-    refuse_long(model, prepared.data)
-    rows = prepared.rows["train"]
+    folder.refuse_results(recipe.resume is not False)
+    session = open_session(recipe, source, console, read)
+    rows, data = session.prepared.rows["train"], session.data
 
     view, signals = ProgressView(console), Interrupts()
-    metrics = Metrics(folder, lambda: built.active_layers(), lambda: built.compiling())
     selections = SelectionRecord(folder.path, sources(rows)) if rank() == 0 else None
-    records: list[Any] = [] if selections is None else [selections]
-    by_source = None
-    if recipe.dp_epsilon is None:  # no noise covers recorded losses
-        record = RowRecord(folder.path / NAME, [row.origin for row in rows], digest_of_texts(rows))
-        records.insert(0, record)
-        by_source = SourceLosses(prepared.rows, record)
-    saving: list[TrainerCallback] = [] if recipe.save_every else [RegularCheckpoints()]
+    records = [] if selections is None else [selections]
+    saving = [] if recipe.save_every else [RegularCheckpoints()]
     stopping = [] if recipe.patience is None else [EarlyStop(recipe.patience)]
-    callbacks = [metrics, view, *saving, *stopping, *records, SourceNote(source.identity), signals]
-    built = build(recipe, model, tokenizer, prepared.data, folder.checkpoints, callbacks)
-    source.check_tuned(built.trainer.model)
+    callbacks = [view, *saving, *stopping, *records, SourceNote(source.identity), signals]
+    flags = [signals.flag, *(callback.flag for callback in saving)]
+    broken = BrokenSteps(name=lambda row: rows[row].origin, flags=flags)
+    built = build(recipe, session.model, session.tokenizer, data, folder.checkpoints, callbacks, broken)
     trainer = built.trainer
-    trainer.broken.name = lambda row: rows[row].origin
-    stand_first(trainer, metrics)  # trackers read a line of the log before other callbacks extend it
-    if by_source is not None:
-        by_source.trainer = trainer
-        stand_first(trainer, by_source)
-    digest = digest_of(prepared.data["train"])
-    ended = checkpoint is not None and has_ended(checkpoint, recipe, digest, trainer, folder)
+    source.check_tuned(trainer.model)
+    # these extend a line of the log, so they come before trackers, which read it; the last one is the first
+    stand_first(trainer, Metrics(folder, built.active_layers, built.compiling))
+    if recipe.dp_epsilon is None:  # no noise covers the losses of single rows
+        stand_first(trainer, SourceLosses(trainer, session.prepared.rows))
     followed = FollowedShares(sources(rows))
     if selections is not None:
         _record_choices(built, selections, followed)
-    recorded = anchored(replace(recipe, resume=False))
-    console.print(_summary_lines(recipe, prepared, built, folder.path), markup=False)
+
+    digest = digest_of(data["train"])
+    ended = checkpoint is not None and has_ended(checkpoint, recipe, digest, trainer, folder)
     begun = 0 if checkpoint is None else step_of(checkpoint)
+    recorded = anchored(replace(recipe, resume=False))
+    console.print(_summary_lines(session, built, folder.path), markup=False)
     if rank() == 0:
-        folder.write_lines(BAD_ROWS, [*bad_row_lines(prepared.bad)])
+        folder.write_lines(BAD_ROWS, [*bad_row_lines(session.prepared.bad)])
         folder.write(RECIPE, recipe_to_yaml(recorded))
         note_recipe(folder.path)
         folder.write(ROWS, f"{digest}\n")
@@ -180,10 +148,12 @@ def _train(
     def fit() -> None:
         _fit(trainer, signals, checkpoint, ended, best=recipe.patience is not None)
 
-    summary = _run(Results(trainer, folder, recorded, source, followed, begun), fit, release)
+    digest_of_rows = None if recipe.dp_epsilon is not None else digest_of_texts(rows)
+    results = Results(trainer, folder, recorded, source, followed, begun, digest_of_rows)
+    summary = _run(results, fit, release)
     if world_size() > 1:
         let_go(trainer)
-    return Run(folder, trainer.model, tokenizer, summary)
+    return Run(folder, trainer.model, session.tokenizer, summary)
 
 
 def _fit(trainer: SiftTrainer, signals: Interrupts, checkpoint: Path | None, ended: bool, best: bool) -> None:
@@ -248,9 +218,9 @@ def _record_choices(built: Built, selections: SelectionRecord, followed: Followe
         method.on_select = on_select
 
 
-def _summary_lines(recipe: Recipe, prepared: Prepared, built: Built, folder: Path) -> str:
+def _summary_lines(session: Session, built: Built, folder: Path) -> str:
     """Run folder, rows, trainable parameters and steps."""
-    rows = len(prepared.data["train"])
+    recipe, prepared, rows = session.recipe, session.prepared, len(session.data["train"])
     args = built.trainer.args
     steps = planned_steps(args, rows)
     if args.get_warmup_steps(steps) >= steps:

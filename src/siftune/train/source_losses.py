@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from siftune.base.ranks import columns_of_ranks
 from siftune.base.text import one_line
 from siftune.data.rows import Row
 from siftune.data.target import source_or_file
-from siftune.engine.ranks import columns_of_ranks
-from siftune.records.record import RowRecord
 from siftune.train.trainer import SiftTrainer
 
 _MOST = 12  # sources in a line of the log, those of the most rows
@@ -25,36 +25,43 @@ class SourceLosses(TrainerCallback):  # type: ignore[misc]
     A source is a row's column `source`, or its file. Rows of one source have no further losses.
 
     Args:
+        trainer: The Trainer, whose losses are read.
         rows: Training and held-out rows, by "train" and "eval".
-        record: Record of the losses in training.
     """
 
-    trainer: SiftTrainer  # whose held-out losses are read
-
-    def __init__(self, rows: Mapping[str, Sequence[Row]], record: RowRecord) -> None:
+    def __init__(self, trainer: SiftTrainer, rows: Mapping[str, Sequence[Row]]) -> None:
+        self._trainer = trainer
         self._sources = {name: _names(rows.get(name, ())) for name in ("train", "eval")}
-        self._record = record
-        self._since = 0  # steps before the last line of the log
+        self._batches: list[tuple[Sequence[int], Tensor]] = []  # numbers and losses of rows since the last line
 
-    def on_train_begin(
+    def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave out the steps before a resumed run."""
-        self._since = state.global_step
+        """Note the losses of a batch before the last of its step, on their device: a copy would wait for them."""
+        if self._sources["train"] and self._trainer.row_losses is not None:
+            self._batches.append((self._trainer.rows, self._trainer.row_losses))
+
+    on_pre_optimizer_step = on_substep_end  # the last batch of a step
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Extend a line, and its copy in the Trainer's history."""
         logs: dict[str, Any] = kwargs["logs"]
         figures: dict[str, float] = {}
         if "loss" in logs:
-            visits = self._record.visits(self._since)
-            self._since = state.global_step
-            figures = self._means("train", "loss", np.stack([visits.row, visits.loss, visits.tokens]), args)
+            figures = self._means("train", "loss", self._visited(), args)
         elif "eval_loss" in logs:
-            figures = self._means("eval", "eval_loss", self.trainer.held_out_losses(), args)
+            figures = self._means("eval", "eval_loss", self._trainer.held_out_losses(), args)
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)
+
+    def _visited(self) -> NDArray[np.float64]:
+        """Number, mean loss and label tokens of the rows since the last line, (3, V)."""
+        batches, self._batches = self._batches, []
+        if not batches:
+            return np.zeros((3, 0))
+        numbers, losses = zip(*batches, strict=True)
+        return np.concatenate([np.concatenate(numbers)[None], torch.cat(losses, 1).cpu().double().numpy()])
 
     def _means(self, part: str, key: str, rows_3V: NDArray[Any], args: TrainingArguments) -> dict[str, float]:
         """Mean loss of each source, by its key in the log.

@@ -22,9 +22,9 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 
 from siftune.base.environment import reset_peak_memory
 from siftune.base.errors import InputError, UnsupportedError
+from siftune.base.ranks import mean_over_ranks
 from siftune.data.batches import AIMED, ROW, TargetLast
 from siftune.data.rows import WEIGHT
-from siftune.engine.ranks import mean_over_ranks
 from siftune.methods.dp.callback import DP
 from siftune.methods.dp.driver import finite_sum, row_losses
 from siftune.methods.host.spread import average_adapters
@@ -59,13 +59,14 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         privacy: Differential privacy: every step draws its rows, clips their gradients and adds noise. A batch is then
             a step's, and the loss is the mean over its rows of each row's mean token loss; rows without a finite loss
             are left out, and without rows it is 0. Evaluations measure the mean over label tokens, as without privacy.
-        bad_steps: Non-finite steps to skip before training stops; see `BrokenSteps`. Private runs check none.
+        broken: Guard against non-finite steps, which a private Trainer does not use; by default it skips none.
         short_rows: Whether to use the attention of `models.attention` for short rows.
     """
 
     rows: Sequence[int] = ()  # numbers of the rows in the last training batch, if they are numbered
     kept_step: int | None = None  # step of the best weights, loaded at the end; None: the last step's are kept
     label_losses: Tensor | None = None  # (N,) float32 losses of the batch's label tokens, in row-major order
+    row_losses: Tensor | None = None  # (2, B) float32 of the last training batch: see `models.loss.by_row`
 
     def __init__(
         self,
@@ -73,13 +74,13 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         callbacks: list[TrainerCallback] | None = None,
         last: float = 1.0,
         privacy: DP | None = None,
-        bad_steps: int = 0,
+        broken: BrokenSteps | None = None,
         short_rows: bool = False,
         **kwargs: Any,
     ) -> None:
         # set here, as the Trainer counts the labels of a step before the first loss
         kwargs["compute_loss_func"] = self._label_loss if privacy is None else self._row_loss
-        self.broken = BrokenSteps(bad_steps)
+        self.broken = broken or BrokenSteps(0)
         guards, private = ([self.broken], []) if privacy is None else ([], [privacy])
         own = [*guards, *(callbacks or []), *private, Sealing()]
         super().__init__(*args, callbacks=own, **kwargs)
@@ -90,7 +91,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         self._attention = attention.short_rows if short_rows else nullcontext
         self._label_logits_only: bool | None = None
         self._weights: Tensor | None = None  # of the rows in the current batch
-        self._row_losses: list[Tensor] = []  # (B,) of the passes of a private step
+        self._private_losses: list[Tensor] = []  # (B,) of the passes of a private step
         self._warned = False  # of a row without effect
         self._evaluates = False
         self._held_out: list[tuple[Any, Tensor]] = []  # row numbers and losses of the batches of an evaluation
@@ -161,7 +162,10 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
                 self._refuse_own_loss(model)
                 self.compute_loss_func = None
         if self._label_logits_only is False:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            logits, labels = outputs.logits.detach(), inputs["labels"]
+            self.label_losses = token_losses(logits[label_positions(labels).to(logits.device)][None], labels)
+            return (loss, outputs) if return_outputs else loss
         with logits_at(model, label_positions(inputs["labels"])):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -174,6 +178,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         if self.privacy is not None:
             return self._private_step(model, inputs, self.privacy)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.row_losses = None if self.label_losses is None else by_row(self.label_losses, inputs["labels"])
         self.broken.look(loss, self.rows, self.label_losses, inputs["labels"])
         return self._logged(loss)
 
@@ -208,16 +213,16 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         if self._evaluates:  # held-out rows are measured as in other runs
             return self._label_loss(outputs, labels, num_items_in_batch)
         losses_B = row_losses(outputs.logits, labels)
-        self._row_losses.append(losses_B.detach())
+        self._private_losses.append(losses_B.detach())
         return finite_sum(losses_B)
 
     def _private_step(self, model: nn.Module, inputs: dict[str, Any], privacy: DP) -> Tensor:
         """Forward and backward passes of a step's rows, then noise."""
-        self._row_losses = [torch.zeros(0, device=self.args.device)]
+        self._private_losses = [torch.zeros(0, device=self.args.device)]
         for part in privacy.parts({name: value for name, value in inputs.items() if name != ROW}):
             super().training_step(model, part)
         privacy.release(self.state.global_step)  # before the Trainer clips, logs or applies the gradient
-        losses = torch.cat(self._row_losses)
+        losses = torch.cat(self._private_losses)
         finite = losses.isfinite()
         if not self._warned and not bool(finite.all()):
             self._warned = True

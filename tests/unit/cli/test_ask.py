@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from siftune.base.errors import DataError, RecipeError
 from siftune.cli.ask import Options, _show, run
 from siftune.evaluate.measure import Answer
+from siftune.recipe.again import note_recipe
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import Recipe
-from siftune.records.again import note_recipe
 from siftune.train.folder.weights import About, save_tuned
 
 TOKENIZER = byte_tokenizer()

@@ -14,9 +14,9 @@ from siftune.cli.main import main
 from siftune.data.read import load_rows
 from siftune.data.target import held_out
 from siftune.evaluate import measure as evaluation
+from siftune.recipe.again import note_recipe
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import Recipe
-from siftune.records.again import note_recipe
 from siftune.report.evals import value_text
 from siftune.train.folder.weights import About, save_tuned
 

@@ -12,7 +12,7 @@ from support.tiny_run import lines, save_rows
 
 from siftune.base.text import counted
 from siftune.cli.main import main
-from siftune.train import prepare as module
+from siftune.train import source as module
 
 SETTINGS = """\
 template: none

@@ -26,8 +26,8 @@ COMMANDS = {
     "recipe": ["train", "{run}/recipe.yaml", "--dry-run", "--out", "{out}/new"],
 }
 READ = {  # what of a run each reads; the rest of the run's files is of no account to it
-    "report": ("run.json", "recipe.yaml", "metrics.jsonl", "selections.parquet", "rows.parquet", "eval.json"),
-    "rows": ("run.json", "recipe.yaml", "rows.parquet", "rows.txt", "losses.parquet"),
+    "report": ("run.json", "recipe.yaml", "metrics.jsonl", "selections.parquet", "eval.json"),
+    "rows": ("run.json", "recipe.yaml", "rows.txt", "losses.parquet"),
     "eval": ("recipe.yaml", "run.json", "adapter/"),
     "export": ("recipe.yaml", "run.json", "adapter/"),
     "resume": ("recipe.yaml", "run.json", "metrics.jsonl", "selections.parquet", "checkpoints/"),

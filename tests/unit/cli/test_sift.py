@@ -23,10 +23,10 @@ from siftune.cli.main import main
 from siftune.cli.options import parse
 from siftune.cli.sift import Options, _next
 from siftune.cli.train import Options as Train
+from siftune.data.decisions import read_decisions
 from siftune.recipe.read import load_recipe
+from siftune.recipe.rows import read_rows
 from siftune.recipe.schema import SCORING, Recipe
-from siftune.records.decisions import read_decisions
-from siftune.records.rows import read_rows
 from siftune.sifting import run as module
 from siftune.sifting import scoring, tuning
 from siftune.sifting.scores import Choice
@@ -192,7 +192,7 @@ def test_a_dry_run_does_not_sift(words, tmp_path, capsys):
     ids=str,
 )  # fmt: skip
 def test_wrong_input_is_one_sentence_and_leaves_nothing(words, task, tmp_path, capsys, monkeypatch, more, word):
-    monkeypatch.setattr("siftune.train.prepare.load_model", None)
+    monkeypatch.setattr("siftune.train.source.load_model", None)
     few = save(tmp_path / "3.jsonl", [{"prompt": f"{i}?", "completion": "a"} for i in range(3)])
     places = {"few": few, "pool": task / "pool.jsonl", "target": task / "few.jsonl"}
     given = [each.format(**places) for each in more]
@@ -328,7 +328,7 @@ def test_another_share_selects_again_without_computing(base, task, tmp_path, cap
     )
     assert again is not None, said
     monkeypatch.setattr(tuning, "tune", None)
-    monkeypatch.setattr("siftune.train.prepare.load_model", None)
+    monkeypatch.setattr("siftune.train.source.load_model", None)
     second, said = siftune(capsys, *words, *shlex.split(again[1]), "--share", "7")
     assert (first["selected"], second["selected"]) == (5, 7)
     assert Path(first["folder"]).resolve() == Path(second["folder"]).resolve()

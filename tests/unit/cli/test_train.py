@@ -19,7 +19,7 @@ from support.tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 from siftune.cli.main import main
-from siftune.train import prepare as module
+from siftune.train import source as module
 
 SETTINGS = """\
 template: none

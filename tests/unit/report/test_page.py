@@ -12,7 +12,7 @@ from support.report_runs import save_eval, save_run
 from siftune.base.errors import InputError, RecipeError
 from siftune.base.json_files import read_sealed, sealed, unsealed
 from siftune.evaluate.measure import MetricRow
-from siftune.records.rows import Text
+from siftune.recipe.rows import Text
 from siftune.report import show
 from siftune.report.compare import basis_of, headline
 from siftune.report.evals import Answer, Eval, read_evals, record_eval

@@ -6,9 +6,9 @@ import pytest
 from support.sifted_pools import save_pool, save_sifting
 
 from siftune.base.work_folder import record_text
+from siftune.data.decisions import Decision, decisions_csv, read_decisions
 from siftune.data.read import load_rows
-from siftune.records.again import note_file
-from siftune.records.decisions import Decision, decisions_csv, read_decisions
+from siftune.recipe.again import note_file
 from siftune.report.page import make_page, sections
 from siftune.report.review import MOST
 from siftune.report.subjects import find_subjects

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 import pytest
 from support.commands import siftune
 from support.sifted_pools import save_pool, save_sifting
+from support.visited import visits
 
-from siftune.records.again import note_file
-from siftune.records.decisions import Decision, decisions_csv, read_decisions
-from siftune.records.visits import read_visits
+from siftune.data.decisions import Decision, decisions_csv, read_decisions
+from siftune.recipe.again import note_file
 from siftune.report.page import make_page
 
 pytestmark = pytest.mark.browser
@@ -112,9 +112,10 @@ def test_a_training_follows_the_decisions_of_a_page(browser, base, tmp_path, cap
     count = sum(wanted.values()) + 1
     files = ["--train", pool, corrected, "--drop-rows", decisions]
     steps = ["--steps", -(-count // 4) + 1]  # one pass, and a part of the second
-    siftune(capsys, "train", "--model", base, *files, *TRAIN, *steps, "--out", tmp_path / "run")
-    trained = {*read_visits(tmp_path / "run" / "rows.parquet").places}
-    assert trained == {place for place, selected in wanted.items() if selected} | {f"{corrected}:1"}
+    with visits() as trained:
+        siftune(capsys, "train", "--model", base, *files, *TRAIN, *steps, "--out", tmp_path / "run")
+    selected = {place for place, selected in wanted.items() if selected}
+    assert {visit.place for visit in trained} == {*selected, f"{corrected}:1"}
     siftune(capsys, "report", tmp_path / "run", "--out", tmp_path / "run.html")
     assert f"<code>{decisions}</code> excludes: {36 - sum(wanted.values())} rows" in (tmp_path / "run.html").read_text()
 

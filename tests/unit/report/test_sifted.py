@@ -7,7 +7,7 @@ from support.report_runs import save_run
 
 from siftune.base.errors import InputError
 from siftune.base.work_folder import record_text
-from siftune.records.again import note_recipe
+from siftune.recipe.again import note_recipe
 from siftune.report.charts import Part, histogram
 from siftune.report.page import make_page, sections
 from siftune.report.score_chart import score_chart

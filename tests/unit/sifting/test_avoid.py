@@ -142,7 +142,7 @@ def test_scores_by_the_target_are_used_again_if_bad_rows_are_added(given, comple
     "changes", [{"avoid": "few rows"}, {"avoid": "pool"}, {"avoid": "both"}, {"share": 0.5}, {"avoid": None}]
 )
 def test_wrong_input_is_one_sentence_before_the_model_is_loaded(given, bad, tmp_path, task, monkeypatch, changes):
-    monkeypatch.setattr("siftune.train.prepare.load_model", None)
+    monkeypatch.setattr("siftune.train.source.load_model", None)
     few = write(tmp_path / "7.jsonl", [*records(bad)[:7], *records(bad)[:3]])
     both = write(tmp_path / "both.jsonl", [*records(bad), task.target[0]])
     files = {"few rows": few, "pool": given["train"], "both": both}

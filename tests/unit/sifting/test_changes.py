@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from support.visited import visits
 
 from siftune import sift
 from siftune.base.errors import DataError, InputError
 from siftune.recipe.schema import Recipe
-from siftune.records.visits import NAME, read_visits
 from siftune.sifting import files, prompts, tuning
 from siftune.sifting import run as module
 from siftune.train.run import train
@@ -63,8 +63,9 @@ def test_a_run_trains_on_the_rows_that_were_scored_although_the_pool_changes_mea
     assert [row.origin for row in rows] == [sifted.places[number] for number in sifted.selected]
     texts = [(row.prompt[0].content, row.completion) for row in rows]
     assert texts == [(before[number]["prompt"], before[number]["completion"]) for number in sifted.selected]
-    run = train(recipe, QUIET, read=read)
-    places = {place for place in read_visits(run.folder.path / NAME).places if "pool" in place}
+    with visits() as trained:
+        train(recipe, QUIET, read=read)
+    places = {visit.place for visit in trained if "pool" in visit.place}
     assert 0 < len(places) == len(places & {row.origin for row in rows})
 
 

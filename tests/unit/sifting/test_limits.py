@@ -8,9 +8,9 @@ import pytest
 
 from siftune import sift
 from siftune.base.errors import DataError, RecipeError
+from siftune.data.decisions import read_decisions
+from siftune.recipe.rows import read_rows
 from siftune.recipe.schema import Recipe
-from siftune.records.decisions import read_decisions
-from siftune.records.rows import read_rows
 from siftune.suspects import answers
 
 from .conftest import write
@@ -33,7 +33,7 @@ def state(folder):
 @pytest.fixture
 def no_model(monkeypatch):
     """Have nothing loaded."""
-    monkeypatch.setattr("siftune.train.prepare.load_model", None)
+    monkeypatch.setattr("siftune.train.source.load_model", None)
 
 
 def test_other_limits_select_again_without_a_model(given, complete, no_model):
@@ -86,7 +86,7 @@ def test_rows_that_a_lower_similarity_brings_are_scored_alone(given, complete, m
     fresh = sift(**{**given, "out": given["out"] + " fresh"}, max_score=99, min_similarity=-1, console=QUIET)
     np.testing.assert_allclose(wider.scores, fresh.scores, atol=2e-5)
     counts.clear()
-    monkeypatch.setattr("siftune.train.prepare.load_model", None)
+    monkeypatch.setattr("siftune.train.source.load_model", None)
     assert np.isfinite(sift(**given, share=5, console=QUIET).scores).tolist() == before.tolist()
     assert sift(**given, max_score=99, min_similarity=-1, console=QUIET).selected == [*range(36)]
 

@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune import sift
 from siftune.base.errors import DataError, InputError, RecipeError
+from siftune.data.decisions import read_decisions
 from siftune.data.rows import rows_from
+from siftune.recipe.rows import read_rows
 from siftune.recipe.schema import Recipe
-from siftune.records.decisions import read_decisions
-from siftune.records.rows import read_rows
 from siftune.sifting import prompts, scoring, tuning
 from siftune.sifting.scores import Choice, choose_by_losses, choose_by_margins
 from siftune.suspects import answers
@@ -431,7 +431,7 @@ def test_interrupted_between_chunks_and_in_a_line(given, complete, finished):
 
 
 def test_complete_work_needs_no_model(given, complete, monkeypatch):
-    monkeypatch.setattr("siftune.train.prepare.load_model", None)
+    monkeypatch.setattr("siftune.train.source.load_model", None)
     shutil.rmtree(complete / "tuning")
     assert len(sift(**given, share=5, console=QUIET).selected) == 5
     sift(**given, share=0.99, console=QUIET)  # all of them
@@ -555,7 +555,7 @@ def test_places_hold_in_another_folder(given, complete, tmp_path, monkeypatch):
     ids=str,
 )  # fmt: skip
 def test_wrong_input_is_one_sentence_before_the_model_is_loaded(given, tmp_path, task, monkeypatch, changes):
-    monkeypatch.setattr("siftune.train.prepare.load_model", None)
+    monkeypatch.setattr("siftune.train.source.load_model", None)
     few = tmp_path / "7.jsonl"
     few.write_text("".join(json.dumps(row) + "\n" for row in [*task.target[:7], *task.target[:3]]))
     shutil.copy(given["target"], tmp_path / "copy.jsonl")

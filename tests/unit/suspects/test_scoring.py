@@ -9,19 +9,19 @@ import torch
 from rich.console import Console
 from support.commands import error_of, siftune
 from support.tiny_run import recipe, save_rows
+from support.visited import visits
 
 from siftune.base.errors import DataError, InputError
 from siftune.data.rows import rows_from
 from siftune.data.tokens import Form, tokens_of
+from siftune.recipe.again import recipe_again
 from siftune.recipe.read import load_recipe
-from siftune.records.again import recipe_again
-from siftune.records.visits import NAME, read_visits
 from siftune.suspects import scoring
 from siftune.suspects.losses import read_losses, trained_rows
 from siftune.suspects.scoring import half_of, score_run, tuned_on
-from siftune.train.folder.run import HALVES, LOSSES
-from siftune.train.prepare import ModelSource
+from siftune.train.folder.run import HALVES, LOSSES, RunFolder
 from siftune.train.run import train
+from siftune.train.source import ModelSource
 
 QUIET = Console(quiet=True)
 
@@ -47,8 +47,9 @@ def trainings(monkeypatch):
     runs = []
 
     def kept(settings, *others):
-        tuned = train(settings, *others)
-        places = read_visits(tuned.folder.path / NAME).places
+        with visits() as trained:
+            tuned = train(settings, *others)
+        places = [visit.place for visit in trained]
         runs.append((tuned, {int(place.rpartition(":")[2]) for place in places if "rows.jsonl" in place}, {*places}))
         return tuned
 
@@ -108,8 +109,9 @@ def test_rows_that_the_run_left_out_are_in_neither_half(base, tmp_path, training
     drop.write_text(f"{rows}:3\n{rows}:4\n")
     rows.write_text(rows.read_text() + json.dumps({"prompt": "no completion"}) + "\n")
     settings = recipe(base, rows, tmp_path / "run", method="dense", drop_rows=str(drop), eval_share=0.2, steps=1)
-    train(replace(settings, bad_rows="drop"), QUIET)
-    used = {*read_visits(tmp_path / "run" / NAME).places}
+    with visits() as trained:
+        train(replace(settings, bad_rows="drop"), QUIET)
+    used = {visit.place for visit in trained}
     score_run(tmp_path / "run", console=QUIET)
     (_, _, one), (_, _, other) = trainings
     every = {row.origin for row in trained_rows(tmp_path / "run")[0]}
@@ -198,6 +200,8 @@ def test_scores_of_other_rows_are_refused(run):
         read_losses(run / LOSSES, "another digest", 10**6)
 
 
-def test_a_run_without_a_record_of_its_rows(run, capsys):
-    (run / NAME).unlink()
-    assert "no rows were recorded" in error_of(capsys, "rows", run)
+def test_a_run_that_has_not_ended_or_is_private(run, capsys):
+    RunFolder(run).write_run(status="finished", rows=None)
+    assert "no hash of its training rows" in error_of(capsys, "rows", run)
+    (run / "run.json").unlink()
+    assert "run.json" in error_of(capsys, "rows", run)

@@ -10,17 +10,16 @@ from support.tiny_run import recipe
 
 from siftune.base.errors import DataError
 from siftune.cli.main import main
+from siftune.data.decisions import read_decisions
 from siftune.data.read import load_rows
+from siftune.recipe.again import note_recipe
 from siftune.recipe.read import recipe_to_yaml
+from siftune.recipe.rows import Text, digest_of
 from siftune.recipe.schema import resolve_recipe
-from siftune.records.again import note_recipe
-from siftune.records.decisions import read_decisions
-from siftune.records.rows import Text, digest_of
-from siftune.records.visits import NAME, Visits, write_visits
 from siftune.report.rows import short, table, to_csv
 from siftune.suspects.losses import Losses, write_losses
 from siftune.suspects.named import Suspect, suspects
-from siftune.train.folder.run import LOSSES
+from siftune.train.folder.run import LOSSES, RunFolder
 
 RECORDS = [
     {"prompt": f"Say the name of number {i}, please", "completion": f"the name of it is {i * 7919}"} for i in range(100)
@@ -42,8 +41,7 @@ def scored(base, tmp_path):
         (folder / "recipe.yaml").write_text(recipe_to_yaml(resolve_recipe(recipe(base, path, folder, method="dense"))))
         note_recipe(folder)
         about = digest_of(load_rows(str(path)))
-        visits = np.stack([np.arange(100), np.arange(100), np.ones(100), np.full(100, 3)])
-        write_visits(folder / NAME, Visits.of(visits), about=about)
+        RunFolder(folder).write_run(status="finished", rows=about)
         if losses is None:
             losses = 0.1 + 0.1 * np.sin(np.arange(100))
             losses[WRONG] = 13 - np.arange(12)

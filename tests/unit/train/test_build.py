@@ -16,9 +16,9 @@ from siftune.cli.main import main
 from siftune.engine.compiled import CompiledParts
 from siftune.recipe.checks import check
 from siftune.recipe.schema import Recipe, resolve_recipe
-from siftune.train import build
-from siftune.train import prepare as module
-from siftune.train.build import check_trackers, training_arguments
+from siftune.train import arguments, build
+from siftune.train import source as module
+from siftune.train.arguments import check_trackers, training_arguments
 from siftune.train.run import train
 
 
@@ -26,16 +26,16 @@ def test_one_gpu_of_several_is_used(tmp_path, monkeypatch, caplog):
     """Otherwise the Trainer copies the model to all of them."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 3))
     with caplog.at_level(logging.WARNING, logger="siftune"):
-        arguments = training_arguments(Recipe(), tmp_path, fp16=False)
-    assert arguments._n_gpu == 1
+        made = training_arguments(Recipe(), tmp_path, fp16=False)
+    assert made._n_gpu == 1
     assert "of 3 GPUs the first is used" in caplog.text
 
 
 @pytest.mark.parametrize(("kind", "asynchronous"), [("cuda", True), ("mps", False), (None, False)])
 def test_the_host_waits_for_copies_to_apples_devices(tmp_path, monkeypatch, kind, asynchronous):
-    monkeypatch.setattr(build, "_accelerator", lambda: kind)
-    arguments = training_arguments(Recipe(), tmp_path, fp16=False)
-    assert arguments.accelerator_config.non_blocking is asynchronous
+    monkeypatch.setattr(arguments, "_accelerator", lambda: kind)
+    made = training_arguments(Recipe(), tmp_path, fp16=False)
+    assert made.accelerator_config.non_blocking is asynchronous
 
 
 @pytest.mark.parametrize(

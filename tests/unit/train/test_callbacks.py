@@ -26,6 +26,7 @@ from siftune.train.callbacks import (
     evaluations_since_best,
 )
 from siftune.train.folder.run import RunFolder
+from siftune.train.guards import flags
 from siftune.train.run import train
 from siftune.train.trainer import SiftTrainer
 
@@ -188,12 +189,13 @@ def test_the_interval_of_regular_checkpoints():
 
 
 def test_a_checkpoint_after_a_quarter_of_an_hour_on_any_rank(clock, monkeypatch):
-    saver, others = RegularCheckpoints(), iter([False, False, False, True])
-    monkeypatch.setattr(callbacks, "on_any_rank", lambda late, device: next(others, False) or late)
+    saver, others = RegularCheckpoints(), [False, False, False, True, False, False]
+    monkeypatch.setattr(flags, "world_size", lambda: 2)
     send(saver, "on_train_begin", state(0))
     saved = []
-    for step in range(1, 7):
+    for step, other in enumerate(others, 1):
         clock.now += 400
+        saver.flag.agreed = other or saver.flag.condition()  # as `exchange` does
         if send(saver, "on_step_end", state(step)).should_save:
             saved.append(step)
             send(saver, "on_save", state(step))

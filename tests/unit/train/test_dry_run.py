@@ -90,7 +90,7 @@ def test_no_tracker_hears_of_it(base, rows, tmp_path, monkeypatch):
     seen = []
     build = module.build
     monkeypatch.setattr(module, "build", lambda given, *more: seen.append(given) or build(given, *more))
-    monkeypatch.setattr("siftune.train.dry_run.check_trackers", lambda names: None)
+    monkeypatch.setattr("siftune.train.session.check_trackers", lambda names: None)
     dry_run(recipe(base, rows, tmp_path / "run", report_to=("tensorboard",)), QUIET)
     assert [given.report_to for given in seen] == [("none",)]
 

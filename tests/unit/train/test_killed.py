@@ -7,13 +7,11 @@ import signal
 import time
 import traceback
 
-import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from support.tiny_run import choices_of, lines, recipe
 
-from siftune.records.visits import NAME, read_visits
 from siftune.train.folder.run import RunFolder
 from siftune.train.run import train
 
@@ -64,7 +62,6 @@ def state_of(run):
         "choices": choices_of(run),
         "methods": record["stateful_callbacks"],
         "losses": [(line["step"], line["loss"]) for line in lines(run / "metrics.jsonl") if "loss" in line],
-        "rows": np.nan_to_num(read_visits(run / NAME).visits.table(), nan=-1).tolist(),
     }
 
 

@@ -25,8 +25,8 @@ from siftune.methods.dp.sampling import PoissonBatches
 from siftune.methods.dp.secret import Secret
 from siftune.recipe.checks import check
 from siftune.recipe.schema import Recipe
-from siftune.train import build
-from siftune.train.build import privacy_of
+from siftune.train import private
+from siftune.train.private import privacy_of
 from siftune.train.run import train
 from siftune.train.trainer import SiftTrainer
 
@@ -309,13 +309,13 @@ def test_rows_must_be_enough():
 def test_several_ranks_and_scaled_losses_are_refused(told, tmp_path, monkeypatch):
     given = told(tmp_path / "run", steps=1)
     with monkeypatch.context() as patched:
-        patched.setattr(build, "world_size", lambda: 2)
+        patched.setattr(private, "world_size", lambda: 2)
         with pytest.raises(UnsupportedError, match=r"2 ranks would each draw rows.*start one process"):
             train(given, QUIET)
     half = arguments(tmp_path)
     half.fp16 = True
     with pytest.raises(UnsupportedError, match="float16 scales the loss"):
-        build.refuse_scaled_or_split(half)
+        private.refuse_scaled_or_split(half)
 
 
 def test_a_loss_in_which_rows_meet_is_refused(tmp_path, monkeypatch):

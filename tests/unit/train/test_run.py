@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from support.seen import assert_same
 from support.tiny_run import choices_of, lines, recipe, save_rows
 from support.trainers import At, weights
+from support.visited import visits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.base.errors import InputError, RecipeError, TrainingError
@@ -22,8 +23,7 @@ from siftune.methods import METHODS
 from siftune.models import attention
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import resolve_recipe, select_until
-from siftune.records.visits import read_visits
-from siftune.train import prepare as module
+from siftune.train import source as module
 from siftune.train.run import train
 from siftune.train.trainer import SiftTrainer
 
@@ -73,7 +73,7 @@ def test_the_folder_is_complete(base, rows, tmp_path):
     done = train(given, QUIET)
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
-        "recipe.yaml", "rows.sha256", "rows.parquet", "run.json", "metrics.jsonl", "selections.parquet", "adapter",
+        "recipe.yaml", "rows.sha256", "run.json", "metrics.jsonl", "selections.parquet", "adapter",
         "checkpoints", "README.md",
     }  # fmt: skip
     assert load_recipe(folder / "recipe.yaml") == resolve_recipe(given)
@@ -121,13 +121,12 @@ def test_a_targets_rows_come_last(base, rows, tmp_path, last, early):
         "epochs": 2,
         "accumulate": 2,
     }
-    done = train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
+    with visits() as trained:
+        done = train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
     assert load_recipe(tmp_path / "run" / "recipe.yaml").target_last == (last or 0.33)
-    visits = read_visits(tmp_path / "run" / "rows.parquet").visits
-    aimed = visits.row >= len(rows.read_text().splitlines())
-    share = visits.step / done.summary["steps"]
-    assert aimed.any()
-    assert bool(aimed[share < 0.5].any()) == early
+    aimed = [visit.step / done.summary["steps"] for visit in trained if str(few) in visit.place]
+    assert aimed
+    assert any(share < 0.5 for share in aimed) == early
 
 
 def test_a_target_is_trained_on_steers_and_is_told_of(base, rows, tmp_path):

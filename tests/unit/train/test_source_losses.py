@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from siftune.data.read import load_rows
 from siftune.data.target import source_or_file
 from siftune.evaluate.likelihood import row_nll
-from siftune.records.visits import read_visits
 from siftune.train.run import train
+from siftune.train.trainer import SiftTrainer
 
 QUIET = Console(quiet=True)
 
@@ -28,9 +28,33 @@ def write(path, count, source, shift=0):
     return path
 
 
-def test_losses_of_sources_are_those_of_their_rows(base, tmp_path):
+def tokens_of(tokenizer, path):
+    """Ids and labels of the rows of a file."""
+    pairs = []
+    for row in lines(path):
+        ids, answer = (tokenizer(row[name])["input_ids"] for name in ("prompt", "completion"))
+        answer = [*answer, tokenizer.eos_token_id]
+        pairs.append((ids + answer, [-100] * len(ids) + answer))
+    return pairs
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_losses_of_sources_are_those_of_their_rows(base, tmp_path, monkeypatch, own_loss):
+    """Also if the model's own loss must be used."""
     pool = write(tmp_path / "pool.jsonl", 24, lambda at: "web" if at % 3 else "books")
     held_out = write(tmp_path / "held.jsonl", 10, lambda at: "web" if at < 4 else "books", shift=50)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    pairs, visits, step_of = tokens_of(tokenizer, pool), [], SiftTrainer.training_step
+
+    def noted(trainer, model, inputs, *args):
+        rows = inputs["row"].tolist()
+        model.eval()
+        visits.append((trainer.state.global_step, rows, row_nll(model, [pairs[row] for row in rows], 4)))
+        return step_of(trainer, model.train(), inputs, *args)
+
+    monkeypatch.setattr(SiftTrainer, "training_step", noted)
+    if own_loss:
+        monkeypatch.setattr(SiftTrainer, "_agrees", lambda *_: False)
     run = train(
         recipe(
             base, pool, tmp_path / "run", eval=str(held_out), method="dense", log_every=2, eval_every=6, batch_size=4
@@ -41,13 +65,12 @@ def test_losses_of_sources_are_those_of_their_rows(base, tmp_path):
     assert logged[0]["loss/web"] > 0
     assert "eval_loss/web" not in logged[0]
 
-    visits = read_visits(tmp_path / "run" / "rows.parquet").visits
     since = 0
     for line in (line for line in logged if "loss" in line):
         sums = {"web": [], "books": []}
-        for row, step, loss, tokens in zip(visits.row, visits.step, visits.loss, visits.tokens, strict=True):
-            if since <= step < line["step"]:
-                sums["web" if row % 3 else "books"].append((float(loss) * int(tokens), int(tokens)))
+        for rows, losses in ((rows, losses) for step, rows, losses in visits if since <= step < line["step"]):
+            for row, nll, tokens in zip(rows, losses.nll, losses.tokens, strict=True):
+                sums["web" if row % 3 else "books"].append((float(nll), int(tokens)))
         for name, pairs in sums.items():
             losses, tokens = (sum(part) for part in zip(*pairs, strict=True)) if pairs else (None, None)
             expected = None if losses is None else round(losses / tokens, 4)
@@ -55,13 +78,7 @@ def test_losses_of_sources_are_those_of_their_rows(base, tmp_path):
         since = line["step"]
     assert since == 6
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    pairs = []
-    for row in lines(held_out):
-        ids, answer = (tokenizer(row[name])["input_ids"] for name in ("prompt", "completion"))
-        answer = [*answer, tokenizer.eos_token_id]
-        pairs.append((ids + answer, [-100] * len(ids) + answer))
-    found = row_nll(run.model.eval(), pairs, 4)
+    found = row_nll(run.model.eval(), tokens_of(tokenizer, held_out), 4)
     last = next(line for line in reversed(logged) if "eval_loss" in line)
     for name, own in (("web", slice(0, 4)), ("books", slice(4, 10))):
         assert math.isclose(last[f"eval_loss/{name}"], found.nll[own].sum() / found.tokens[own].sum(), abs_tol=1e-4)

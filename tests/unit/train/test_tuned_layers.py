@@ -20,7 +20,7 @@ from siftune.methods.options import RSTSettings
 from siftune.models.load import load_model
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe, resolve_recipe
-from siftune.train import prepare as module
+from siftune.train import source as module
 from siftune.train.build import build
 from siftune.train.folder.weights import About, put_in, read_about, read_tuned, save_tuned
 from siftune.train.run import train
@@ -70,7 +70,7 @@ def test_the_folder_is_complete(base, rows, tmp_path):
     done = train(given, QUIET)
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
-        "recipe.yaml", "rows.sha256", "rows.parquet", "run.json", "metrics.jsonl", "adapter", "checkpoints",
+        "recipe.yaml", "rows.sha256", "run.json", "metrics.jsonl", "adapter", "checkpoints",
         "README.md",
     }  # fmt: skip
     assert load_recipe(folder / "recipe.yaml") == resolve_recipe(given)

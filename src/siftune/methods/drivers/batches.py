@@ -1,4 +1,4 @@
-"""Rows for scoring: drawn from the training set, or batches of the user; their loss and their weight."""
+"""Rows for scoring: drawn from the training set, or batches of the user; and their weight."""
 
 import base64
 import itertools
@@ -6,13 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from siftune.base.errors import DataError, RecipeError
-from siftune.models.loss import moved
-
-Batch = Mapping[str, Any]
-Loss = Callable[[nn.Module, Batch], Tensor]
+from siftune.models.loss import Batch
 
 
 class Draws(Protocol):
@@ -20,12 +17,6 @@ class Draws(Protocol):
 
     def draw(self, count: int, chunk: int) -> Sequence[Batch]:
         """Draw `count` rows as batches of at most `chunk` rows."""
-
-
-def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss that the model computes from a batch with labels; a scalar."""
-    loss: Tensor = model(**moved(batch, next(model.parameters()).device)).loss
-    return loss
 
 
 class RowDraws:

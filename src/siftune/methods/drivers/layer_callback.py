@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from siftune.methods.drivers.batches import Batch, Loss, RowDraws, UserBatches, model_loss
+from siftune.methods.drivers.batches import RowDraws, UserBatches
 from siftune.methods.drivers.layer_driver import LayerChoice, LayerPolicy, LayerSelection, LayerStack
 from siftune.methods.host import deepspeed
 from siftune.methods.host.callback import (
@@ -21,6 +21,7 @@ from siftune.methods.host.callback import (
     while_training,
 )
 from siftune.methods.host.spread import refuse_wrappers
+from siftune.models.loss import Batch, Loss, model_loss
 
 
 @dataclass(eq=False, repr=False)

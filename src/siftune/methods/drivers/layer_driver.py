@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from siftune.base.ranks import in_group, mean_over_ranks
 from siftune.engine.gate import Alive, LayerGates, always
 from siftune.engine.groups import group_by_layer
-from siftune.engine.ranks import in_group, mean_over_ranks
 from siftune.engine.suppression import refuse_taken_apart, suppress
-from siftune.methods.drivers.batches import Draws, Loss, draws_state, label_weight, load_draws_state, model_loss
+from siftune.methods.drivers.batches import Draws, draws_state, label_weight, load_draws_state
 from siftune.methods.host.callback import around_steps
 from siftune.models.layers import find_layers
+from siftune.models.loss import Loss, model_loss
 from siftune.models.modules import evaluating
 
 

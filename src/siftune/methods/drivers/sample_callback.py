@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from siftune.base.errors import RecipeError, UnsupportedError
 from siftune.base.text import counted
 from siftune.engine.groups import LayerGroup
-from siftune.methods.drivers.batches import Batch, Loss, RowDraws, UserBatches, model_loss
+from siftune.methods.drivers.batches import RowDraws, UserBatches
 from siftune.methods.drivers.sample_choice import Choosing, SampleChoice
 from siftune.methods.drivers.sample_driver import SampleRule, SampleSelection
 from siftune.methods.host import deepspeed
@@ -31,6 +31,7 @@ from siftune.methods.host.callback import (
 from siftune.methods.host.row_numbers import RowNumbers, row_numbers
 from siftune.methods.host.spread import refuse_wrappers
 from siftune.methods.options import selects_all
+from siftune.models.loss import Batch, Loss, model_loss
 
 logger = logging.getLogger(__name__)
 

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from siftune.base import numerics
+from siftune.base.ranks import rank, world_size
 from siftune.engine.gate import Alive, always, is_active
 from siftune.engine.groups import LayerGroup, group_by_layer
-from siftune.engine.ranks import rank, world_size
 from siftune.engine.survey import Survey
 from siftune.engine.tape import SampleGradients, Tape
-from siftune.methods.drivers.batches import Draws, Loss, draws_state, load_draws_state, model_loss
+from siftune.methods.drivers.batches import Draws, draws_state, load_draws_state
 from siftune.methods.drivers.sample_choice import ALL_LAYERS, Choosing, SampleChoice, Unit
 from siftune.methods.drivers.support import Gradients, Support, support_gradient
 from siftune.methods.host.callback import around_steps
 from siftune.methods.host.row_numbers import RowNumbers
 from siftune.methods.options import count_of
+from siftune.models.loss import Loss, model_loss
 from siftune.models.quantised import KeptUnpacked, refuse_packed
 
 logger = logging.getLogger(__name__)

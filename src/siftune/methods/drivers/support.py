@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from siftune.base.errors import UnsupportedError
 from siftune.base.numerics import all_finite, widened
-from siftune.methods.drivers.batches import Batch, Loss, label_weight
+from siftune.methods.drivers.batches import label_weight
+from siftune.models.loss import Batch, Loss
 
 Gradients = dict[nn.Parameter, Tensor]
 

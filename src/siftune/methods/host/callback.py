@@ -21,10 +21,9 @@ from siftune.base.errors import RecipeError, TrainingError
 from siftune.base.settings import Settings
 from siftune.base.text import one_line
 from siftune.engine.gate import always
-from siftune.methods.drivers.batches import Batch, Loss, model_loss
 from siftune.methods.host import deepspeed
 from siftune.methods.host.spread import average_adapters
-from siftune.models.loss import IGNORED, moved
+from siftune.models.loss import IGNORED, Batch, Loss, model_loss, moved
 
 
 class _Selecting(Protocol):

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from siftune.base.errors import RecipeError
 from siftune.base.settings import documented
-from siftune.methods.drivers.batches import Batch, Loss, model_loss
 from siftune.methods.drivers.layer_callback import LayerCallback
 from siftune.methods.drivers.layer_driver import Compare, LayerChoice, LayerPolicy, LayerSelection, LayerStack
 from siftune.methods.ist import maths
 from siftune.methods.options import ISTSettings
+from siftune.models.loss import Batch, Loss, model_loss
 
 logger = logging.getLogger(__name__)
 

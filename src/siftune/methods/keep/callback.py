@@ -29,9 +29,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from siftune.base.errors import DataError, RecipeError, UnsupportedError
+from siftune.base.ranks import from_first, rank, world_size
 from siftune.data.batches import Collator
 from siftune.engine.groups import LayerGroup, group_by_layer, outside
-from siftune.engine.ranks import from_first, rank, world_size
 from siftune.engine.sharding import is_sharded
 from siftune.engine.suppression import adapted_modules, refuse_taken_apart, suppress
 from siftune.engine.tape import unrecorded

@@ -26,6 +26,7 @@ from siftune.offsite.emulator.model import Split, outer_names
 from siftune.recipe.schema import Recipe, resolve_recipe
 from siftune.train.build import build
 from siftune.train.callbacks import StepProgress
+from siftune.train.guards.non_finite import BrokenSteps
 
 _ROUNDING = 2**-7  # a little more than bfloat16 loses
 
@@ -177,7 +178,7 @@ def tuned(
 def _fine_tune(model: nn.Module, recipe: Recipe, tuning: Tuning, steps: Steps | None) -> None:
     with tempfile.TemporaryDirectory(prefix="siftune-audit-") as folder:
         callbacks = [] if steps is None else [StepProgress(steps)]
-        built = build(recipe, model, tuning.tokenizer, {"train": tuning.data}, Path(folder), callbacks, bad_steps=0)
+        built = build(recipe, model, tuning.tokenizer, {"train": tuning.data}, Path(folder), callbacks, BrokenSteps(0))
         try:
             if steps is not None:
                 steps(0, tuning.settings.steps)

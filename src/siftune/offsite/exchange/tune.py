@@ -24,7 +24,7 @@ from siftune.offsite.kit.tensors import DTYPES, check_finite
 from siftune.offsite.maths.drd import canonical
 from siftune.recipe.schema import Recipe
 from siftune.train.folder.weights import put_in
-from siftune.train.prepare import ModelSource, Source
+from siftune.train.source import ModelSource, Source
 
 _USE_RETURN = """\
 The model above is a kit: it stands in for a model that its owner keeps. Send the folder RUN/return, and nothing else,

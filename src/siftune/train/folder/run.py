@@ -6,7 +6,6 @@
       rows.sha256         hash of the tokenised training rows
       bad_rows.txt        rows that were left out and the reasons, if any
       metrics.jsonl       a line for each log: step, loss, learning rate, tokens per second, peak memory
-      rows.parquet        a line for each row and visit: its loss; see records/visits.py
       losses.parquet      a line for each row: its loss without training on it; see suspects/losses.py
       selections.parquet  a line for each choice of layers or rows; see selections.py
       eval.json           results of siftune eval
@@ -32,8 +31,7 @@ from siftune.base.environment import hardware, versions
 from siftune.base.errors import InputError, RecipeError
 from siftune.base.files import hash_of, open_to_append, refuse_links, writable_folder, write_beside
 from siftune.base.json_files import read_json_lines, read_sealed, sealed
-from siftune.records.rows import BAD_ROWS
-from siftune.records.visits import NAME as VISITS
+from siftune.recipe.rows import BAD_ROWS
 from siftune.train.folder.checkpoints import checkpoints_in, fault_of, step_of, whole_checkpoints
 
 RECIPE, ROWS, METRICS, SELECTIONS = "recipe.yaml", "rows.sha256", "metrics.jsonl", "selections.parquet"
@@ -163,7 +161,7 @@ class RunFolder:
         """Name of a file that shows that the folder was not a run's; None for a run folder or an empty one."""
         if {RECIPE, "run.json"} & self._before:
             return None
-        own = (ROWS, METRICS, BAD_ROWS, SELECTIONS, VISITS, SIFT, self.adapter.name, self.returned.name)
+        own = (ROWS, METRICS, BAD_ROWS, SELECTIONS, SIFT, self.adapter.name, self.returned.name)
         others = sorted(self._before - {*own, self.checkpoints.name})
         return next((name for name in others if not name.endswith(".partial")), None)
 

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from siftune.base.files import write_beside
-from siftune.engine.ranks import wait_for_all
+from siftune.base.ranks import wait_for_all
 from siftune.train.folder.checkpoints import SOURCE, seal
 
 
@@ -31,7 +31,7 @@ class SourceNote(TrainerCallback):  # type: ignore[misc]
     """Adds the identity of what is trained to every checkpoint, so that a run does not resume on something else.
 
     Args:
-        identity: Hashes by name, as of `prepare.Source`.
+        identity: Hashes by name, as of `train.source.Source`.
     """
 
     def __init__(self, identity: Mapping[str, str]) -> None:

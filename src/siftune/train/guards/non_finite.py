@@ -15,8 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from siftune.base.errors import TrainingError
 from siftune.base.numerics import side_by_side
-from siftune.engine.ranks import on_any_rank
 from siftune.models.loss import label_positions
+from siftune.train.guards.flags import Flag, exchange
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +29,21 @@ class BrokenSteps(TrainerCallback):  # type: ignore[misc]
     """Skips non-finite steps, and stops training after `most` of them.
 
     It must precede callbacks that read gradients.
+
+    Args:
+        most: Steps to skip before training stops.
+        name: Returns the name of a row by its number.
+        flags: Conditions of other callbacks, which ranks exchange with this one.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(
+        self, most: int = BAD_STEPS, name: Callable[[int], str] = "row {}".format, flags: Sequence[Flag] = ()
+    ) -> None:
         self._most = most
-        self.name: Callable[[int], str] = lambda row: f"row {row}"  # name of a row by its number
+        self.name = name
+        self._finite = True
+        self._broken = Flag(lambda: not self._finite)
+        self._flags = [self._broken, *flags]
         self.log: Callable[[dict[str, float]], None] = lambda _: None  # the Trainer's
         self._batches: list[_Batch] = []  # of this step
         self._skipped = False
@@ -53,9 +63,10 @@ class BrokenSteps(TrainerCallback):  # type: ignore[misc]
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         norms = [] if args.fp16 or not parameters else torch._foreach_norm([p.grad for p in parameters])
         numbers = [*(batch.loss for batch in self._batches), *norms]
-        finite = not numbers or bool(side_by_side(numbers).isfinite().all())  # the host waits for the device once
+        self._finite = not numbers or bool(side_by_side(numbers).isfinite().all())  # the host waits once
         batches, self._batches = self._batches, []
-        if not on_any_rank(not finite, args.device):  # all ranks skip a step, or none
+        exchange(self._flags, args.device)
+        if not self._broken:  # all ranks skip a step, or none
             return
         step, what = state.global_step + 1, self._what(batches)
         done = skipped_steps(state)

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from siftune.engine.ranks import on_any_rank
+from siftune.train.guards.flags import Flag
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ class Interrupts(TrainerCallback):  # type: ignore[misc]
     def __init__(self) -> None:
         self.came = False  # whether training was stopped
         self._asked = False
+        self.flag = Flag(lambda: self._asked)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -69,7 +70,7 @@ class Interrupts(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop if a signal reached any rank."""
-        if on_any_rank(self._asked, args.device) and state.global_step < state.max_steps:
+        if self.flag and state.global_step < state.max_steps:
             self.came = True
             args.load_best_model_at_end = False  # keep the weights of this step, not the best
             control.should_save = control.should_training_stop = True

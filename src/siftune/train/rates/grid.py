@@ -10,7 +10,7 @@ from siftune.base.settings import nearest
 from siftune.methods import METHODS
 from siftune.recipe.checks import check
 from siftune.recipe.read import anchored, recipe_values
-from siftune.recipe.schema import Recipe, holds_out, rate_of, resolve_recipe, settings_of
+from siftune.recipe.schema import Recipe, holds_out, rate_of, settings_of
 
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ def _parsed(name: str, text: str, parse: Callable[[str], T]) -> tuple[T, ...]:
 
 
 def recipes_of(recipe: Recipe, methods: Sequence[str]) -> dict[str, Recipe]:
-    """Checked and resolved recipe of each method of a sweep, by method.
+    """Checked recipe of each method of a sweep, by method.
 
     Options of one method are reset in the recipes of the others. Options of methods outside the sweep are refused, as
     in training.
@@ -126,9 +126,8 @@ def recipes_of(recipe: Recipe, methods: Sequence[str]) -> dict[str, Recipe]:
     recipes = {}
     for method in methods:
         others: dict[str, Any] = {part.settings.group: part.settings() for part in parts - {*METHODS[method].parts}}
-        recipes[method] = replace(recipe, method=method, **others)
+        recipes[method] = replace(recipe, method=method, out=None, **others)
         check(recipes[method])
-        recipes[method] = replace(anchored(resolve_recipe(recipes[method])), out=None)
     return recipes
 
 

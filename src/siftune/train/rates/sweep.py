@@ -11,7 +11,6 @@ trainable weights need no copy, and loading is cheap compared with training.
 """
 
 import gc
-import hashlib
 import logging
 import math
 import tempfile
@@ -33,22 +32,16 @@ from siftune.base.work_folder import WorkFolder
 from siftune.data.rows import Row
 from siftune.evaluate.likelihood import perplexity
 from siftune.recipe.checks import NO_TRACKER
-from siftune.recipe.read import recipe_to_yaml
+from siftune.recipe.read import anchored, recipe_to_yaml
+from siftune.recipe.rows import Read, digest_of, read_rows
 from siftune.recipe.schema import Recipe, compares, rate_of
-from siftune.records.rows import Read, read_rows
 from siftune.train.build import build
 from siftune.train.callbacks import StepProgress
-from siftune.train.prepare import (
-    NAMED,
-    ModelSource,
-    Source,
-    bad_lines,
-    prepare,
-    refuse_long,
-    refuse_read,
-    trained_and_held_out,
-)
+from siftune.train.guards.non_finite import BrokenSteps
+from siftune.train.prepare import NAMED, bad_lines, prepare, refuse_long, refuse_read, trained_and_held_out
 from siftune.train.rates.grid import RECORD, Grid, LRRun, facts_of, rate_text, recipes_of
+from siftune.train.session import settled
+from siftune.train.source import ModelSource, Source
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +92,9 @@ def open_sweep(
     """
     if launch_size() > 1:
         raise RecipeError("a sweep runs in one process: start it without torchrun or accelerate launch")
-    recipes = recipes_of(recipe, grid.methods)
-    source = source_of(recipe.model)
-    recipes = {method: source.settle(one) for method, one in recipes.items()}
+    sessions = {method: settled(one, source_of) for method, one in recipes_of(recipe, grid.methods).items()}
+    recipes = {method: replace(anchored(one), out=None) for method, (one, _) in sessions.items()}
+    _, source = sessions[grid.methods[0]]
     widest = next(filter(compares, recipes.values()), recipes[grid.methods[0]])
     read = read_rows(widest)
     refuse_read(widest, read, source.tokenizer)
@@ -110,7 +103,7 @@ def open_sweep(
         logger.warning(
             "%d of %d held-out rows are training rows too: their loss measures memorization", both, len(rows["eval"])
         )
-    digests = {f"the {name} rows": _digest(part) for name, part in rows.items()}
+    digests = {f"the {name} rows": digest_of(part) for name, part in rows.items()}
     return LRSweep(grid, recipes, LRFolder(out).begin({**facts_of(recipe, recipes), **digests}), source, rows, read.bad)
 
 
@@ -216,7 +209,7 @@ def _tuned(
     with tempfile.TemporaryDirectory(prefix="siftune-lr-") as folder:
         used = {name: data[name] for name in parts}
         # a rate that breaks a step is a result
-        built = build(quiet, model, tokenizer, used, Path(folder), [StepProgress(steps)], bad_steps=0)
+        built = build(quiet, model, tokenizer, used, Path(folder), [StepProgress(steps)], BrokenSteps(0))
         try:
             built.trainer.train()
         finally:
@@ -230,9 +223,3 @@ def _heldout_loss(model: nn.Module, rows: Dataset, batch_size: int) -> float:
     pairs = list(zip(rows["input_ids"], rows["labels"], strict=True))
     result = perplexity(model, pairs, batch_size)
     return float(result.nll.sum() / result.tokens.sum())
-
-
-def _digest(rows: Sequence[Row]) -> str:
-    """Hash of prompts, completions and weights in their order."""
-    parts = (repr((row.prompt, row.completion, *(() if row.weight == 1 else (row.weight,)))) for row in rows)
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

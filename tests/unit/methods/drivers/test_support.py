@@ -9,8 +9,8 @@ from support.tiny import batch
 from support.trainers import adapted
 from torch import nn
 
-from siftune.methods.drivers.batches import model_loss
 from siftune.methods.drivers.support import Support, support_gradient
+from siftune.models.loss import model_loss
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-13}
 

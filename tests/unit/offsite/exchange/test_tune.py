@@ -300,7 +300,7 @@ def test_the_middle_is_refused_before_anything_is_loaded(kit, rows, tmp_path, mo
 
 def test_a_damaged_kit_is_refused_before_anything_is_loaded(kit, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_kit", None)
-    monkeypatch.setattr("siftune.train.prepare.load_model", None)
+    monkeypatch.setattr("siftune.train.source.load_model", None)
     shutil.copytree(kit.path, tmp_path / "kit")
     path = tmp_path / "kit" / "adapter.safetensors"
     path.write_bytes(path.read_bytes()[:-4])

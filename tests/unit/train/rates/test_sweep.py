@@ -19,9 +19,9 @@ from siftune.data.read import load_rows
 from siftune.data.tasks import arithmetic_rows
 from siftune.methods.options import GASTSettings, ISTSettings
 from siftune.recipe.read import load_recipe
+from siftune.recipe.rows import read_rows
 from siftune.recipe.schema import Recipe
-from siftune.records.rows import read_rows
-from siftune.train import prepare as module
+from siftune.train import source as module
 from siftune.train.prepare import prepare
 from siftune.train.rates import sweep as lr_sweep
 from siftune.train.rates.grid import Grid, grid_of, rate_text, recipes_of

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from support.tiny_run import recipe, save_rows
+from support.visited import visits
 
 from siftune.base.errors import DataError
+from siftune.data.decisions import Decision, Decisions, decisions_csv, is_selected, read_decisions, remaining_rows
 from siftune.data.read import load_rows
 from siftune.data.rows import rows_from
+from siftune.recipe.rows import read_rows
 from siftune.recipe.schema import Recipe
-from siftune.records.decisions import Decision, Decisions, decisions_csv, is_selected, read_decisions, remaining_rows
-from siftune.records.rows import read_rows
-from siftune.records.visits import read_visits
 from siftune.suspects.losses import trained_rows
 from siftune.train.run import train
 
@@ -242,10 +242,10 @@ def test_a_run_trains_without_the_rows_of_a_list(base, tmp_path, caplog):
     path, bad = save_rows(tmp_path / "rows.jsonl"), tmp_path / "bad.csv"
     bad.write_text("place,score\n" + "".join(f"{path}:{line},1\n" for line in (3, 5, 24)))
     settings = {"method": "dense", "drop_rows": str(bad)}
-    train(recipe(base, path, tmp_path / "run", steps=None, **settings), Console(quiet=True))
+    with visits() as trained:
+        train(recipe(base, path, tmp_path / "run", steps=None, **settings), Console(quiet=True))
     assert f"{bad}: leaving out 3 rows" in caplog.messages
-    found = read_visits(tmp_path / "run" / "rows.parquet")
-    assert {int(place.rpartition(":")[2]) for place in found.places} == set(range(1, 25)) - {3, 5, 24}
+    assert {int(visit.place.rpartition(":")[2]) for visit in trained} == set(range(1, 25)) - {3, 5, 24}
     assert len(trained_rows(tmp_path / "run")[0]) == 21  # they are found again without the rows of the list
 
 
@@ -253,4 +253,4 @@ def test_nothing_is_recorded_in_a_private_run(base, tmp_path):
     path = save_rows(tmp_path / "rows.jsonl")
     private = {"dp_epsilon": 8.0, "dp_delta": 1e-3, "steps": 1}
     train(recipe(base, path, tmp_path / "private", method="dense", **private), Console(quiet=True))
-    assert not list(tmp_path.rglob("rows.parquet"))
+    assert '"rows": null' in (tmp_path / "private" / "run.json").read_text()

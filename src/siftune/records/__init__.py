@@ -1,1 +1,0 @@
-"""Training rows of a recipe, and records of their losses."""
