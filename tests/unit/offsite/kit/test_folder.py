@@ -13,7 +13,7 @@ from siftune.offsite.emulator.model import Split
 from siftune.offsite.kit import config as kit_config
 from siftune.offsite.kit import folder as kit_module
 from siftune.offsite.kit.folder import is_kit, load_config, load_tokenizer, read_kit, write_kit
-from siftune.offsite.kit.manifest import canonical, parse_manifest
+from siftune.offsite.kit.manifest import parse_manifest
 from siftune.offsite.kit.tensor_file import TensorFile
 
 FILES = (
@@ -94,27 +94,6 @@ def test_a_kit_may_be_reached_by_a_link_but_hold_none(folder, tmp_path):
         read_kit(folder)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_files_are_held_to_the_manifest(folder, name):
-    data = (folder / name).read_bytes()
-    (folder / name).unlink()
-    with pytest.raises(KitError, match=f"no {name}" if name == "manifest.json" else f"{name} is missing"):
-        read_kit(folder)
-    if name == "manifest.json":
-        (folder / name).write_bytes(b"")
-        with pytest.raises(KitError, match="an empty one"):
-            read_kit(folder)
-        return
-    (folder / name).write_bytes(data + b" ")
-    with pytest.raises(KitError, match=f"{name} has {len(data) + 1} bytes, but manifest.json: files.{name}.bytes is"):
-        read_kit(folder)
-    (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(KitError, match=name) as caught:
-        read_kit(folder)
-    if name != "manifest.json":
-        assert "SHA-256" in str(caught.value)
-
-
 def test_a_file_must_be_in_the_manifest_and_on_the_list(folder):
     edit(folder, "manifest.json", lambda m: m["files"].pop("chat_template.jinja") and None)
     with pytest.raises(KitError, match=r"chat_template\.jinja is in it, but not in manifest\.json: files"):
@@ -145,22 +124,6 @@ def forge(folder, name, change):
 
 
 UP = "mlp.up_proj.weight"
-FORGERIES = [
-    ("emulator.safetensors", lambda h: h["lm_head.weight"].update(shape=[32, 320]), "lm_head.weight is F32"),
-    ("emulator.safetensors", lambda h: h["lm_head.weight"].update(dtype="I32"), "lm_head.weight.dtype is 'I32'"),
-    ("emulator.safetensors", lambda h: h.update(x=h.pop("lm_head.weight")), "has no tensor 'lm_head.weight'"),
-    ("emulator.safetensors", lambda h: h["__metadata__"].update(author="x"), "__metadata__"),
-    ("adapter.safetensors", lambda h: h[f"first.0.{UP}"].update(shape=[32, 48]), r"up_proj.weight is F32 \[32, 48\]"),
-    ("adapter.safetensors", lambda h: h.update(x=h.pop(f"first.0.{UP}")), f"has no tensor 'first.0.{UP}'"),
-]
-
-
-@pytest.mark.parametrize(("name", "change", "words"), FORGERIES)
-def test_tensors_are_held_to_manifest_and_model(folder, name, change, words):
-    forge(folder, name, change)
-    with pytest.raises(KitError, match=words) as caught:
-        read_kit(folder)
-    assert f": {name}" in str(caught.value)
 
 
 def test_outer_layers_that_only_manifest_and_header_agree_on_are_refused(folder):
@@ -195,36 +158,6 @@ def test_claims_are_refused_before_anything_is_built_or_allocated(folder, monkey
     monkeypatch.setattr(TensorFile, "check", lambda *_: pytest.fail("hashed"))
     edit(folder, name, change)
     with pytest.raises(KitError, match=words):
-        read_kit(folder)
-
-
-def test_large_sparse_files_are_refused_by_their_headers(folder, monkeypatch):
-    """A terabyte of nothing, in which every size agrees with every other, is neither hashed nor loaded."""
-    header, _ = header_of(folder / "emulator.safetensors")
-    header["lm_head.weight"].update(shape=[10**6, 10**5])
-    position = 0
-    for name, entry in header.items():
-        if name != "__metadata__":
-            size = 4 * torch.Size(entry["shape"]).numel()
-            entry["data_offsets"] = [position, position := position + size]
-    path = folder / "emulator.safetensors"
-    write_header(path, header, b"")
-    try:
-        os.truncate(path, path.stat().st_size + position)
-    except OSError:
-        pytest.skip("the file system has no sparse files of this size")
-    manifest = read_json(folder / "manifest.json")
-    manifest["files"]["emulator.safetensors"]["bytes"] = path.stat().st_size
-    (folder / "manifest.json").write_bytes(canonical(manifest))
-    monkeypatch.setattr(TensorFile, "check", lambda *_: pytest.fail("hashed"))
-    with pytest.raises(KitError, match=r"lm_head\.weight is F32 \[1000000, 100000\], but the model"):
-        read_kit(folder)
-
-
-def test_a_deeply_nested_config_is_refused(folder):
-    (folder / "config.json").write_bytes(b'{"a":' * 100_000)
-    repair(folder)
-    with pytest.raises(KitError, match=r"config\.json has more than 32 levels"):
         read_kit(folder)
 
 
