@@ -43,7 +43,7 @@ def short(text: str, longest: int = _LONGEST) -> str:
 
 
 def to_csv(rows: Sequence[Suspect], selected: bool = False) -> str:
-    """A decision file (records/decisions.py) of rows with complete texts.
+    """A decision file (data/decisions.py) of rows with complete texts.
 
     Args:
         rows: The rows, highest scores first.

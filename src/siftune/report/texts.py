@@ -2,7 +2,7 @@
 
 Decision files cut texts, and change those that a spreadsheet would compute. The rows themselves are in the files that
 the places name. A list from another party could name any file, so one is read only if the user has written this list
-on this machine (records/again.py), or names the file in the command.
+on this machine (recipe/again.py), or names the file in the command.
 """
 
 import json

@@ -7,7 +7,7 @@ FOLDER/
   pool/, tuning/   run folders of the training on rows of the task, and of that on the target, which continues it
   losses.jsonl     a line for every 512 rows of the task: their numbers, and their losses after that training
   1-…, tuning-1/   the same of a second training, which a small target has
-  scores.csv       every row of the pool with its score, without copies: a decision file (records/decisions.py)
+  scores.csv       every row of the pool with its score, without copies: a decision file (data/decisions.py)
   avoid/           the same of the bad rows, and `pool/`, run folder of the training on the pool that precedes theirs
   dropped.csv      the same of the rows that were not selected, with copies; missing if there are none
   sifted.jsonl     the selected rows as they are in the pool, for any trainer
@@ -72,7 +72,7 @@ class Sifted:
         folder: The folder with its files.
         selected: Numbers of the selected rows among all rows of the pool, from 0, ascending, for `Dataset.select`.
         places: (R,) places of the rows that have scores, such as "pool.jsonl:17"; not of copies, target and bad rows.
-        scores: (R,) float64: the lower, the better a row's answer fits, as in scores.py: its margin over other answers
+        scores: (R,) float64: the lower, the better a row's answer fits, as in choose.py: its margin over other answers
             if rows share these, otherwise its loss. NaN for rows of other tasks, and for rows that cannot be compared;
             None without a target. Rounded, as in scores.csv.
         similar: (R,) float64: similarity of the prompts to those of the target, from -1 to 1. None without a target.
@@ -132,7 +132,7 @@ def sift(
     source_of: Callable[[str], Source] = ModelSource,
     **settings: Any,
 ) -> Sifted:
-    """Select the rows of a pool that are like a few rows of a target, and unlike bad rows (ours; scores.py).
+    """Select the rows of a pool that are like a few rows of a target, and unlike bad rows (ours; choose.py).
 
     Rows with prompts like those of the target are of its task: see `least_similarity`. The model is tuned on most of
     the target's rows, as long as the loss of the others falls. If the rows share a few answers, it is tuned on the
