@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from siftune.base.errors import KitError
-from siftune.base.settings import CONFIG, Validated
+from siftune.base.settings import CONFIG, Positive, Validated
 from siftune.base.stages import text_console
 from siftune.cli.options import Flag
 from siftune.offsite.exchange.settings import MAX_UPDATE
@@ -31,7 +31,7 @@ class Options(Validated):
     """Kit that a return is for."""
     public_key: Path | None = None
     """Public key of the owner, a PEM file; the kit must then be signed by the owner."""
-    max_update: float = MAX_UPDATE
+    max_update: Positive = MAX_UPDATE
     """For a return: each tensor must have moved by less, relative to its norm, as for siftune plug."""
 
 

@@ -47,7 +47,7 @@ def test_verify_refuses_what_plug_refuses_in_the_same_words(half, damaged, capsy
 def test_verify_takes_a_limit_for_returns_alone(parties, damaged, capsys):
     assert "leave out --max-update" in error_of(capsys, "verify", parties / "kit", "--max-update", "0.5")
     way = ("verify", damaged / "return", "--kit", parties / "kit", "--max-update")
-    assert "the largest update is 0.0" in error_of(capsys, *way, "0")
+    assert "--max-update is 0, but must be a number, above 0" in error_of(capsys, *way, "0")
     assert "must stay below 1e-09" in error_of(capsys, *way, "1e-9")
     assert siftune(capsys, *way, "0.5")[0]["limit"] == 0.5
 

@@ -70,29 +70,8 @@ def check_weights(weights: Sequence[float] | None, count: int) -> None:
         raise RecipeError("no return was given: name one or more with --return")
     if weights is None:
         return
+    PlugSettings(weights=tuple(weights))  # whose field has the range
     if len(weights) != count or count == 1:
         raise RecipeError(
             f"--weights has {len(weights)} numbers for {count} returns: give one for each of several returns"
         )
-    if not all(0 < weight < float("inf") for weight in weights):
-        raise RecipeError(f"the weights are {list(weights)}, but must be finite numbers above 0")
-
-
-def check_max_update(value: float) -> None:
-    """Refuse what is no limit on updates.
-
-    Raises:
-        RecipeError: It is no finite number above 0.
-    """
-    if not 0 < value < float("inf"):
-        raise RecipeError(f"the largest update is {value}, but must be a finite number above 0")
-
-
-def check_max_loss_increase(value: float) -> None:
-    """Refuse what is no limit on a loss's increase.
-
-    Raises:
-        RecipeError: It is no finite number from 0.
-    """
-    if not 0 <= value < float("inf"):
-        raise RecipeError(f"the largest increase of the loss is {value}, but must be a finite number, 0 or more")

@@ -29,7 +29,7 @@ from siftune.evaluate.measure import PERPLEXITY, measure
 from siftune.evaluate.prepare import Prepared
 from siftune.models.families import FAMILIES
 from siftune.offsite.exchange.returned import Tuned
-from siftune.offsite.exchange.settings import MAX_LOSS_INCREASE, MAX_UPDATE, check_max_loss_increase, check_max_update
+from siftune.offsite.exchange.settings import MAX_LOSS_INCREASE, MAX_UPDATE, PlugSettings
 from siftune.offsite.kit.folder import Kit, load_weights
 from siftune.offsite.kit.manifest import OUTER
 
@@ -50,7 +50,7 @@ class OwnRows:
     max_loss_increase: float = MAX_LOSS_INCREASE
 
     def __post_init__(self) -> None:
-        check_max_loss_increase(self.max_loss_increase)
+        PlugSettings(max_loss_increase=self.max_loss_increase)  # whose field has the range
 
     def loss(self, model: nn.Module) -> float:
         """A model's mean loss over all tokens that training would learn, in nats per token."""
@@ -213,7 +213,7 @@ def compare(
         KitError: Names or shapes differ, or a tuned number is not finite.
         RecipeError: The limit is no number above 0.
     """
-    check_max_update(limit)
+    PlugSettings(max_update=limit)  # whose field has the range
     for name in sorted(before.keys() ^ after.keys()):
         fault = "is missing from" if name in before else "is none of the outer layers', but in"
         raise KitError(f"tensor {name} {fault} the return: give a return of this kit")

@@ -147,8 +147,8 @@ def test_each_is_held_to_what_a_single_one_is(model, kit, factor):
         ((1, 1, 1), 2, "--weights"),
         ((1,), 1, "--weights"),
         ((), 2, "--weights"),
-        ((1, 0), 2, "weights are"),
-        ((1, math.nan), 2, "weights are"),
+        ((1, 0), 2, "weights is"),
+        ((1, math.nan), 2, "weights is"),
     ],
 )
 def test_weights_that_cannot_be_used(model, kit, weights, count, words):

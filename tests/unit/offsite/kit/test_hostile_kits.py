@@ -237,5 +237,25 @@ def test_forged_files(sound, tmp_path, name, path, value, words):
     refused(read_kit, forge(sound, tmp_path, name, path, value), name, words)
 
 
+FAMILIES = [
+    ("gpt2", "n_layer", 10**9, "n_layer is 1000000000, not a whole number"),
+    ("gpt2", "resid_pdrop", 1, "resid_pdrop is 1; it must be below 1"),
+    ("gpt2", "add_cross_attention", True, "add_cross_attention is True"),
+    ("opt", "ffn_dim", 0, "ffn_dim is 0, not a whole number"),
+    ("opt", "do_layer_norm_before", "../x", "do_layer_norm_before is '../x'"),
+    ("gpt_neox", "layer_norm_eps", -1e-5, "layer_norm_eps is -1e-05, not a number"),
+    ("gemma2", "final_logit_softcapping", 0, "final_logit_softcapping is 0, not a number"),
+    ("gemma2", "sliding_window", None, "layer_types has sliding_attention, but there is no sliding_window"),
+    ("gemma3_text", "rope_parameters/full_attention/factor", {}, "rope_parameters.full_attention.factor is {}"),
+    ("gemma3_text", "use_bidirectional_attention", True, "use_bidirectional_attention is True"),
+]
+
+
+@pytest.mark.parametrize(("family", "path", "value", "words"), FAMILIES)
+def test_settings_of_other_families(tmp_path, family, path, value, words):
+    kit = small_kit(tmp_path / "sound" / "kit", family).path
+    refused(read_kit, forge(kit, tmp_path / "forged", CONFIG, path, value), CONFIG, words)
+
+
 def test_the_untouched_copy_is_read(sound, tmp_path):
     assert read_kit(forge(sound, tmp_path, CONFIG, "", lambda data: data)).config == read_json(sound / CONFIG)
