@@ -1,4 +1,4 @@
-"""Settings of the complete suite, a saved tiny model, and rows for it."""
+"""Settings of the complete suite, saved tiny models, and rows for them."""
 
 import os
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 from support.tiny_run import save_base, save_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # two cores are shared by the test workers, so a single example can take long; examples are the same in every run
 EXAMPLES = 25 if os.environ.get("CI") else 50
@@ -19,6 +20,15 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 def base(tmp_path_factory):
     """Folder of a tiny llama."""
     return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def half(base, tmp_path_factory):
+    """Folder of the tiny llama as a bfloat16 checkpoint."""
+    folder = tmp_path_factory.mktemp("half")
+    AutoModelForCausalLM.from_pretrained(base).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from lab.pays import pool as pools
 from lab.pays.measure import measure_rows
 from lab.pays.pool import asked, make_pool
 from lab.training import Work, load
+from siftune.data.sampled_texts import sample_texts
 from siftune.engine.groups import group_by_layer
 from siftune.engine.suppression import suppress
 from siftune.methods.keep import callback
 from siftune.methods.keep.callback import Keep, Penalty
-from siftune.methods.keep.texts import sample_texts
 
 Record = dict[str, Any]
 

@@ -15,7 +15,8 @@ import siftune
 from lab import recorded, tables
 from siftune.base.environment import ABOUT
 from siftune.cli.bench import chosen
-from siftune.cli.main import COMMANDS, main
+from siftune.cli.commands import COMMANDS
+from siftune.cli.main import main
 from siftune.cli.options import parse
 from siftune.recipe.checks import check
 

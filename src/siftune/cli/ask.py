@@ -131,7 +131,7 @@ def _ask(
 
         progress(f"loading {subject.name}", 0, 0)
         model, tokenizer = load_base(subject, "auto" if subject.recipe is None else subject.recipe.dtype)
-        if options.template is None and subject.adapter is not None and subject.kit is None:
+        if options.template is None and subject.adapter is not None and subject.is_ordinary:
             take_template(subject.adapter, tokenizer)
         questions = open_questions(rows, Encoder(tokenizer, template), options.max_new_tokens)
         for row, ids in zip(rows, questions.prompts_ids, strict=True):

@@ -37,16 +37,13 @@ def run(options: Options) -> dict[str, Any]:
     import logging
 
     from siftune.base.environment import ran_out
-    from siftune.cli.subjects import find_subject, is_of_kit, load_subject, take_template
+    from siftune.cli.subjects import find_subject, kind_of_subject, load_subject, take_template
     from siftune.models.load import quiet_bars
     from siftune.models.save import save_model, save_tokenizer
 
     subject = find_subject(options.run, base=options.base)
-    if is_of_kit(subject):
-        raise ModelError(
-            f"{options.run} is of a kit, an emulator that only stands in for a model: send the folder `return` of the "
-            "run to the model's owner, whose `siftune plug` makes the tuned model."
-        )
+    if (kind := kind_of_subject(subject)) is not None:
+        kind.refuse_export(subject.name)
     if subject.adapter is None:
         raise ModelError(f"{options.run} holds no adapter; give a run folder, or a folder in PEFT's format.")
     with new_folder(out) as partial:

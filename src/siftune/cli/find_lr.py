@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from siftune.base.settings import CONFIG
 from siftune.base.text import counted
 from siftune.base.work_folder import WorkFolder
+from siftune.cli.sources import source_of
 from siftune.recipe.schema import Recipe, new_folder
 from siftune.train.rates.grid import RECORD, grid_of, recipes_of
 
@@ -50,7 +51,6 @@ def run(options: Options) -> dict[str, Any]:
     if options.out is not None:
         WorkFolder(options.out, RECORD).refuse_others()
     from siftune.base.stages import text_console
-    from siftune.offsite.exchange.tune import source_of
     from siftune.report.rates import advice, before, table, write_report
     from siftune.report.table import print_table
     from siftune.train.rates.sweep import open_sweep

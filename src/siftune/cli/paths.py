@@ -1,92 +1,70 @@
 """Early checks of the files and folders that options name, before torch is imported.
 
-An option is recognised by its name; numbers, such as the share `keep` of `emulate`, are no paths. The commands check
-contents.
+An option is recognised by its name; a value that is no text, such as a number, is no path. The commands check contents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from siftune.base.errors import KitError, ModelError, RecipeError
+from siftune.base.errors import ModelError, RecipeError
+from siftune.cli.sources import is_ordinary
 from siftune.data.read import check_columns, check_source, read_template
 from siftune.methods.options import OWN
 from siftune.models.smollm2 import NAME as SMOLLM2
 from siftune.models.source import resolve, similar_folder, why_missing
 
-_DATA = (
-    "train",
-    "eval",
-    "target",
-    "avoid",
-    "keep",
-    "data",
-    "calibration",
-    "calibration_prompts",
-    "held_out",
-    "calibration_others",
-)
-_ROWS = ("train", "eval", "target", "avoid")  # in the columns that a recipe names
-_FOLDERS = ("kit", "returned", "path", "folders")
-_RUNS = ("run", "runs")  # run folders, or names of models
-_FILES = ("public_key", "sign", "drop_rows")
-_MODELS = ("model", "base")
+# what options name -> their names; a command adds its own in a table `PATHS`
+_PATHS = {
+    "rows": ("train", "eval", "target", "avoid", "data"),
+    "texts": ("keep",),  # rows, or "own" for texts that the base model writes itself
+    "folders": ("folders",),
+    "runs": ("run", "runs"),  # run folders, or names of models
+    "files": ("public_key", "drop_rows"),
+    "models": ("model", "base"),
+}
+_IN_COLUMNS = ("train", "eval", "target", "avoid")  # rows in the columns that a recipe names
 _SIGNS = ("recipe.yaml", "adapter_config.json", "tuned_layers.json", "config.json")  # of run, adapter, layers, model
-_LONGEST = 2**24  # bytes of a manifest; its keys are sorted, so the one that names its kind comes late
 
 
-def check_paths(options: Any) -> None:
-    """Refuse options that name a file or folder that does not exist, a folder that holds no model, and swapped kits.
+def check_paths(options: Any, own: Mapping[str, Sequence[str]]) -> None:
+    """Refuse options that name a file or folder that does not exist, and a folder that holds no model.
 
     Args:
         options: Options of a command.
+        own: Names of the command's own options, by what they name: rows, texts, folders, runs, files or models.
 
     Raises:
         InputError: The message names the option, the path and the working directory.
     """
     values = {field.name: _listed(getattr(options, field.name)) for field in fields(options)}
-    for name in _DATA:
-        for source in values.get(name, ()):
-            if (name, source) not in (("keep", OWN), ("calibration", OWN)):
-                check_source(source)
+    named = {
+        what: [(name, value) for name in (*names, *own.get(what, ())) for value in values.get(name, ())]
+        for what, names in _PATHS.items()
+    }
+    for _, source in named["rows"]:
+        check_source(source)
+    for _, source in named["texts"]:
+        if source != OWN:
+            check_source(source)
     if getattr(options, "bad_rows", None) == "stop":
-        for source in (each for name in _ROWS for each in values.get(name, ())):
+        for source in (each for name in _IN_COLUMNS for each in values.get(name, ())):
             check_columns(source, options.columns)
-    for model in (each for name in _MODELS for each in values.get(name, ())):
-        if model != SMOLLM2 and not (Path(model).expanduser() / "manifest.json").exists():  # a kit, checked later
+    for _, model in named["models"]:
+        if model != SMOLLM2 and is_ordinary(model):  # others are checked when they are read
             resolve(model)
     if isinstance(template := getattr(options, "template", None), Path):
         read_template(template)
-    for name in _FOLDERS:
-        for path in values.get(name, ()):
-            if not Path(path).expanduser().exists():
-                raise RecipeError(f"there is no folder {path} {_place(path)}")
-    for name in _RUNS:
-        for path in values.get(name, ()):
-            if _is_path(path) and not Path(path).expanduser().exists():
-                raise ModelError(f"there is no run {path}: no such folder {_place(path)}")
-    for name in _FILES:
-        for path in values.get(name, ()):
-            if not Path(path).expanduser().exists():
-                raise RecipeError(f"--{name.replace('_', '-')} {path}: no such file {_place(path)}")
-    _check_exchange(values.get("kit", ()), values.get("returned", ()))
-
-
-def _check_exchange(kits: Sequence[str], returns: Sequence[str]) -> None:
-    """Refuse a kit and a return that are swapped, and a folder beside the return."""
-    for kit in kits:
-        if _manifest_of(kit) == "return":
-            swapped = next((each for each in returns if _manifest_of(each) == "kit"), None)
-            advice = f"and --return {swapped} is a kit: swap them" if swapped else "not a kit: name it with --return"
-            raise KitError(f"--kit {kit} is a return, {advice}")
-    for returned in returns:
-        path = Path(returned).expanduser()
-        if _manifest_of(returned) == "kit":
-            raise KitError(f"--return {returned} is a kit, not a return: give RUN/return of a run on the kit")
-        beside = next((each / "return" for each in (path, path.parent) if _manifest_of(each / "return")), None)
-        if not _manifest_of(returned) and beside:
-            raise KitError(f"--return {returned} is no return: give {beside}")
+    for _, path in named["folders"]:
+        if not Path(path).expanduser().exists():
+            raise RecipeError(f"there is no folder {path} {_place(path)}")
+    for _, path in named["runs"]:
+        if _is_path(path) and not Path(path).expanduser().exists():
+            raise ModelError(f"there is no run {path}: no such folder {_place(path)}")
+    for name, path in named["files"]:
+        if not Path(path).expanduser().exists():
+            raise RecipeError(f"--{name.replace('_', '-')} {path}: no such file {_place(path)}")
 
 
 def refuse_unknown(source: str) -> None:
@@ -109,19 +87,6 @@ def refuse_unknown(source: str) -> None:
             f"there is no run {source}: no such folder (working directory: {Path.cwd()}), and no model of that name "
             f"({why}){guess}"
         )
-
-
-def _manifest_of(folder: str | Path) -> str:
-    """The kind of a folder by its manifest, "kit" or "return"; empty for another folder."""
-    manifest = Path(folder).expanduser() / "manifest.json"
-    try:
-        if not manifest.is_file():
-            return ""
-        with manifest.open("rb") as file:
-            content = file.read(_LONGEST)
-    except OSError:  # reported by the command that reads it
-        return ""
-    return next((kind for kind in ("kit", "return") if f'"siftune_{kind}"'.encode() in content), "")
 
 
 def _listed(value: Any) -> list[str]:

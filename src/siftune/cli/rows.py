@@ -10,6 +10,7 @@ from siftune.base.files import refuse_links
 from siftune.base.settings import CONFIG, Count, Validated
 from siftune.base.text import counted
 from siftune.cli.options import Flag
+from siftune.cli.sources import source_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,7 +81,6 @@ def run(options: Options) -> dict[str, Any]:
 
 def _score(options: Options, folder: Path, console: "Console") -> None:
     """Score the rows of a run."""
-    from siftune.offsite.exchange.tune import source_of
     from siftune.recipe.again import is_own
     from siftune.recipe.read import load_recipe
     from siftune.recipe.schema import Recipe

@@ -12,6 +12,7 @@ from siftune.base.environment import launch_rank
 from siftune.base.settings import CONFIG, Count, Positive, Validated
 from siftune.base.text import one_line
 from siftune.base.work_folder import WorkFolder
+from siftune.cli.sources import source_of
 from siftune.recipe.schema import SCORING, Recipe, with_settings
 from siftune.sifting.checks import RECORD, STEPS, check_sifting
 from siftune.sifting.scores import Limits
@@ -75,7 +76,6 @@ def run(options: Options) -> dict[str, Any]:
     if options.out is not None:
         WorkFolder(options.out, RECORD).refuse_others()
     from siftune.base.stages import text_console
-    from siftune.offsite.exchange.tune import source_of
     from siftune.sifting.run import sift
 
     console = text_console(stderr=True)

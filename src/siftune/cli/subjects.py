@@ -1,32 +1,30 @@
-"""Subjects of `eval`, `ask` and `export`: run folders, adapter folders, kits and models."""
+"""Subjects of `eval`, `ask` and `export`: run folders, adapter folders and models."""
 
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from siftune.base.errors import AdapterError, InputError, KitError, ModelError, RecipeError
+from siftune.base.errors import AdapterError, InputError, ModelError, RecipeError
 from siftune.base.files import refuse_links
 from siftune.base.json_files import read_json
 from siftune.base.links import check_links
 from siftune.cli.paths import refuse_unknown
+from siftune.cli.sources import Kind, kind_of, source_of
 from siftune.data.encode import use_template
 from siftune.models.adapters.attach import load_adapter
 from siftune.models.adapters.saved import CONFIG, read_config
-from siftune.offsite.exchange.returned import open_return
-from siftune.offsite.exchange.tune import KitSource, find_kit, put_in_return
-from siftune.offsite.kit.folder import Kit
 from siftune.recipe.again import is_own
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.train.folder.checkpoints import step_of, whole_checkpoints
 from siftune.train.folder.run import RunFolder
 from siftune.train.folder.weights import holds_tuned, put_in, read_about, read_tuned
-from siftune.train.source import ModelSource
+from siftune.train.source import ModelSource, Source
 
 logger = logging.getLogger(__name__)
 
@@ -37,23 +35,28 @@ class Subject:
 
     Attributes:
         name: As the user named it.
-        base: Source of the base model, for `load_model`, or the folder of a kit.
-        adapter: Folder of what was trained: an adapter in PEFT's format, tuned layers, or the return of a run on a
-            kit. None for a model by itself.
+        base: Name of the base model.
+        source: What the name stands for.
+        adapter: Folder of what was trained: an adapter in PEFT's format, tuned layers, or a return. None for a model by
+            itself.
         recipe: The recipe of a run folder; None otherwise.
-        kit: The kit that `base` names, read and checked; None for another model.
     """
 
     name: str
     base: str
+    source: Source
     adapter: Path | None = None
     recipe: Recipe | None = None
-    kit: Kit | None = None
+
+    @property
+    def is_ordinary(self) -> bool:
+        """Whether the base is an ordinary model; see `sources.KINDS`."""
+        return isinstance(self.source, ModelSource)
 
 
 def find_subjects(sources: Sequence[str], public_key: Path | None = None, base: str | None = None) -> list[Subject]:
-    """Resolve several names; see `find_subject`. A kit that several of them use is read once."""
-    find = functools.cache(find_kit)
+    """Resolve several names; see `find_subject`. A source that several of them have is read once."""
+    find = functools.cache(source_of)
     return [find_subject(source, public_key, base, find) for source in sources]
 
 
@@ -61,64 +64,55 @@ def find_subject(
     source: str,
     public_key: Path | None = None,
     base: str | None = None,
-    find: Callable[[str, Path | None], Kit | None] = find_kit,
+    find: Callable[[str, Path | None], Source] = source_of,
 ) -> Subject:
     """Resolve a name.
 
     Args:
         source: A run folder (`recipe.yaml`, and `adapter/` or `return/`), a PEFT adapter folder
-            (`adapter_config.json`), a folder of tuned layers (`tuned_layers.json`), a kit, or anything that
-            `load_model` takes.
-        public_key: PEM file of a model owner's public key: the subject must then be a kit that is signed with it, or
-            have been trained on one.
-        base: What something was trained on, in the place of what it names itself: a model or a kit.
-        find: Finds, reads and checks a kit; who names several subjects gives one that remembers.
+            (`adapter_config.json`), a folder of tuned layers (`tuned_layers.json`), or anything that `source_of` takes.
+        public_key: As for `source_of`; of what was trained, it is about the base.
+        base: What something was trained on, in the place of what it names itself.
+        find: Finds a source; who names several subjects gives one that remembers.
 
     Raises:
-        KitError: The kit is damaged or not signed by the key, or a key was given and there is no kit; or the return
-            beside what was trained is damaged or of another kit.
+        KitError: As `source_of`; or the return beside what was trained is damaged, or of another model.
         ModelError: There is nothing of that name, a run folder has no adapter in it, or its base is gone.
         AdapterError: An adapter's config can't be read, or names no base model.
         RecipeError: A run's recipe can't be read.
     """
-    subject = _subject(source)
-    if subject.adapter is not None and base is not None:
-        subject = replace(subject, base=base)
-    elif subject.adapter is not None:
-        _refuse_gone(subject)
-    subject = replace(subject, kit=find(subject.base, public_key))
-    if subject.kit is not None and subject.adapter is not None:
-        returned = subject.adapter.parent / "return"
-        # an adapter does not name its kit; the return beside it does
-        if returned != subject.adapter and _is_return(returned):
-            with open_return(returned, subject.kit):
-                pass
+    path = Path(source).expanduser()
+    recipe: Recipe | None = None
+    model: str
+    if (path / "recipe.yaml").exists():
+        refuse_links(path)
+        recipe = load_recipe(path / "recipe.yaml")
+        trained, model = _trained_in(path), recipe.model
+    elif (path / CONFIG).is_file():
+        trained, model = path, _base_of(path)
+    elif holds_tuned(path):
+        check_links(path)
+        trained, model = path, read_about(path).base
+    else:
+        refuse_unknown(source)
+        return Subject(source, source, find(source, public_key))
+    if base is None:
+        _refuse_gone(source, model)
+    else:
+        model = base
+    subject = Subject(source, model, find(model, public_key), trained, recipe)
+    returned = trained.parent / "return"
+    # an adapter does not name a model of another kind; the return beside it does
+    if not subject.is_ordinary and returned != trained and (kind := kind_of(returned)) is not None:
+        kind.check_return(returned, subject.source)
     return subject
 
 
-def _subject(source: str) -> Subject:
-    """Resolve a name, without its kit."""
-    path = Path(source).expanduser()
-    if (path / "recipe.yaml").exists():
-        refuse_links(path)
-        recipe: Recipe = load_recipe(path / "recipe.yaml")
-        return Subject(source, recipe.model, _trained_in(path), recipe)
-    if (path / CONFIG).is_file():
-        return Subject(source, _base_of(path), path)
-    if holds_tuned(path):
-        check_links(path)
-        return Subject(source, read_about(path).base, path)
-    refuse_unknown(source)
-    return Subject(source, source)
-
-
-def _refuse_gone(subject: Subject) -> None:
+def _refuse_gone(source: str, base: str) -> None:
     """Refuse what was trained on a folder that is not there any more."""
-    place = Path(subject.base).expanduser()
+    place = Path(base).expanduser()
     if place.is_absolute() and not place.exists():
-        raise ModelError(
-            f"{subject.name} was trained on {subject.base}, which is not there: say with --base where it is."
-        )
+        raise ModelError(f"{source} was trained on {base}, which is not there: say with --base where it is.")
 
 
 def load_subject(subject: Subject, dtype: str = "auto", exact: bool = False) -> tuple[Any, Any]:
@@ -136,7 +130,7 @@ def load_subject(subject: Subject, dtype: str = "auto", exact: bool = False) -> 
     Raises:
         ModelError: As `load_model`.
         AdapterError: The adapter can't be read or doesn't fit the model.
-        KitError: A kit or a return is damaged, or they don't belong together.
+        KitError: A model of another kind or a return is damaged, or they don't belong together.
     """
     model, tokenizer = load_base(subject, dtype)
     return put_on(model, subject, exact), tokenizer
@@ -144,8 +138,7 @@ def load_subject(subject: Subject, dtype: str = "auto", exact: bool = False) -> 
 
 def load_base(subject: Subject, dtype: str = "auto") -> tuple[Any, Any]:
     """Load model and tokenizer as they were before training; see `load_subject`."""
-    source = ModelSource(subject.base) if subject.kit is None else KitSource(subject.kit)
-    model, tokenizer = source.load(dtype)
+    model, tokenizer = subject.source.load(dtype)
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     return model.eval(), tokenizer
@@ -162,10 +155,8 @@ def put_on(model: Any, subject: Subject, exact: bool = False) -> Any:
         return model
     if holds_tuned(folder):
         put_in(model, read_tuned(folder), folder)
-    elif _is_return(folder):
-        if subject.kit is None:
-            raise KitError(f"{folder} is a return, but {subject.base} is no kit: give the kit that it was tuned on")
-        put_in_return(model, folder, subject.kit)
+    elif (kind := kind_of(folder)) is not None:
+        kind.put_in_return(model, folder, subject.source, subject.base)
     else:
         model = load_adapter(model, folder, subject.base, exact)
     return model.eval()
@@ -199,10 +190,10 @@ def take_template(folder: Path, tokenizer: Any) -> None:
         use_template(path, tokenizer)
 
 
-def is_of_kit(subject: Subject) -> bool:
-    """Whether the subject is a kit, or was trained on one."""
-    run = Path(subject.name).expanduser()
-    return subject.kit is not None or _is_return(run / "return")
+def kind_of_subject(subject: Subject) -> Kind | None:
+    """The kind of a subject's base, or of the return that a run has left; None for an ordinary model."""
+    base = None if subject.is_ordinary else kind_of(subject.base)
+    return base or kind_of(Path(subject.name).expanduser() / "return")
 
 
 def _trained_in(run: Path) -> Path:
@@ -210,7 +201,7 @@ def _trained_in(run: Path) -> Path:
     adapter, returned = run / "adapter", run / "return"
     if (adapter / CONFIG).is_file() or holds_tuned(adapter):
         trained = adapter
-    elif _is_return(returned):
+    elif kind_of(returned) is not None:
         trained = returned
     else:
         raise ModelError(f"the run folder {run} has no adapter yet; finish the run with siftune train --resume.")
@@ -232,10 +223,6 @@ def _tell_older(run: Path, trained: Path) -> None:
             "%s is of step %d, but the run has trained to step %d since: siftune train --resume %s finishes it",
             *(trained, steps, newest, run),
         )
-
-
-def _is_return(folder: Path) -> bool:
-    return (folder / "manifest.json").is_file()
 
 
 def _base_of(adapter: Path) -> str:

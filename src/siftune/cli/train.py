@@ -13,8 +13,9 @@ from siftune.base.errors import RecipeError
 from siftune.base.settings import CONFIG
 from siftune.base.text import visible
 from siftune.cli.sift import PoolShare
+from siftune.cli.sources import kind_of, source_of
 from siftune.recipe.checks import check
-from siftune.recipe.schema import Recipe, train_files
+from siftune.recipe.schema import Recipe
 from siftune.sifting.checks import check_sifting
 from siftune.train.folder.checkpoints import named_checkpoint
 from siftune.train.folder.run import RunFolder
@@ -62,7 +63,6 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.base.ranks import in_launch
     from siftune.base.stages import text_console
     from siftune.base.text import counted
-    from siftune.offsite.exchange.tune import source_of
     from siftune.train.run import train
 
     console = text_console(stderr=True)
@@ -125,7 +125,6 @@ def _share(options: Options) -> int | float | None:
 def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
     """Say what training would do and take."""
     from siftune.base.stages import text_console
-    from siftune.offsite.exchange.tune import source_of
     from siftune.report.dry_run import shown
     from siftune.train.dry_run import dry_run
 
@@ -166,19 +165,10 @@ def _followed(shares: dict[str, float]) -> str:
 
 def _whereabouts(finished: "Run", recipe: Recipe) -> str:
     """Say what is where, and what to do next."""
-    path, adapter, returned = finished.folder.path, finished.folder.adapter, finished.folder.returned
+    path, adapter = finished.folder.path, finished.folder.adapter
     lines = [f"adapter in {adapter}"] if adapter.exists() else []
-    if not returned.exists():
-        rows = " --data FILE" if finished.summary["eval_loss"] is None else ""
-        commands = (f"eval {path}{rows}", f"report {path}", f"export {path}", f"ask {path} PROMPT")
-        return "\n".join([*lines, f"next: {', '.join(f'`siftune {command}`' for command in commands)}"])
-    return "\n".join(
-        [
-            *lines,
-            f"return in {returned}: send it to the model's owner, who runs "
-            "`siftune plug --model BASE --kit KIT --return RETURN --out TUNED`",
-            f"before you send it, measure what it reveals: `siftune audit --kit {recipe.model} --return {returned} "
-            f"--train {train_files(recipe)[0]} --eval {recipe.eval or 'OTHERS'}`",
-            f"next: `siftune eval {path} --data FILE`",
-        ]
-    )
+    if (kind := kind_of(finished.folder.returned)) is not None:
+        return "\n".join([*lines, *kind.next_steps(recipe, finished.folder)])
+    rows = " --data FILE" if finished.summary["eval_loss"] is None else ""
+    commands = (f"eval {path}{rows}", f"report {path}", f"export {path}", f"ask {path} PROMPT")
+    return "\n".join([*lines, f"next: {', '.join(f'`siftune {command}`' for command in commands)}"])

@@ -1,6 +1,7 @@
-"""Properties of modules, and context managers that restore what a block changes about a model.
+"""Properties of modules, and context managers that restore what a block changes.
 
-Predicates: linear modules, mixers of Mamba, banks of experts. Context managers: modes, `requires_grad` and `grad`.
+Predicates: linear modules, mixers of Mamba, banks of experts. Context managers: modes, `requires_grad` and `grad`, and
+torch's generators.
 """
 
 from collections.abc import Iterable, Iterator
@@ -92,6 +93,16 @@ def trainable_only(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) ->
     with flags_restored(model):
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
+        yield
+
+
+@contextmanager
+def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed the global generators within a block, and restore them."""
+    on_accelerator = device.type not in ("cpu", "mps", "meta")  # torch cannot fork the generators of the last two
+    devices = range(torch.accelerator.device_count()) if on_accelerator else []
+    with torch.random.fork_rng(devices=devices, device_type=device.type if on_accelerator else "cuda"):
+        torch.manual_seed(seed % 2**63)
         yield
 
 

@@ -1,7 +1,8 @@
 """Offsite-tuning: compress a model's middle into an emulator, hand it out as a kit, take back tuned outer layers.
 
 The folders, each built on those before: maths, emulator, kit, exchange, audits (in the plural, since a package `audit`
-would replace the function `siftune.offsite.audit` once it is imported).
+would replace the function `siftune.offsite.audit` once it is imported), report and cli. Nothing outside of them imports
+them: tables of `siftune.cli` name the commands, and the module by which other commands take kits.
 """
 
 from importlib import import_module

@@ -153,14 +153,6 @@ def test_layers_that_were_tuned_themselves(place):
     assert found["base"] != found["tuned"]
 
 
-def test_a_run_on_a_kit(parties, capsys):
-    found, _ = siftune(capsys, "ask", parties / "run", "1 and 1?", "--max-new-tokens", NEW)
-    assert [*found["answers"][0]] == ["prompt", "base", "tuned"]
-    alone, _ = siftune(capsys, "ask", parties / "kit", "1 and 1?", "--template", "none", "--max-new-tokens", NEW)
-    assert alone["answers"][0]["base"] == found["answers"][0]["base"]
-    assert alone["answers"][0]["tuned"] is None
-
-
 def test_answers_that_are_cut_are_counted(place, capsys):
     _, told = siftune(capsys, "ask", "run", "b", "--max-new-tokens", "1")
     assert "2 answers are cut at --max-new-tokens 1" in told

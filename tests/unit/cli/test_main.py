@@ -20,8 +20,8 @@ from pydantic.dataclasses import dataclass
 from siftune.base.errors import DataError, SiftuneError
 from siftune.base.files import write_beside
 from siftune.base.settings import CONFIG, Count
-from siftune.cli import main as cli
-from siftune.cli.main import COMMANDS, main
+from siftune.cli.commands import COMMANDS
+from siftune.cli.main import main
 from siftune.recipe.schema import Recipe
 
 
@@ -86,7 +86,7 @@ def test_help_lists_the_commands_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for word in cli.COMMANDS:
+    for word in COMMANDS:
         assert word in done.stdout
     assert "Traceback" not in done.stderr
 
@@ -95,7 +95,7 @@ _ON_A_CONSOLE = """
 import sys
 from rich.console import Console
 from rich.table import Table
-from siftune.cli.main import COMMANDS
+from siftune.cli.commands import COMMANDS
 from siftune.cli.main import main
 codes = [main([*words, "--help"]) for words in ([], *([name] for name in COMMANDS))]
 table = Table("λ ‖W′ − W‖")

@@ -12,7 +12,8 @@ from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import RecipeError
 from siftune.base.settings import CONFIG, CountOrShare, Positive, Validated
-from siftune.cli.main import COMMANDS, main
+from siftune.cli.commands import COMMANDS
+from siftune.cli.main import main
 from siftune.cli.options import _GROUPS, Flag, options_page, parse
 from siftune.cli.train import Options as Train
 from siftune.methods import all_parts
@@ -226,7 +227,7 @@ def test_train_has_few_options(capsys):
 
 
 _HELP = (
-    "import sys; from siftune.cli.main import COMMANDS, main\n"
+    "import sys; from siftune.cli.commands import COMMANDS; from siftune.cli.main import main\n"
     "codes = [main([*words, '--help']) for words in ([], *([name] for name in COMMANDS))]\n"
     "sys.exit(any(codes) or any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
 )

@@ -101,7 +101,7 @@ def test_the_rows_of_the_run_are_the_selected_ones_and_the_target(sifted, task, 
 
 def test_a_run_resumes_without_sifting_in_another_folder(sifted, tmp_path, monkeypatch):
     shutil.copytree(sifted, tmp_path / "run")
-    monkeypatch.setattr(module, "_sift", None)
+    monkeypatch.setattr(module, "sift_pool", None)
     monkeypatch.chdir("/")
     for more in ([], ["--sift"]):
         assert main(["train", "--resume", str(tmp_path / "run"), "--steps", str(3 + len(more)), *more]) == 0
@@ -201,7 +201,7 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(words, task, tmp_path, c
 
 
 def test_a_folder_with_a_run_is_refused_before_sifting(words, sifted, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(module, "_sift", None)
+    monkeypatch.setattr(module, "sift_pool", None)
     shutil.copytree(sifted, tmp_path / "run")
     assert "holds a run already" in error_of(capsys, *words, "--out", tmp_path / "run", "--sift")
 

@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from support.tiny import tiny
 from support.tokenizer import byte_tokenizer
 
-from siftune.base.errors import AdapterError, KitError, ModelError
-from siftune.cli.subjects import find_subject, is_of_kit, load_base, load_subject
+from siftune.base.errors import AdapterError, ModelError
+from siftune.cli.subjects import find_subject, kind_of_subject, load_base, load_subject
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import Recipe
 from siftune.train.folder.checkpoints import begin, seal
@@ -154,7 +154,7 @@ def test_layers_are_put_into_their_base(base, tuned):
         changed = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
         assert changed == {NAME}
         assert torch.equal(model.state_dict()[NAME], torch.full((32, 32), 0.5))
-    assert not is_of_kit(subject)
+    assert kind_of_subject(subject) is None
 
 
 def test_layers_of_another_model(tuned, tmp_path):
@@ -162,15 +162,3 @@ def test_layers_of_another_model(tuned, tmp_path):
     message = r"the layers in .*run/adapter don't fit the model: model\.layers\.1\.self_attn\.q_proj\.weight has shape"
     with pytest.raises(AdapterError, match=message):
         load_subject(find_subject(str(tuned)))
-
-
-def test_a_return_whose_kit_is_not_there(base, tmp_path):
-    """As after a move: what the recipe names is a model now."""
-    run = tmp_path / "run"
-    (run / "return").mkdir(parents=True)
-    (run / "return" / "manifest.json").write_text("{}")
-    (run / "recipe.yaml").write_text(recipe_to_yaml(Recipe(model=str(base))))
-    subject = find_subject(str(run))
-    assert is_of_kit(subject)
-    with pytest.raises(KitError, match=r"run/return is a return, but .*/base is no kit"):
-        load_subject(subject)

@@ -1,7 +1,6 @@
 """The support set: rows to compare others with, their gradient, and its running mean over steps."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from siftune.base.errors import UnsupportedError
 from siftune.base.numerics import all_finite, widened
 from siftune.methods.drivers.batches import label_weight
 from siftune.models.loss import Batch, Loss
+from siftune.models.modules import own_randomness
 
 Gradients = dict[nn.Parameter, Tensor]
 
@@ -129,13 +129,3 @@ def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Ten
         if "checkpoint" in str(error) and ".grad()" in str(error):  # torch, in the layers that are checkpointed
             raise UnsupportedError(_REENTRANT) from error
         raise
-
-
-@contextmanager
-def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the global generators within a block, and restore them."""
-    on_accelerator = device.type not in ("cpu", "mps", "meta")  # torch cannot fork the generators of the last two
-    devices = range(torch.accelerator.device_count()) if on_accelerator else []
-    with torch.random.fork_rng(devices=devices, device_type=device.type if on_accelerator else "cuda"):
-        torch.manual_seed(seed % 2**63)
-        yield

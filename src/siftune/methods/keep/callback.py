@@ -6,6 +6,9 @@ The source is arXiv 2605.26097: a KL penalty to the base on texts that the base 
 fine-tuning would forget. Ours: half of the texts continue prompts of training rows, few texts per step, the base's most
 likely tokens instead of its complete distribution, and its adapters' suppression instead of a second model.
 
+At the base, the divergence and its gradient are zero on every text. On the base's own samples its Hessian is the Fisher
+information, so that the penalty is second order in the update: ½ δᵀ F δ.
+
 The gradient of the penalty is formed when an optimizer step begins, by a pass of its own, and is added to that of the
 training batches. So accumulation, the reduction over ranks, clipping and gradient scaling see one gradient. The texts
 form fixed groups, whose order follows from the seed; the base's predictions on a group are computed on its first
@@ -31,6 +34,7 @@ from transformers.trainer_callback import ExportableState
 from siftune.base.errors import DataError, RecipeError, UnsupportedError
 from siftune.base.ranks import from_first, rank, world_size
 from siftune.data.batches import Collator
+from siftune.data.sampled_texts import TokenRow, sample_texts
 from siftune.engine.groups import LayerGroup, group_by_layer, outside
 from siftune.engine.sharding import is_sharded
 from siftune.engine.suppression import adapted_modules, refuse_taken_apart, suppress
@@ -40,7 +44,6 @@ from siftune.methods.host import deepspeed
 from siftune.methods.host.callback import LogLines, calling_trainer, loss_scale, saved_state
 from siftune.methods.host.spread import refuse_wrappers
 from siftune.methods.keep.maths import Reference, divergence, reference
-from siftune.methods.keep.texts import TokenRow, sample_texts
 from siftune.methods.options import OWN
 from siftune.models.adapters.full import original_weights
 from siftune.models.loss import IGNORED, label_positions, logits_at

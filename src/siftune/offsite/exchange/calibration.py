@@ -101,12 +101,9 @@ def calibration_rows(options: CalibrationOptions) -> "list[Row]":
     """
     if options.calibration_prompts is None:
         return _read(options.calibration, options, options.count)
-    return _read(options.calibration_prompts, options, sampled(options.count))
+    from siftune.offsite.exchange.own_texts import samples_of
 
-
-def sampled(count: int) -> int:
-    """Number of own texts to sample for `count`: a third more, of which the least likely are left out (ours)."""
-    return count + -(-count // 3)
+    return _read(options.calibration_prompts, options, samples_of(options.count))
 
 
 def calibration_facts(options: CalibrationOptions, batches: "Sequence[dict[str, Tensor]]") -> "Calibration":

@@ -25,11 +25,10 @@ from siftune.base.files import Progress, write_beside
 from siftune.base.json_files import read_json
 from siftune.data.encode import Encoder, writes_chat
 from siftune.data.rows import Row
+from siftune.data.sampled_texts import TokenRow, sample_texts
 from siftune.data.tokens import tokenize_rows
 from siftune.evaluate.likelihood import row_nll
-from siftune.methods.keep.texts import TokenRow, sample_texts
 from siftune.models.smollm2 import cache_root
-from siftune.offsite.exchange.calibration import sampled
 from siftune.offsite.kit.manifest import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -77,14 +76,19 @@ def own_texts(
     if (known := _read(path)) is not None:
         logger.info("%d texts that the model wrote are in %s", count, path)
         return known
-    begins = [prompts[place % len(prompts)] for place in range(sampled(count))] if prompts else ()
-    texts = sample_texts(model, sampled(count), length, seed, begins, progress)
+    begins = [prompts[place % len(prompts)] for place in range(samples_of(count))] if prompts else ()
+    texts = sample_texts(model, samples_of(count), length, seed, begins, progress)
     pairs = [(text["input_ids"], text["labels"]) for text in texts]
     scores = row_nll(model, pairs, progress=progress, stage="scoring texts")
     likely = np.argsort(scores.nll / scores.tokens, kind="stable")[:count]
     texts = [texts[place] for place in sorted(likely.tolist())]
     _write(path, texts)
     return texts
+
+
+def samples_of(count: int) -> int:
+    """Number of texts to sample for `count`: a third more, of which the least likely are left out (ours)."""
+    return count + -(-count // 3)
 
 
 def prompt_ids(

@@ -13,17 +13,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from siftune.base.errors import KitError, RecipeError
+from siftune.base.errors import RecipeError
 from siftune.models.adapters.registry import ADAPTER_TYPES
 from siftune.models.layers import find_layers, layer_numbers
-from siftune.offsite.emulator.model import Split, outer_names, places
+from siftune.offsite.emulator.model import Split, places
 from siftune.offsite.exchange.load import kit_tokenizer, load_kit
-from siftune.offsite.exchange.returned import DOWN, UP, largest_rank, read_return, write_return
+from siftune.offsite.exchange.returned import DOWN, UP, largest_rank, write_return
 from siftune.offsite.kit.folder import Kit, is_kit, read_kit
 from siftune.offsite.kit.tensors import DTYPES, check_finite
 from siftune.offsite.maths.drd import canonical
 from siftune.recipe.schema import Recipe
-from siftune.train.folder.weights import put_in
 from siftune.train.source import ModelSource, Source
 
 _USE_RETURN = """\
@@ -138,26 +137,14 @@ class KitSource:
         return {"return": partial(save_return, model=model, kit=self.kit, privacy=privacy)}
 
 
-def source_of(name: str, public_key: str | Path | None = None) -> Source:
+def source_of(name: str) -> Source:
     """The source that a recipe's `model` names: a kit, which is read and checked, or an ordinary model.
 
-    With the PEM file of a model owner's public key it must be a kit that is signed with that.
-
     Raises:
-        KitError: The kit is damaged or not signed by the key, or a key was given and it is no kit.
+        KitError: The kit is damaged.
     """
-    kit = find_kit(name, public_key)
-    return ModelSource(name) if kit is None else KitSource(kit)
-
-
-def find_kit(name: str, public_key: str | Path | None = None) -> Kit | None:
-    """Read the kit that a model's name stands for, as `source_of`; None for another model."""
     path = Path(name).expanduser()
-    if is_kit(path):
-        return read_kit(path, None if public_key is None else Path(public_key).expanduser())
-    if public_key is not None:
-        raise KitError(f"{name} is no kit, and --public-key is to check a kit's signature: give a kit, or leave it out")
-    return None
+    return KitSource(read_kit(path)) if is_kit(path) else ModelSource(name)
 
 
 def save_return(folder: Path, model: nn.Module, kit: Kit, privacy: Mapping[str, Any] | None = None) -> None:
@@ -177,16 +164,6 @@ def save_return(folder: Path, model: nn.Module, kit: Kit, privacy: Mapping[str, 
         merged = merged_layers(model, kit.manifest.split)
         tensors = {name: merged[name].to(DTYPES[spec.dtype]) for name, spec in kit.manifest.outer.items()}
     write_return(folder, tensors, kit, privacy)
-
-
-def put_in_return(model: nn.Module, folder: Path, kit: Kit) -> None:
-    """Put a return's tensors into the emulator that it was trained on, without PEFT around it, in place.
-
-    Raises:
-        KitError: The return is damaged, or of another kit.
-    """
-    names = outer_names(model, kit.manifest.split)
-    put_in(model, {names[name]: tensor for name, tensor in read_return(folder, kit).items()}, folder)
 
 
 def merged_layers(model: nn.Module, split: Split) -> dict[str, Tensor]:

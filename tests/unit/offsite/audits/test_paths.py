@@ -16,7 +16,7 @@ from siftune.offsite.emulator.model import outer_names
 from siftune.offsite.exchange.load import load_emulator
 from siftune.offsite.exchange.returned import write_return
 from siftune.offsite.kit.folder import read_kit
-from siftune.report.audit import write_audit
+from siftune.offsite.report.audit import write_audit
 
 
 @pytest.fixture(scope="module")

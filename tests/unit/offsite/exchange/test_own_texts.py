@@ -10,8 +10,8 @@ from support.tokenizer import byte_tokenizer
 
 from siftune.base.errors import DataError
 from siftune.data.rows import rows_from
+from siftune.data.sampled_texts import sample_texts
 from siftune.data.tokens import tokenize_rows
-from siftune.methods.keep.texts import sample_texts
 from siftune.offsite.exchange import own_texts as module
 from siftune.offsite.exchange.own_texts import own_texts, prompt_ids, usual_length
 

@@ -10,10 +10,13 @@ from siftune.base.errors import KitError
 from siftune.base.settings import CONFIG, Positive, Validated
 from siftune.base.stages import text_console
 from siftune.cli.options import Flag
+from siftune.offsite.cli.paths import refuse_swapped
 from siftune.offsite.exchange.settings import MAX_UPDATE
 
 if TYPE_CHECKING:
     from siftune.offsite.kit.folder import Kit
+
+PATHS = {"folders": ("path", "kit")}
 
 
 @dataclass(config=CONFIG)
@@ -37,6 +40,8 @@ class Options(Validated):
 
 def run(options: Options) -> dict[str, Any]:
     """Check, and print what it is."""
+    if options.kit is not None:
+        refuse_swapped(options.kit, ())
     from siftune.offsite.kit.folder import is_kit, read_kit
 
     console = text_console()
@@ -92,7 +97,7 @@ def _escaped(text: str) -> str:
 
 
 def _show_return(options: Options, kit: "Kit", console: Console) -> dict[str, Any]:
-    from siftune.cli.updates import show_updates
+    from siftune.offsite.cli.updates import show_updates
     from siftune.offsite.exchange.returned import open_return, ranks_of
     from siftune.offsite.exchange.updates import check_return
     from siftune.offsite.kit.manifest import in_words

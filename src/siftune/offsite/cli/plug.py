@@ -9,7 +9,10 @@ from pydantic.dataclasses import dataclass
 from siftune.base.settings import CONFIG
 from siftune.base.stages import text_console
 from siftune.cli.options import Flag
+from siftune.offsite.cli.paths import refuse_swapped
 from siftune.offsite.exchange.settings import PlugSettings
+
+PATHS = {"folders": ("kit", "returned")}
 
 
 @dataclass(kw_only=True, config=CONFIG)
@@ -33,7 +36,8 @@ class Options(PlugSettings):
 
 def run(options: Options) -> dict[str, Any]:
     """Check, merge, plug in, save."""
-    from siftune.cli.updates import show_returns, show_updates
+    refuse_swapped(options.kit, options.returned)
+    from siftune.offsite.cli.updates import show_returns, show_updates
     from siftune.offsite.exchange.plug import plug
     from siftune.offsite.kit.folder import read_kit
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from siftune.offsite.emulator.plan import EmulatorSettings
     from siftune.offsite.kit.folder import Kit
 
+PATHS = {"texts": ("calibration",), "rows": ("calibration_prompts",), "files": ("sign",)}
+
 
 @dataclass(kw_only=True, config=CONFIG)
 class Options(CalibrationOptions):

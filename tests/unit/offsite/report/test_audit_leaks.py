@@ -8,7 +8,7 @@ from siftune.evaluate.bootstrap import Estimate
 from siftune.offsite.audits.calibration_attack import CalibrationLeak
 from siftune.offsite.audits.membership import Attack, Membership
 from siftune.offsite.audits.result import RecoveryPoint
-from siftune.report.audit import (
+from siftune.offsite.report.audit import (
     calibration_section,
     membership_section,
     recovery_section,

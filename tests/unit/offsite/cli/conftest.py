@@ -1,23 +1,12 @@
-"""An owner's tiny model, the kit of it, and a run on the kit."""
+"""A kit of a tiny model, and a run on the kit."""
 
 import shutil
 
 import pytest
-import torch
 from support.commands import EMULATE, TRAIN
 from support.tiny_run import save_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.cli.main import main
-
-
-@pytest.fixture(scope="module")
-def half(base, tmp_path_factory):
-    """The tiny llama as a bfloat16 checkpoint."""
-    folder = tmp_path_factory.mktemp("half")
-    AutoModelForCausalLM.from_pretrained(base).to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

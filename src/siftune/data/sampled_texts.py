@@ -1,8 +1,4 @@
-"""Texts that a model writes itself, by sampling at temperature 1.
-
-At the base model the KL divergence to itself and its gradient are zero on every text. On its own samples its Hessian is
-the Fisher information, so that the penalty is second order in the update: ½ δᵀ F δ.
-"""
+"""Texts that a model writes itself, by sampling at temperature 1."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,10 +8,9 @@ from transformers import GenerationConfig
 from siftune.base.errors import UnsupportedError
 from siftune.base.files import Progress
 from siftune.data.batches import by_length
-from siftune.methods.drivers.support import own_randomness
 from siftune.models.generate import continued
 from siftune.models.loss import IGNORED, contiguous_head_input
-from siftune.models.modules import evaluating, model_device
+from siftune.models.modules import evaluating, model_device, own_randomness
 
 _AT_A_TIME = 64  # texts
 

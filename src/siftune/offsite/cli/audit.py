@@ -9,6 +9,9 @@ from siftune.base.settings import CONFIG
 from siftune.base.stages import text_console
 from siftune.cli.options import Flag
 from siftune.offsite.audits.settings import AuditOptions
+from siftune.offsite.cli.paths import refuse_swapped
+
+PATHS = {"texts": ("calibration",), "rows": ("calibration_others",), "folders": ("kit", "returned")}
 
 
 @dataclass(config=CONFIG)
@@ -31,12 +34,14 @@ class Options(AuditOptions):
 
 def run(options: Options) -> dict[str, Any]:
     """Audit, and print the page."""
+    if options.kit:
+        refuse_swapped(options.kit, () if options.returned is None else (options.returned,))
     options.check()
     from rich.markdown import Markdown
 
     from siftune.base.stages import stages
     from siftune.offsite.audits.run import audit_paths, own_audit_paths
-    from siftune.report.audit import markdown, prepare_folder, write_audit
+    from siftune.offsite.report.audit import markdown, prepare_folder, write_audit
 
     if options.out is not None:
         prepare_folder(options.out)  # before hours of work

@@ -13,8 +13,8 @@ from siftune.offsite.audits.models import ParameterShares
 from siftune.offsite.audits.result import LABELS, Audit, summarise
 from siftune.offsite.audits.rows import RowScores
 from siftune.offsite.audits.settings import AuditSettings
-from siftune.report import audit as page
-from siftune.report.audit import markdown, write_audit
+from siftune.offsite.report import audit as page
+from siftune.offsite.report.audit import markdown, write_audit
 
 SETTINGS = AuditSettings(resamples=200)
 # condition -> nll per token, and right rows of 20

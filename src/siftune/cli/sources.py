@@ -1,0 +1,84 @@
+"""Sources of models: what a command loads for a name.
+
+An ordinary model is a folder, a hub id or smollm2. A model of another kind is a folder with a file that tells its kind.
+The module of a kind is imported only for such a folder.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
+
+from siftune.base.errors import KitError
+
+if TYPE_CHECKING:
+    from siftune.recipe.schema import Recipe
+    from siftune.train.folder.run import RunFolder
+    from siftune.train.source import Source
+
+# file in the folder of a model of another kind, or of a return -> module with the functions of `Kind`
+KINDS = {"manifest.json": "siftune.offsite.cli.source"}
+
+
+class Kind(Protocol):
+    """Functions of the module of a kind of models.
+
+    A run on such a model may leave a return for the owner of the model, in the place of an adapter or beside it.
+    """
+
+    def find_source(self, name: str, public_key: str | Path | None) -> "Source | None":
+        """Read and check a model; None if the folder holds none of this kind.
+
+        Args:
+            name: The folder.
+            public_key: PEM file of the public key with which the model must be signed.
+        """
+
+    def check_return(self, folder: Path, source: "Source") -> None:
+        """Refuse a return that is damaged, or of another model."""
+
+    def put_in_return(self, model: Any, folder: Path, source: "Source", base: str) -> None:
+        """Put a return into the model that was loaded from a source, in place; `base` is the name of the source."""
+
+    def refuse_export(self, name: str) -> NoReturn:
+        """Refuse to merge into a model of this kind, and say what to do with a run on it."""
+
+    def next_steps(self, recipe: "Recipe", run: "RunFolder") -> list[str]:
+        """Lines on a run that has left a return: where it is, and what to do with it."""
+
+
+def is_ordinary(folder: str | Path) -> bool:
+    """Whether no file tells that a folder is of another kind; so is the name of a model that is no folder."""
+    return _module_of(folder) is None
+
+
+def kind_of(folder: str | Path) -> Kind | None:
+    """Import the module for a folder of another kind; None for an ordinary one."""
+    module = _module_of(folder)
+    return None if module is None else cast(Kind, import_module(module))
+
+
+def source_of(name: str, public_key: str | Path | None = None) -> "Source":
+    """The source that a recipe's `model` names.
+
+    Args:
+        name: A folder, a hub id or smollm2.
+        public_key: PEM file of a model owner's public key: the model must then be one that is signed with it.
+
+    Raises:
+        KitError: The model is of another kind and damaged, or not signed by the key; or a key was given and it is an
+            ordinary model.
+    """
+    from siftune.train.source import ModelSource
+
+    kind = kind_of(name)
+    source = None if kind is None else kind.find_source(name, public_key)
+    if source is not None:
+        return source
+    if public_key is not None:
+        raise KitError(f"{name} is no kit, and --public-key is to check a kit's signature: give a kit, or leave it out")
+    return ModelSource(name)
+
+
+def _module_of(folder: str | Path) -> str | None:
+    path = Path(folder).expanduser()
+    return next((module for file, module in KINDS.items() if (path / file).is_file()), None)

@@ -1,0 +1,1 @@
+"""The commands of two parties: emulate, verify, plug, audit."""

@@ -1,0 +1,76 @@
+"""Kits as models that commands take, and returns as results of runs on them: the entry in `cli/sources.py`."""
+
+from pathlib import Path
+from typing import NoReturn
+
+from torch import nn
+
+from siftune.base.errors import KitError, ModelError
+from siftune.offsite.emulator.model import outer_names
+from siftune.offsite.exchange.returned import open_return, read_return
+from siftune.offsite.exchange.tune import KitSource
+from siftune.offsite.kit.folder import is_kit, read_kit
+from siftune.recipe.schema import Recipe, train_files
+from siftune.train.folder.run import RunFolder
+from siftune.train.folder.weights import put_in
+from siftune.train.source import Source
+
+
+def find_source(name: str, public_key: str | Path | None) -> KitSource | None:
+    """Read and check a kit; None if the folder's manifest is of something else.
+
+    With the PEM file of a model owner's public key, the kit must be signed with it.
+
+    Raises:
+        KitError: The kit is damaged, or not signed by the key.
+    """
+    path = Path(name).expanduser()
+    if not is_kit(path):
+        return None
+    return KitSource(read_kit(path, None if public_key is None else Path(public_key).expanduser()))
+
+
+def check_return(folder: Path, source: Source) -> None:
+    """Check a return of a run on a kit.
+
+    Raises:
+        KitError: The return is damaged, or of another kit.
+    """
+    assert isinstance(source, KitSource)
+    with open_return(folder, source.kit):
+        pass
+
+
+def put_in_return(model: nn.Module, folder: Path, source: Source, base: str) -> None:
+    """Put a return into the emulator of the kit that it was trained on, without PEFT around it, in place.
+
+    Raises:
+        KitError: The return is damaged or of another kit, or the source is no kit.
+    """
+    if not isinstance(source, KitSource):
+        raise KitError(f"{folder} is a return, but {base} is no kit: give the kit that it was tuned on")
+    names = outer_names(model, source.kit.manifest.split)
+    put_in(model, {names[name]: tensor for name, tensor in read_return(folder, source.kit).items()}, folder)
+
+
+def refuse_export(name: str) -> NoReturn:
+    """Refuse to merge into an emulator.
+
+    Raises:
+        ModelError: Always.
+    """
+    raise ModelError(
+        f"{name} is of a kit, an emulator that only stands in for a model: send the folder `return` of the run to the "
+        "model's owner, whose `siftune plug` makes the tuned model."
+    )
+
+
+def next_steps(recipe: Recipe, run: RunFolder) -> list[str]:
+    """Lines on the return of a run, and on what data owner and model owner do with it."""
+    return [
+        f"return in {run.returned}: send it to the model's owner, who runs "
+        "`siftune plug --model BASE --kit KIT --return RETURN --out TUNED`",
+        f"before you send it, measure what it reveals: `siftune audit --kit {recipe.model} --return {run.returned} "
+        f"--train {train_files(recipe)[0]} --eval {recipe.eval or 'OTHERS'}`",
+        f"next: `siftune eval {run.path} --data FILE`",
+    ]
