@@ -161,30 +161,18 @@ def test_costs(in_process, script, methods, llama, tmp_path, capsys):
 def test_offsite(llama, suite, tmp_path, capsys):
     from lab import offsite
 
-    files = ["--calibration", str(suite / "ARC-Easy.train.json"), "--text", str(suite / "openbookqa.test.json")]
-    words = [
-        "--model",
-        llama,
-        *files,
-        "--rows",
-        "8",
-        "--text-rows",
-        "4",
-        "--length",
-        "64",
-        "--keeps",
-        "0.5",
-        "--steps",
-        "2",
-    ]
-    words += ["--batch", "4", "--questions", "4", "--threads", "1", "--out", str(tmp_path / "out.jsonl")]
-    words += ["--outer", "1", "--lrs", "2e-4,1e-3", "--methods"]
+    out, texts = (
+        tmp_path / "out.jsonl",
+        f"--calibration {suite}/ARC-Easy.train.json --text {suite}/openbookqa.test.json",
+    )
+    words = f"--model {llama} {texts} --rows 8 --text-rows 4 --length 64 --keeps 0.5 --steps 2 --batch 4 --questions 4"
+    words = f"{words} --threads 1 --out {out} --outer 1 --lrs 2e-4,1e-3 --methods".split()
     assert offsite.main([*words, "layerdrop", "mine=basis:svd,mlp:channels"]) == 0
-    assert offsite.main(["--report", str(tmp_path / "out.jsonl")]) == 0
+    assert offsite.main(["--report", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "| mine, lr 0.0002 |" in printed
     assert printed.count("Base: lr ") == 2
-    *_, base, _, mine = [json.loads(line)["scores"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    *_, base, _, mine = [json.loads(line)["scores"] for line in out.read_text().splitlines()]
     assert len({base["full_zs"]["nll"], base["full_ft"]["nll"], mine["plug_in"]["nll"]}) == 3
 
 
