@@ -1,22 +1,19 @@
 """Cost of row selection: siftune's engine beside dense training and two reference implementations.
 
     python -m lab.gast_cost --out cost.jsonl
-    python -m lab.gast_cost --sweep --out sweep.jsonl
 
 Every measurement is a fresh process that trains on random tokens; the methods take turns over the rounds, as in
 `siftune bench`. The table has medians over the rounds; ratios to the first method are formed within a round, and
 followed by their range over the rounds.
 
 With `--out`, every finished measurement adds a line of JSON to the file and is not repeated: an interrupted run
-continues, and more methods or rounds can be added. `--sweep` varies rows, length and layers one at a time, on random
-llamas.
+continues, and more methods or rounds can be added.
 """
 
 import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -34,10 +31,8 @@ BASELINES = {
     "store-all-sample": ("StoreAll", "gast-sample"),
 }
 METHODS = "dense,gast-rest,gast-sample,ist,ist+gast,two-pass,store-all"
-SWEPT = "dense,gast-rest"
 
 WORKER = (sys.executable, "-m", "lab.gast_cost", "--worker")
-_HIDDEN, _LAYERS, _RANK = 256, (8, 30), 16  # of the sweep's models; rank over hidden size as in SmolLM2 with rank 32
 
 
 @dataclass(frozen=True)
@@ -69,14 +64,10 @@ def main(argv: list[str] | None = None) -> int:
         return worker.main(words[1:], build)
     args = _parse(words)
     try:
-        methods = parse_methods(args.methods or (SWEPT if args.sweep else METHODS), [*MEASURED, *BASELINES])
-        with tempfile.TemporaryDirectory(prefix="siftune-models-") as folder:
-            cases = _sweep(args, Path(folder)) if args.sweep else [_case(args)]
-            if args.out is not None and not os.access(args.out.parent, os.W_OK):
-                raise RecipeError(
-                    f"--out {args.out} cannot be written: there is no folder {args.out.parent} to write to"
-                )
-            results = collect(cases, methods, args.rounds, args.threads, args.out)
+        methods = parse_methods(args.methods, [*MEASURED, *BASELINES])
+        if args.out is not None and not os.access(args.out.parent, os.W_OK):
+            raise RecipeError(f"--out {args.out} cannot be written: there is no folder {args.out.parent} to write to")
+        results = collect([_case(args)], methods, args.rounds, args.threads, args.out)
     except SiftuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -141,21 +132,18 @@ def recorded(path: Path) -> list[tuple[Case, list[Measurement]]]:
     for record in _read(path):
         values = {field.name: record["workload"][field.name] for field in fields(Workload)}
         work = Workload(**{**values, "targets": tuple(values["targets"])})
-        layers = work.model.rpartition(", ")[2]
-        name = f"{work.batch_size} × {work.length}, {layers}" if layers.endswith(" layers") else work.model
-        case = cases.setdefault(json.dumps(record["workload"]), (Case(name, work, work.model), []))
+        case = cases.setdefault(json.dumps(record["workload"]), (Case(work.model, work, work.model), []))
         case[1].append(_measurement(record))
     return list(cases.values())
 
 
 def table(results: Sequence[tuple[Case, list[Measurement]]], reference: str) -> list[str]:
     """Lines of a Markdown table of all cases, with notes on workload and machine."""
-    several = len(results) > 1
-    heads = ["case"] * several + ["method", "s/step", f"× {reference}", "peak MB", f"× {reference}"]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * (len(heads) - 4)}{'---:|' * 4}"]
-    for case, measurements in results:
+    heads = ["method", "s/step", f"× {reference}", "peak MB", f"× {reference}"]
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * 4}"]
+    for _, measurements in results:
         for method, cost in summarise(measurements, [reference]).items():
-            cells = [case.name] * several + [
+            cells = [
                 method,
                 f"{cost.seconds_per_step:.3g}",
                 _ratio(measurements, method, reference, lambda m: m.seconds_per_step),
@@ -193,13 +181,12 @@ def _ratio(measurements: Sequence[Measurement], method: str, reference: str, of:
 def _notes(results: Sequence[tuple[Case, list[Measurement]]]) -> list[str]:
     work, measurements = results[0][0].work, results[0][1]
     rounds = len({m.round for m in measurements})
-    where = work.model if len(results) == 1 else f"random llamas of hidden size {_HIDDEN}"
-    rows = f", {work.batch_size} rows of {work.length} tokens" if len(results) == 1 else ""
     facts = measurements[0].facts
     versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "transformers", "peft", "siftune"))
     return [
-        f"{rounds} round{'s' * (rounds > 1)} of {work.steps} steps after {work.warmup}; {where} in {facts['dtype']}"
-        f"{rows}, {work.label_share:.0%} of the tokens learned, LoRA of rank {work.rank} on {', '.join(work.targets)}.",
+        f"{rounds} round{'s' * (rounds > 1)} of {work.steps} steps after {work.warmup}; {work.model} in "
+        f"{facts['dtype']}, {work.batch_size} rows of {work.length} tokens, {work.label_share:.0%} of the tokens "
+        f"learned, LoRA of rank {work.rank} on {', '.join(work.targets)}.",
         f"{facts['hardware']}; {versions}.",
     ]
 
@@ -248,18 +235,21 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shown)
     add = parser.add_argument
     known = ", ".join([*MEASURED, *BASELINES])
-    add("--methods", help=f"with commas between; the first is what others are compared with. Known: {known}")
-    add("--batch-size", type=int, default=16, help="rows in a step; in the sweep also a quarter and four times of it")
-    add("--length", type=int, default=128, help="tokens in a row; in the sweep also half and four times of it")
+    add(
+        "--methods",
+        default=METHODS,
+        help=f"with commas between; the first is what others are compared with. Known: {known}",
+    )
+    add("--batch-size", type=int, default=16, help="rows in a step")
+    add("--length", type=int, default=128, help="tokens in a row")
     add("--steps", type=int, default=20, help="timed steps in a round; a multiple of 10 holds ist's share of scoring")
     add("--warmup", type=int, default=2, help="steps before these")
     add("--rounds", type=int, default=3, help="times that each method is measured")
-    add("--model", default="smollm2", help="folder, hub id, or smollm2 (packaged); not with --sweep")
+    add("--model", default="smollm2", help="folder, hub id, or smollm2 (packaged)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the frozen weights")
     add("--threads", type=int, help="processor threads of each process; as in the environment if absent")
     add("--out", type=Path, help="file that finished measurements are added to, one line of JSON each")
     add("--pooled", action="store_true", help="add medians over the single steps of all rounds, for restless machines")
-    add("--sweep", action="store_true", help="random llamas; vary rows, length and layers one at a time")
     return parser.parse_args(argv)
 
 
@@ -273,27 +263,6 @@ def _case(args: argparse.Namespace) -> Case:
     from siftune.models.source import resolve
 
     return Case(args.model, _workload(args, args.model), str(resolve(args.model)))
-
-
-def _sweep(args: argparse.Namespace, folder: Path) -> list[Case]:
-    """Vary one factor at a time around the first case."""
-    from lab.random_llama import save_llama  # imports torch
-
-    rows, length, (few, many) = args.batch_size, args.length, _LAYERS
-    shapes = [(rows, length, few), (max(1, rows // 4), length, few), (4 * rows, length, few)]
-    shapes += [(rows, max(2, length // 2), few), (rows, 4 * length, few), (rows, length, many)]
-    places = {layers: save_llama(folder / str(layers), layers, _HIDDEN, 4 * length) for layers in _LAYERS}
-    return [
-        Case(
-            f"{b} × {t}, {layers} layers",
-            replace(
-                _workload(args, f"random llama, hidden {_HIDDEN}, {layers} layers"),
-                batch_size=b, length=t, rank=_RANK,
-            ),
-            places[layers],
-        )
-        for b, t, layers in shapes
-    ]  # fmt: skip
 
 
 if __name__ == "__main__":

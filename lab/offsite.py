@@ -5,9 +5,7 @@
     python -m lab.offsite --report FILE
 
 The owner compresses the model with calibration rows of one task; the data owner tunes the first two and last two layers
-on another: on OpenBookQA (`--tune options`), or on two-digit arithmetic (`--tune arithmetic`). With `--format options`
-the rows of calibration and text are questions with the texts of right options, as those of `--tune options` are; with
-`--format raw` they are what the files hold. Measured for every emulator:
+on another, OpenBookQA. Rows are questions with the texts of correct options. Measured for every emulator:
 
     cosine     of the outer layers' gradients on base and emulator: on held-out text of a third task, and on the tuning
                task
@@ -15,9 +13,6 @@ the rows of calibration and text are questions with the texts of right options, 
     accuracy   on held-out questions (multiple choice), and likelihood of the right answers: emulator before and after
                tuning, and the base with the adapter that was tuned on the emulator (plug-in); and the base, before and
                after tuning the same layers
-
-With `--middle` all layers of the emulator train, and the change of each middle matrix, up·down − up₀·down₀ or that of
-its channels, is added to the base's (FedProxy, arXiv 2604.19015, also trains all of its proxy; the mapping is ours).
 
 `--tune none` leaves the tuning out, and is quick. A finished emulator adds a line of JSON to FILE, and one that is
 there already is not made again. More emulators: `name=key:value,...` after --methods, keys of `EmulatorSettings`.
@@ -28,8 +23,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -38,14 +32,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.base.environment import hardware, versions
 from siftune.data.batches import Collator
-from siftune.data.read import load_rows
 from siftune.data.rows import Row, rows_from
-from siftune.data.tasks import arithmetic_rows
 from siftune.data.tokens import tokenize_rows
 from siftune.evaluate.bootstrap import Bootstrap, Estimate, resample
 from siftune.models.layers import find_layers
@@ -56,7 +48,7 @@ from siftune.offsite.audits.rows import AuditRows, RowScores, score_rows, tokeni
 from siftune.offsite.audits.settings import AuditSettings
 from siftune.offsite.emulator.assemble import EmulatorParts, materialise
 from siftune.offsite.emulator.make import emulators
-from siftune.offsite.emulator.model import Base, Split
+from siftune.offsite.emulator.model import Split
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.exchange.calibration import in_batches
 from siftune.offsite.exchange.own_texts import own_texts, prompt_ids
@@ -165,66 +157,13 @@ def _emulator(job: Job, setting: Setting, parts: EmulatorParts) -> Line:
         pair = [outer_gradient(model, shown, parts.split) for model in (setting.model, emulator)]
         line["task"] = asdict(cosine(*pair))
         scores["emulator_zs"] = _scores(score_rows(emulator, rows, 32))
-        complete, depth = bool(job["tune"].get("middle")), len(find_layers(emulator).layers)
-        middle = _middle(emulator, parts)
-        with tuned(emulator, range(depth) if complete else parts.split.outer(depth), tuning):
+        depth = len(find_layers(emulator).layers)
+        with tuned(emulator, parts.split.outer(depth), tuning):
             scores["emulator_ft"] = _scores(score_rows(emulator, rows, 32))
             adapter = read_outer(emulator, parts.split)
-            changes = _changes(setting.model, parts, middle, _middle(emulator, parts)) if complete else {}
-        with plugged(setting.model, parts.split, adapter), _added(changes):
+        with plugged(setting.model, parts.split, adapter):
             scores["plug_in"] = _scores(score_rows(setting.model, rows, 32))
     return {**line, "scores": scores}
-
-
-def _middle(emulator: nn.Module, parts: EmulatorParts) -> list[dict[str, Tensor]]:
-    """Copies of the tensors of the middle layers."""
-    layers = find_layers(emulator).layers
-    middle = (layers[number] for number in parts.split.middle(len(layers)))
-    return [{name: tensor.detach().clone() for name, tensor in layer.state_dict().items()} for layer in middle]
-
-
-def _changes(
-    model: PreTrainedModel,
-    parts: EmulatorParts,
-    before: Sequence[Mapping[str, Tensor]],
-    after: Sequence[Mapping[str, Tensor]],
-) -> dict[nn.Parameter, Tensor]:
-    """Changes of the base's middle layers, of nn.Linear modules, that those of an emulator's stand for."""
-    base, found = Base(model, parts.split), dict[nn.Parameter, Tensor]()
-    for shape, old, new in zip(parts.middle, before, after, strict=True):
-        layer = base.layers[shape.base]
-        for name, parameter in layer.named_parameters():
-            if name in new and new[name].shape == parameter.shape:
-                found[parameter] = new[name].float() - old[name].float()
-        for path in shape.ranks:
-            product = [part[f"{path}.up.weight"].float() @ part[f"{path}.down.weight"].float() for part in (new, old)]
-            found[layer.get_parameter(f"{path}.weight")] = product[0] - product[1]
-        if shape.channels is None:
-            continue
-        *reads, writes = (f"{path}.weight" for path in (*base.family.reads, base.family.writes))
-        whole = layer.get_parameter(reads[0])
-        channels = torch.cdist(old[reads[0]].float(), whole.float()).argmin(1)  # rows stay as they are
-        for name in (*reads, writes):
-            change = torch.zeros_like(layer.get_parameter(name), dtype=torch.float32)
-            part = new[name].float() - old[name].float()
-            change.index_add_(1 if name == writes else 0, channels, part)
-            found[layer.get_parameter(name)] = change
-    return found
-
-
-@contextmanager
-def _added(changes: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Add changes of parameters while the block runs."""
-    before = {parameter: parameter.detach().clone() for parameter in changes}
-    try:
-        with torch.no_grad():
-            for parameter, change in changes.items():
-                parameter += change.to(parameter.dtype)
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, values in before.items():
-                parameter.copy_(values)
 
 
 def _task(job: Job, setting: Setting) -> tuple[AuditRows, Tuning]:
@@ -234,12 +173,8 @@ def _task(job: Job, setting: Setting) -> tuple[AuditRows, Tuning]:
         steps=tune["steps"], lr=tune["lr"], batch_size=tune["batch"], seed=job["seed"], template=setting.template
     )
     rows, questions = tune["steps"] * tune["batch"], tune["questions"]
-    if tune["task"] == "options":
-        parts = (("train", rows), ("test", questions))
-        train, test = (_options(setting.data / f"openbookqa.{part}.json", n, job["seed"]) for part, n in parts)
-    else:
-        test = arithmetic_rows(questions, job["seed"])
-        train = arithmetic_rows(rows, job["seed"] + 1, exclude=test)
+    parts = (("train", rows), ("test", questions))
+    train, test = (_options(setting.data / f"openbookqa.{part}.json", n, job["seed"]) for part, n in parts)
     rows = tokenize_audit(rows_from(train), rows_from(test), setting.tokenizer, settings)
     return rows, Tuning(rows.train, setting.tokenizer, settings)
 
@@ -264,8 +199,7 @@ def _setting(args: argparse.Namespace) -> Setting:
     model, tokenizer = load_model(args.model, args.dtype)
     use_attention(model, "eager" if model.device.type == "cpu" else "auto")  # rows are short
     files = ((args.calibration, args.rows), (args.text, args.text_rows))
-    raw = args.format == "raw"
-    rows = [load_rows(f, "train", n) if raw else rows_from(_options(Path(f), n, 0)) for f, n in files]
+    rows = [rows_from(_options(Path(file), count, 0)) for file, count in files]
     text = text_batches(rows[1], args.length, tokenizer, args.template)
     calibration = _calibration(rows[0], args, model, tokenizer)
     split = Split(args.outer, args.outer)
@@ -301,12 +235,11 @@ def text_batches(
 def _jobs(args: argparse.Namespace) -> Iterator[Job]:
     """All that is asked for: for every seed the base, then the emulators."""
     tune = {"task": args.tune, "steps": args.steps, "batch": args.batch, "questions": args.questions}
-    tune |= {"middle": True} if args.middle else {}
     rates = [float(rate) for rate in args.lrs.split(",")]
     tunings = [None] if args.tune == "none" else [{**tune, "lr": rate} for rate in rates]
     common: Job = {"model": args.model, "calibration": Path(args.calibration).name, "rows": args.rows}
     common |= {"length": args.length, "text": Path(args.text).name, "text_rows": args.text_rows}
-    common |= {"format": args.format, "template": args.template}
+    common |= {"format": "options", "template": args.template}
     common |= {} if args.source == "rows" else {"source": args.source}
     common |= {} if args.own_length is None else {"own_length": args.own_length}
     common |= {} if args.outer == 2 else {"outer": args.outer}
@@ -471,7 +404,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--text", default="", help="file of held-out rows on which gradients and losses are compared")
     add("--rows", type=int, default=32, help="calibration rows")
     add("--text-rows", type=int, default=64, help="held-out rows")
-    add("--format", choices=("raw", "options"), default="options", help="of both")
     add(
         "--template",
         choices=("auto", "chat", "none"),
@@ -483,11 +415,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--length", type=int, default=128, help="longest calibration row in tokens")
     add("--keeps", default="0.7,0.5", help="kept fractions of the middle's matrices")
     add("--methods", nargs="+", help=f"of {'; '.join(METHODS)}; all if not given; or name=key:value,...")
-    add("--tune", choices=("options", "arithmetic", "none"), default="options", help="options: files beside --text")
+    add("--tune", choices=("options", "none"), default="options", help="options: files beside --text")
     add("--steps", type=int, default=100, help="optimizer steps of a tuning")
     add("--lrs", default="2e-4", help="peak learning rates; the gain is the base's at its best")
     add("--batch", type=int, default=16, help="rows in a step")
-    add("--middle", action="store_true", help="train the emulator's middle too, and map its change back")
     add("--questions", type=int, default=300, help="held-out questions")
     add("--seeds", default="0", help="of the tuning task")
     add("--threads", type=int, default=torch.get_num_threads(), help="processor threads")

@@ -5,7 +5,7 @@ FOLDER has the files of the commonsense suite and of natural data (lab/README.md
 
 _COMMONSENSE = r"""
 printf 'steps: 80\nwarmup: 8\n' > small.yaml
-python -m lab.reproduce commonsense-smollm2 --data FOLDER --tasks ARC-Easy,ARC-Challenge,openbookqa,boolq \
+python -m lab.reproduce smollm2 --data FOLDER --tasks ARC-Easy,ARC-Challenge,openbookqa,boolq \
     --answers texts --methods dense,ist,rst,gast --adapters lora,series,parallel --prompts masked \
     --rates 5e-4,1e-3,2e-3 --sweep-steps 16 --limit 1280 --questions 150 --recipe small.yaml --out runs/texts
 """
@@ -53,9 +53,6 @@ python -m lab.federated --report lab/results/federated.jsonl
 """,
     "gast_cost.jsonl": """
 python -m lab.gast_cost --steps 10 --warmup 1 --rounds 2 --threads 2 --out cost.jsonl
-""",
-    "gast_sweep.jsonl": """
-python -m lab.gast_cost --sweep --steps 6 --warmup 1 --rounds 2 --threads 1 --out sweep.jsonl
 """,
     "keep.jsonl": """
 run="python -m lab.keep.run --data FOLDER --out keep.jsonl"
@@ -122,9 +119,6 @@ $run --model GEMMA --rows 256 --keeps 0.7 --seeds 0,1,2 --lrs 5e-5 --out gemma.j
     --methods "measured=" "uniform=allot:uniform"
 $run --model GEMMA --rows 256 --keeps 0.7 --seeds 0 --lrs 1e-4,2e-4 --out gemma.jsonl \
     --methods "measured=" "uniform=allot:uniform"
-""",
-    "offsite_middle.jsonl": rf"""{_OFFSITE}
-$run --rows 256 --keeps 0.7 --middle --out middle.jsonl --methods "middle=allot:uniform"
 """,
     "offsite_outer.jsonl": rf"""{_OFFSITE}
 $run --rows 1024 --keeps 0.7 --seeds 0,1,2 --lrs 5e-4 --out outer.jsonl --methods "outer 3=" --outer 3 \

@@ -66,7 +66,7 @@ def _printed(path: Path) -> str:
 _OFFSITE = (
     "offsite.jsonl", "offsite_chat.jsonl", "offsite_default.jsonl", "offsite_forms.jsonl",
     "offsite_gemma_default.jsonl", "offsite_gemma_low.jsonl", "offsite_gemma_outer.jsonl", "offsite_gemma_rates.jsonl",
-    "offsite_middle.jsonl", "offsite_outer.jsonl", "offsite_own.jsonl", "offsite_rates.jsonl",
+    "offsite_outer.jsonl", "offsite_own.jsonl", "offsite_rates.jsonl",
 )  # fmt: skip
 TABLES: dict[str, Callable[[Path], str]] = {
     "audit.json": _printed,
@@ -80,7 +80,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gast_cost.jsonl": _costs,
     "gast_cost_averaged.jsonl": _costs,
     "gast_cost_epyc.jsonl": _costs,
-    "gast_sweep.jsonl": _costs,
     "keep.jsonl": lambda path: keep.report(read(path)),
     "keep_epyc.jsonl": lambda path: keep.report(read(path)),
     "natural.jsonl": lambda path: pays.report(read(path)),

@@ -1,6 +1,5 @@
-"""The papers' evaluation protocols: rows, learning rates, runs, answers, and the results beside the papers' figures.
+"""Commonsense suite of LLM-Adapters (arXiv 2304.01933), on which the papers on IST and GAST measure, for other models.
 
-`protocol.py` looks a protocol up by name, `tasks.py` and `harness.py` phrase the questions, `rows.py` and
-`harness_rows.py` prepare files, `cells.py` and `offsite.py` train and evaluate, and `table.py` prints. Training,
-evaluation and sweeps are those of the package.
+`questions.py` prepares the files, `runs.py` trains and evaluates, `answers.py` reads the answers, and `table.py`
+prints them. Training, evaluation and sweeps are those of the package. `commonsense.yaml` is the recipe.
 """

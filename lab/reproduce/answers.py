@@ -2,13 +2,13 @@
 
 Up to three values for a question:
 
-    generated   1 or 0, whether the text that the model writes, greedily, has the right answer in it
-    likeliest   1 or 0, whether the right option is the one of the highest probability; where there are no options but
-                texts that count, whether the model writes one of them when it takes the likeliest token each time
-    nats        −ln p of the right answer's text, which has this many tokens
+    generated   1 or 0, whether the first option's name in the model's greedy answer is the correct one
+    likeliest   1 or 0, whether the correct option has the highest probability
+    nats        −ln p of the correct answer's text, which has this many tokens
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,15 +16,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lab.reproduce.answer_text import begins_with, is_right
-from lab.reproduce.tasks import Task
 from siftune.base.errors import RecipeError
 from siftune.base.files import write_beside
 from siftune.data.rows import Row
-from siftune.evaluate.measure import Metric, measure
+from siftune.evaluate.measure import measure
 from siftune.evaluate.prepare import Prepared, prepare_rows
 
-METRICS = ("generated", "likeliest", "nats")
+METRICS = {"generated": "exact_match", "likeliest": "choices", "nats": "perplexity"}  # -> metric of siftune.evaluate
+_MAX_NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -42,32 +41,28 @@ class Scores:
 
 @dataclass(frozen=True)
 class Answers:
-    """The file with the answers to one task.
-
-    Attributes:
-        path: Where it is, or will be.
-    """
+    """The file with the answers to one task, which may not exist yet."""
 
     path: Path
 
     def scores(self, metric: str) -> Scores | None:
-        """What was found; None where the questions have not been asked so.
+        """Scores by a metric; None if the questions were not asked so.
 
         Raises:
             RecipeError: The file is damaged.
         """
-        kept = self._kept().get(metric)
-        return kept and Scores(kept["values"], kept["weights"])
+        scores = self._record().get(metric)
+        return scores and Scores(scores["values"], scores["weights"])
 
-    def add(self, found: Mapping[str, Scores], texts: Sequence[str]) -> None:
-        """Write what was found, beside what is there."""
-        kept = self._kept() | {name: vars(scores) for name, scores in found.items()}
-        kept |= {"texts": texts} if texts else {}
+    def add(self, scores: Mapping[str, Scores], texts: Sequence[str]) -> None:
+        """Write scores, and the texts of the answers, beside what is there."""
+        record = self._record() | {name: vars(one) for name, one in scores.items()}
+        record |= {"texts": texts} if texts else {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with write_beside(self.path) as [beside]:
-            beside.write_text(json.dumps(kept, ensure_ascii=False) + "\n", encoding="utf-8")
+            beside.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def _kept(self) -> dict[str, Any]:
+    def _record(self) -> dict[str, Any]:
         return read_record(self.path) if self.path.exists() else {}
 
 
@@ -76,53 +71,56 @@ class Asking:
     """How questions are asked.
 
     Attributes:
-        metrics: Which of METRICS are wanted.
+        metrics: Some of METRICS.
         template: As in a recipe.
-        max_new_tokens: Longest text that is written.
         batch_size: Rows in a forward pass.
         ends: Whether an option ends with the mark that ends a text, as in training, when options are compared.
     """
 
     metrics: Sequence[str]
     template: str
-    max_new_tokens: int
     batch_size: int
     ends: bool = True
 
-    def missing(self, answers: Answers, task: Task) -> list[str]:
-        """The metrics that the task has and that are not known yet."""
-        return [name for name in self.metrics if _source(name, task) and answers.scores(name) is None]
+    def missing(self, answers: Answers) -> list[str]:
+        """Metrics that a file does not have yet."""
+        return [name for name in self.metrics if answers.scores(name) is None]
 
 
-def ask(
-    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], task: Task, answers: Answers, asking: Asking
-) -> None:
-    """Ask a task's questions, and write the answers.
-
-    Args:
-        model: A causal language model, PEFT-wrapped or not.
-        tokenizer: Its tokenizer.
-        rows: The questions.
-        task: The task.
-        answers: Where to write; only metrics that are not there are asked.
-        asking: How to ask.
+def ask(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], answers: Answers, asking: Asking) -> None:
+    """Ask a task's questions by the metrics that its file lacks, and write the answers.
 
     Raises:
-        DataError: A row lacks what a metric needs, or does not fit the model's window.
+        DataError: A row does not fit the model's window.
     """
-    wanted = {name: source for name in asking.missing(answers, task) if (source := _source(name, task))}
-    prepared = prepare_rows(rows, tokenizer, sorted(set(wanted.values())), asking.template, asking.max_new_tokens)
-    found = measure(model, prepared if asking.ends else _open_ended(prepared), asking.batch_size)
+    metrics = {name: METRICS[name] for name in asking.missing(answers)}
+    prepared = prepare_rows(rows, tokenizer, sorted(metrics.values()), asking.template, _MAX_NEW_TOKENS)
+    measured = measure(model, prepared if asking.ends else _open_ended(prepared), asking.batch_size)
     scores = {}
-    for name, source in wanted.items():
-        metric = found[source]
-        values = _right(rows, metric, task) if source == "exact_match" else metric.values.tolist()
-        scores[name] = Scores(values, metric.weights.tolist())
-    answers.add(scores, found["exact_match"].texts if "exact_match" in found else ())
+    for name, source in metrics.items():
+        values, weights = measured[source].values.tolist(), measured[source].weights.tolist()
+        if name == "generated":
+            texts = measured[source].texts
+            values = [float(_is_right(row.extra, text)) for row, text in zip(rows, texts, strict=True)]
+        scores[name] = Scores(values, weights)
+    answers.add(scores, measured["exact_match"].texts if "generated" in metrics else ())
+
+
+def first_option(text: str, options: Sequence[str]) -> str | None:
+    """The option whose name comes first in a text; None without any. Letter case counts.
+
+    LLM-Adapters' evaluation reads answers in this way, whatever stands around the name: "true" in "untrue" counts, too.
+
+    Example:
+        >>> first_option("the correct answer is answer2, not answer1", ["answer1", "answer2"])
+        'answer2'
+    """
+    match = re.search("|".join(map(re.escape, sorted(options, key=len, reverse=True))), text)
+    return match and match[0]
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Contents of a file of answers.
+    """Contents of a file of JSON.
 
     Raises:
         RecipeError: It is damaged.
@@ -136,13 +134,6 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _source(name: str, task: Task) -> str | None:
-    """The metric of `evaluate` behind one of METRICS; None where the task has none."""
-    if name == "likeliest":
-        return {"option": "choices", "text": "exact_match"}.get(task.reader)
-    return "perplexity" if name == "nats" else "exact_match"
-
-
 def _open_ended(prepared: Prepared) -> Prepared:
     """The options without the mark at the end."""
     end = prepared.tokenizer.eos_token_id
@@ -153,13 +144,6 @@ def _open_ended(prepared: Prepared) -> Prepared:
     return replace(prepared, items=items)
 
 
-def _right(rows: Sequence[Row], metric: Metric, task: Task) -> list[float]:
-    return [float(_is_right(row.extra, text, task)) for row, text in zip(rows, metric.texts, strict=True)]
-
-
-def _is_right(question: Mapping[str, Any], text: str, task: Task) -> bool:
-    if task.reader == "text":
-        return begins_with(text, question["accepted"])
-    options = [choice.rpartition(" ")[2] for choice in question.get("choices", ())]
-    answer = options[question["answer"]] if options else str(question["answer"])
-    return is_right(text, answer, task.reader, options)
+def _is_right(question: Mapping[str, Any], text: str) -> bool:
+    options = [choice.rpartition(" ")[2] for choice in question["choices"]]
+    return first_option(text, options) == options[question["answer"]]

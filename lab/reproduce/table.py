@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from lab.reproduce.answers import Answers, Scores
-from lab.reproduce.protocol import Printed
 from siftune.evaluate.bootstrap import Bootstrap, Estimate, Means, resample
 from siftune.report.table import Table
 
@@ -109,31 +108,24 @@ def _difference(label: str, other: str, means: Mapping[str, Means]) -> Estimate:
     return both.difference(label, other)
 
 
-def tables(
-    name: str, found: Mapping[str, Any], titles: Mapping[str, str], printed: Sequence[Printed], reference: str | None
-) -> list[Table]:
+def tables(name: str, found: Mapping[str, Any], titles: Mapping[str, str], reference: str | None) -> list[Table]:
     """A table for each metric.
 
     Args:
-        name: Of the protocol.
+        name: Of the suite and model.
         found: From `results`.
         titles: Task -> its title.
-        printed: The papers' lines, which stand above one's own generated answers.
         reference: Name of what differences are to; None where there are none.
     """
-    made = []
-    for metric, lines in found.items():
-        rows = [_printed(row, [*titles]) for row in printed] if metric == "generated" else []
-        rows += [_own(label, figures, [*titles], metric) for label, figures in lines.items()]
-        header = ["", *titles.values(), AVERAGE, *([f"− {reference}"] if reference else [])]
-        rows = [row[: len(header)] for row in rows]
-        made.append(Table(header, rows, title=f"{name}, {_WORDS[metric]}"))
-    return made
-
-
-def _printed(row: Printed, tasks: Sequence[str]) -> list[str]:
-    figures = [row.right[task] for task in tasks]
-    return [f"{row.who} ({row.source})", *(f"{value:.1f}" for value in figures), f"{fmean(figures):.1f}", ""]
+    header = ["", *titles.values(), AVERAGE, *([f"− {reference}"] if reference else [])]
+    return [
+        Table(
+            header,
+            [_own(label, figures, [*titles], metric)[: len(header)] for label, figures in lines.items()],
+            title=f"{name}, {_WORDS[metric]}",
+        )
+        for metric, lines in found.items()
+    ]
 
 
 def _own(label: str, figures: Mapping[str, Any], tasks: Sequence[str], metric: str) -> list[str]:

@@ -80,6 +80,7 @@ STEPS = [
     ("ln", "gast", {"family": "gemma2"}),
     ("ln", "rst", {}),
     ("full", "dp", {}),
+    ("full", "ist", {}),
     ("full", "gast", {"family": "gpt2"}),
 ]
 

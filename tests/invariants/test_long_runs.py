@@ -49,7 +49,7 @@ def fresh():
     gc.unfreeze()
 
 
-@pytest.mark.parametrize("name", ["dense", "rst", "ist+gast"])
+@pytest.mark.parametrize("name", ["dense", "ist+gast"])
 @pytest.mark.usefixtures("fresh")
 def test_nothing_piles_up(name, tmp_path):
     counts = Counts()

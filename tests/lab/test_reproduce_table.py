@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from lab.reproduce.answers import Answers, Scores
-from lab.reproduce.protocol import Printed
 from lab.reproduce.table import AVERAGE, DIFFERENCE, Line, results, tables
 
 TASKS = {"one": 40, "two": 40}  # as many: one seed for both would draw them alike
@@ -69,18 +68,16 @@ def test_nats_are_per_token_and_a_line_without_all_tasks_has_no_average(tmp_path
     assert AVERAGE in lines["whole"]
 
 
-def test_tables_have_the_papers_lines_above_generated_answers_alone():
+def test_tables_have_a_column_of_each_task_and_the_differences():
     figure = {"value": 0.5, "low": 0.25, "high": 0.75}
     found = {
         "generated": {"dense": {"one": figure | {"deviation": 0.1}, "two": figure, AVERAGE: figure}},
         "nats": {"ist": {"one": figure, "two": figure, AVERAGE: figure, DIFFERENCE: figure}},
     }
-    printed = [Printed("lora", "Paper", {"one": 60.0, "two": 70.0, "three": 1.0})]
-    first, second = tables("suite-model", found, {"one": "One", "two": "Two"}, printed, "dense")
+    first, second = tables("suite-model", found, {"one": "One", "two": "Two"}, "dense")
     assert first.header == second.header == ["", "One", "Two", "average", "− dense"]
     assert first.rows == [
-        ["lora (Paper)", "60.0", "70.0", "65.0", ""],
         ["dense, here", "50.0 (25.0 to 75.0) ±10.0", "50.0 (25.0 to 75.0)", "50.0 (25.0 to 75.0)", ""],
     ]
     assert second.rows == [["ist, here", *["0.500 (0.250 to 0.750)"] * 4]]
-    assert tables("suite-model", found, {"one": "One"}, [], None)[1].header == ["", "One", "average"]
+    assert tables("suite-model", found, {"one": "One"}, None)[1].header == ["", "One", "average"]

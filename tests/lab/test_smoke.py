@@ -10,8 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from support import emulators
 from support.lab_jobs import pays_job
 from support.tiny_run import save_rows
 
@@ -19,8 +17,6 @@ from lab import tables
 from lab.lines import read
 from lab.random_llama import save_llama
 from siftune.methods.dp.secret import Secret
-from siftune.offsite.emulator import make
-from siftune.offsite.emulator.assemble import materialise
 from siftune.train.trainer import SiftTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -165,30 +161,18 @@ def test_costs(in_process, script, methods, llama, tmp_path, capsys):
 def test_offsite(llama, suite, tmp_path, capsys):
     from lab import offsite
 
-    files = ["--calibration", str(suite / "ARC-Easy.train.json"), "--text", str(suite / "openbookqa.test.json")]
-    words = [
-        "--model",
-        llama,
-        *files,
-        "--rows",
-        "8",
-        "--text-rows",
-        "4",
-        "--length",
-        "64",
-        "--keeps",
-        "0.5",
-        "--steps",
-        "2",
-    ]
-    words += ["--batch", "4", "--questions", "4", "--threads", "1", "--out", str(tmp_path / "out.jsonl")]
-    words += ["--outer", "1", "--lrs", "2e-4,1e-3", "--methods"]
+    out, texts = (
+        tmp_path / "out.jsonl",
+        f"--calibration {suite}/ARC-Easy.train.json --text {suite}/openbookqa.test.json",
+    )
+    words = f"--model {llama} {texts} --rows 8 --text-rows 4 --length 64 --keeps 0.5 --steps 2 --batch 4 --questions 4"
+    words = f"{words} --threads 1 --out {out} --outer 1 --lrs 2e-4,1e-3 --methods".split()
     assert offsite.main([*words, "layerdrop", "mine=basis:svd,mlp:channels"]) == 0
-    assert offsite.main(["--report", str(tmp_path / "out.jsonl")]) == 0
+    assert offsite.main(["--report", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "| mine, lr 0.0002 |" in printed
     assert printed.count("Base: lr ") == 2
-    *_, base, _, mine = [json.loads(line)["scores"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    *_, base, _, mine = [json.loads(line)["scores"] for line in out.read_text().splitlines()]
     assert len({base["full_zs"]["nll"], base["full_ft"]["nll"], mine["plug_in"]["nll"]}) == 3
 
 
@@ -201,51 +185,6 @@ def test_offsite_pools_no_runs_of_different_settings():
     assert "| one |" in offsite.report(lines[:2])
     with pytest.raises(SystemExit, match="“one” names emulators with different rows"):
         offsite.report(lines)
-
-
-@pytest.mark.lab
-def test_a_tuned_middle_is_mapped_back(llama, suite, tmp_path):
-    from lab import offsite
-
-    words = ["--calibration", str(suite / "ARC-Easy.train.json"), "--text", str(suite / "openbookqa.test.json")]
-    words += [
-        "--model",
-        llama,
-        *["--rows", "8", "--text-rows", "4", "--keeps", "1.0,0.5", "--lrs", "0.01", "--steps", "2"],
-    ]
-    words += ["--batch", "4", "--questions", "4", "--threads", "1", "--out", str(tmp_path / "out.jsonl")]
-    for more in (["--middle"], []):
-        assert offsite.main([*words, *more, "--methods", "default="]) == 0
-    scores = [line["scores"] for line in read(tmp_path / "out.jsonl") if line["job"]["keep"]]
-    whole, half, *_, half_outer = scores
-    assert whole["plug_in"]["nll"] == pytest.approx(whole["emulator_ft"]["nll"], rel=1e-5)
-    assert half["plug_in"]["nll"] != pytest.approx(half["emulator_ft"]["nll"], rel=1e-5)
-    assert half["plug_in"]["nll"] != pytest.approx(half_outer["plug_in"]["nll"], rel=1e-5)
-
-
-@pytest.mark.lab
-def test_changes_of_a_middle_are_those_of_its_matrices_and_channels():
-    from lab.offsite import _changes, _middle
-
-    model = emulators.base()
-    (parts,) = make.emulators(model, emulators.calibration(model), [emulators.settings(keep=0.5, mlp="channels")])
-    before = _middle(materialise(parts), parts)
-    after = [{name: tensor + torch.randn_like(tensor) for name, tensor in layer.items()} for layer in before]
-    changes = _changes(model, parts, before, after)
-    layer, old, new = model.model.layers[parts.middle[0].base], before[0], after[0]
-    query = "self_attn.q_proj"
-    found = changes[layer.self_attn.q_proj.weight]
-    for factors, sign in ((new, 1), (old, -1)):
-        found = found - sign * factors[f"{query}.up.weight"] @ factors[f"{query}.down.weight"]
-    assert found.abs().max() < 1e-4
-    reads, writes = (getattr(layer.mlp, name).weight for name in ("up_proj", "down_proj"))
-    for number, row in enumerate(reads):
-        kept = (old["mlp.up_proj.weight"] == row).all(1).nonzero().flatten().tolist()
-        for name, change in (("up", changes[reads][number]), ("down", changes[writes][:, number])):
-            pair = (part[f"mlp.{name}_proj.weight"] for part in (new, old))
-            ours, theirs = (part if name == "up" else part.T for part in pair)
-            expected = ours[kept[0]] - theirs[kept[0]] if kept else torch.zeros_like(change)
-            torch.testing.assert_close(change, expected.float(), check_dtype=False)
 
 
 @pytest.mark.lab

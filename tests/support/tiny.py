@@ -7,7 +7,7 @@ visibly between layers and rows.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB = 96
@@ -111,3 +111,9 @@ def batch(model: PreTrainedModel, rows: int = 3, length: int = 7, seed: int = 0)
         "attention_mask": real.long(),
         "labels": ids.where(real & (positions >= prompts), -100),
     }
+
+
+def logits(model: nn.Module) -> Tensor:
+    """Logits of the batch above."""
+    with torch.no_grad():
+        return model(**batch(model)).logits

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from support.commands import error_of
 from support.tiny_run import lines, save_rows
 
 from siftune.base.text import counted
@@ -36,15 +37,6 @@ def words(base, rows, tmp_path):
         "find-lr", str(tmp_path / "recipe.yaml"), "--model", str(base), "--train", str(rows), "--eval", str(held_out),
         "--methods", "dense,gast", "--rates", "1e-3,1e-2", "--out", str(tmp_path / "sweep"),
     ]  # fmt: skip
-
-
-def error_of(capsys, arguments):
-    """Run a failing command; return its error."""
-    assert main(list(map(str, arguments))) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "Traceback" not in captured.err
-    return captured.err.splitlines()[-1].removeprefix("siftune: error: ")
 
 
 def test_a_sweep(words, tmp_path, capsys):
@@ -86,13 +78,6 @@ def test_json_and_a_second_call(words, tmp_path, capsys, monkeypatch):
     assert "Lowest held-out loss of 4 runs" in page.read_text()
 
 
-def test_a_run_that_diverges_is_told(words, capsys):
-    assert main([*words, "--methods", "gast", "--rates", "1e30"]) == 0
-    captured = capsys.readouterr()
-    assert re.search(r"^1/1  gast at 1e30, seed 0: diverged: .* at step \d  \(\d+ s\)$", captured.err, re.MULTILINE)
-    assert "gast: every rate diverged: extend --rates to " in captured.out
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -108,14 +93,14 @@ def test_a_run_that_diverges_is_told(words, capsys):
 )
 def test_input_that_cannot_be_used(words, tmp_path, capsys, monkeypatch, flags, message):
     monkeypatch.setattr(module, "load_model", None)
-    assert error_of(capsys, [*words, *flags]).startswith(message)
+    assert error_of(capsys, *words, *flags).startswith(message)
     assert not (tmp_path / "sweep").exists()
 
 
 def test_a_run_folder_is_left_alone(words, tmp_path, capsys):
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "run.json").write_text("{}")
-    assert "is not empty" in error_of(capsys, words)
+    assert "is not empty" in error_of(capsys, *words)
 
 
 @pytest.mark.slow

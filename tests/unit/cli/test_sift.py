@@ -26,7 +26,7 @@ from siftune.cli.train import Options as Train
 from siftune.data.decisions import read_decisions
 from siftune.recipe.read import load_recipe
 from siftune.recipe.rows import read_rows
-from siftune.recipe.schema import SCORING, Recipe
+from siftune.recipe.schema import SCORING, Recipe, resolve_recipe
 from siftune.sifting import run as module
 from siftune.sifting import scoring, tuning
 from siftune.sifting.scores import Choice
@@ -79,6 +79,23 @@ def out(sifted, tmp_path):
     """A run folder in which sifting was done and nothing else."""
     shutil.copytree(sifted / "sift", tmp_path / "run" / "sift")
     return tmp_path / "run"
+
+
+@pytest.fixture
+def first_training(capsys, monkeypatch):
+    """The recipe of the first training of a command, which ends there."""
+
+    def of(*words):
+        def fail(recipe, *_):
+            seen.append(recipe)
+            raise TrainingError("It ends here.")
+
+        seen = []
+        monkeypatch.setattr(tuning, "tune", fail)
+        assert "It ends here" in error_of(capsys, *words)
+        return resolve_recipe(seen[0])
+
+    return of
 
 
 def rows_of(run):
@@ -151,18 +168,15 @@ def test_a_pool_that_is_selected_in_full(words, out, capsys):
 
 @pytest.mark.parametrize(
     ("method", "adapter", "rate"),
-    [("gast", "lora", 0.01), ("ist", "series", 5e-4), ("dense", "ia3", 5e-4), ("ist", "full", 5e-4)],
+    [("gast", "lora", 0.01), ("ist", "series", 5e-4), ("ist", "full", 5e-4), ("dense", "ia3", 5e-4)],
 )
-def test_methods_and_adapters(words, tmp_path, method, adapter, rate):
+def test_methods_and_adapters(words, tmp_path, first_training, method, adapter, rate):
     """Rows are scored with LoRA and dense training, and its rate if the run has another method or adapter."""
-    none = ["--rank", "None"] if adapter in ("full", "ia3") else []
-    run = tmp_path / "run"
-    assert main([*map(str, words), "--out", str(run), "--sift", "--method", method, "--adapter", adapter, *none]) == 0
-    tuning, recipe = (load_recipe(place / "recipe.yaml") for place in (run / "sift" / "tuning", run))
-    assert (recipe.method, recipe.adapter) == (method, adapter)
-    assert (tuning.method, tuning.adapter, tuning.lr, tuning.layers) == ("dense", "lora", rate, None)
-    assert tuning.rank == (2 if adapter == "lora" else 32)
-    assert len(set(rows_of(run)[1])) == 12
+    rank = ["--rank", "None"] if adapter in ("full", "ia3") else []
+    more = ["--sift", "--method", method, "--adapter", adapter, *rank, "--out", tmp_path / "run"]
+    scoring = first_training(*words, *more)
+    assert (scoring.method, scoring.adapter, scoring.lr, scoring.layers) == ("dense", "lora", rate, None)
+    assert scoring.rank == (2 if adapter == "lora" else 32)
 
 
 def test_a_kit(words, tmp_path):
@@ -286,36 +300,37 @@ def test_the_training_that_follows_has_all_settings_that_scored():
         assert (train.steps, train.sift, train.out) == (None, False, None)
 
 
-def test_the_trainings_that_score_have_the_settings_of_the_command(base, task, tmp_path, capsys):
+def test_the_trainings_that_score_have_the_settings_of_the_command(base, task, tmp_path, first_training):
     named = ["--model", base, "--train", task / "pool.jsonl", "--target", task / "few.jsonl", "--out", tmp_path / "s"]
     more = ["--template", "none", "--attention", "eager", "--no-completion-only", "--rank", "2", "--alpha", "3"]
     more += ["--targets", "q_proj", "--layers", "-1", "--batch-size", "2", "--accumulate", "2", "--checkpointing"]
-    siftune(capsys, "sift", *named, *more, "--steps", "1", "--share", "5")
-    recipe = load_recipe(tmp_path / "s" / "tuning" / "recipe.yaml")
+    recipe = first_training("sift", *named, *more, "--share", "5")
     assert (recipe.attention, recipe.completion_only, recipe.rank, recipe.alpha) == ("eager", False, 2, 3)
     assert (recipe.targets, recipe.layers, recipe.accumulate) == (("q_proj",), (-1,), 2)
     assert recipe.checkpointing
 
 
-@pytest.mark.parametrize("share", ["0.5", "24"])
-def test_the_command_names_the_training_that_follows(base, task, tmp_path, capsys, monkeypatch, share):
+def test_the_command_names_the_training_that_follows(base, task, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(task / "pool.jsonl", "first.jsonl")
     Path("second pool.jsonl").write_text("".join(reversed((task / "pool.jsonl").read_text().splitlines(True))))
     pool = ["--train", "first.jsonl", "second pool.jsonl", "--limit", "12", "--target", task / "few.jsonl"]
     settings = ["--model", base, "--template", "none", "--max-length", "64", "--batch-size", "4"]
-    result, said = siftune(capsys, "sift", *pool, *settings, "--steps", "2", "--share", share)
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name.endswith("-sift")
-    assert result["folder"] == f"runs/{folder.name}" or result["folder"] == str(folder)
-    assert (result["pool"], len((folder / "sifted.jsonl").read_text().splitlines())) == (24, result["selected"])
-    assert (result["dropped"] is None) == (share == "24")
-    command = re.search(r"next: `siftune (.*)`", said)
-    assert command is not None, said
-    train = [*shlex.split(command[1]), "--steps", "1", "--rank", "2", "--batch-size", "4", "--out", "run"]
-    assert main(train) == 0
-    rows = read_rows(load_recipe("run/recipe.yaml")).parts["train"]
-    assert sum("few" not in row.origin for row in rows) == result["selected"]
+    again = []
+    for share in ("0.5", "24"):
+        result, said = siftune(capsys, "sift", *pool, *settings, "--steps", "2", "--share", share, *again)
+        (folder,) = (tmp_path / "runs").iterdir()
+        assert folder.name.endswith("-sift")
+        assert Path(result["folder"]).resolve() == folder
+        assert (result["pool"], len((folder / "sifted.jsonl").read_text().splitlines())) == (24, result["selected"])
+        assert (result["dropped"] is None) == (share == "24")
+        command = re.search(r"next: `siftune (.*)`", said)
+        assert command is not None, said
+        train = [*shlex.split(command[1]), "--steps", "1", "--rank", "2", "--batch-size", "4", "--out", f"run {share}"]
+        assert main(train) == 0
+        rows = read_rows(load_recipe(f"run {share}/recipe.yaml")).parts["train"]
+        assert sum("few" not in row.origin for row in rows) == result["selected"]
+        again = ["--out", folder]
 
 
 def test_another_share_selects_again_without_computing(base, task, tmp_path, capsys, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from support.commands import error_of
 from support.tiny import tiny
 from support.tiny_run import choices_of, save_rows
 from support.tokenizer import byte_tokenizer
@@ -46,18 +47,6 @@ def words(base, rows, tmp_path):
 def no_model(monkeypatch):
     """Fail where the model is loaded although the input could be refused before."""
     monkeypatch.setattr(module, "load_model", None)
-
-
-def error_of(capsys, arguments, code=2):
-    """Run a failing command; return its error, which is the last line and holds no traceback."""
-    assert main(list(map(str, arguments))) == code
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "Traceback" not in captured.err
-    assert captured.err.count("siftune: error: ") == 1
-    last = captured.err.splitlines()[-1]
-    assert last.startswith("siftune: error: "), captured.err
-    return last.removeprefix("siftune: error: ")
 
 
 def loads(base, folder):
@@ -104,44 +93,29 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", b"", r"x\.jsonl is empty: no rows found"),
-        ("x.jsonl", b"\n  \n", r"x\.jsonl is empty: no rows found"),
         ("x.jsonl", GOOD.encode() + b'{"prompt": "a"}\n', r"x\.jsonl:2: .*completion"),
-        ("x.jsonl", GOOD.encode() + b'{"prompt": "a", "completion": ""}\n', r"x\.jsonl:2: .*completion"),
-        ("x.jsonl", GOOD.encode() + b'{"prompt": "a", "completion": 5}\n', r"x\.jsonl:2: .*completion"),
-        (
-            "x.jsonl",
-            GOOD.encode() * 2 + b'{"prompt": "\xff"}\n',
-            r"x\.jsonl:3: invalid UTF-8, byte 0xff at position 13",
-        ),
-        ("x.jsonl", GOOD.encode() + b'{"prompt": \n', r"x\.jsonl:2: invalid JSON"),
-        ("x.jsonl", b"[1, 2]\n", r"x\.jsonl:1: "),
-        ("x.csv", b"prompt,completion\na,b\nc\n", r"x\.csv:3: the row has 1 field"),
-        ("x.csv", b"question,reply\na,b\n", r"x\.csv:2: .*question"),
-        ("x.json", b"{}", r"x\.json: found an object"),
-        ("x.parquet", b"PAR1", r"x\.parquet: invalid Parquet"),
         ("x.tsv", b"text", r"x\.tsv: the ending '\.tsv' is unknown; supported: \.jsonl"),
     ],
 )
 def test_data_that_cannot_be_used(words, tmp_path, capsys, no_model, name, content, message):
     (tmp_path / name).write_bytes(content)
-    assert re.search(message, error_of(capsys, [*words, "--train", tmp_path / name]))
-    assert re.search(message, error_of(capsys, [*words, "--eval", tmp_path / name]))
+    assert re.search(message, error_of(capsys, *words, "--train", tmp_path / name))
+    assert re.search(message, error_of(capsys, *words, "--eval", tmp_path / name))
 
 
 def test_a_data_file_that_is_not_there(words, tmp_path, capsys, no_model):
-    found = error_of(capsys, [*words, "--train", tmp_path / "none.jsonl"])
+    found = error_of(capsys, *words, "--train", tmp_path / "none.jsonl")
     assert found == f"{tmp_path}/none.jsonl does not exist; give the path of a data file."
 
 
 def test_no_data(capsys, no_model):
-    assert error_of(capsys, ["train"]) == "no training data: give --train FILE, or `train: FILE` in the recipe"
+    assert error_of(capsys, "train") == "no training data: give --train FILE, or `train: FILE` in the recipe"
 
 
 def test_a_run_to_resume_that_is_none(tmp_path, capsys, no_model):
-    assert "--resume RUN" in error_of(capsys, ["train", "--resume"])
+    assert "--resume RUN" in error_of(capsys, "train", "--resume")
     for name in ("rum", ""):
-        assert f"{tmp_path / name}" in error_of(capsys, ["train", "--resume", tmp_path / name])
+        assert f"{tmp_path / name}" in error_of(capsys, "train", "--resume", tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -160,17 +134,8 @@ def test_rows_that_are_longer_than_the_window_are_refused(tmp_path, capsys, comm
     path = tmp_path / "long.jsonl"
     path.write_text(GOOD * 20 + json.dumps({"prompt": "a", "completion": "x" * 200}) + "\n")
     given = ["--model", model, "--train", path, "--template", "none", "--out", tmp_path / "out"]
-    found = error_of(capsys, [*(few if word == "FEW" else word for word in command), *given, "--max-length", "150"])
+    found = error_of(capsys, *(few if word == "FEW" else word for word in command), *given, "--max-length", "150")
     assert "takes 150 tokens, but the model's window is 64; give a smaller --max-length." in found
-
-
-def test_a_prompt_that_leaves_nothing_to_learn(words, tmp_path, capsys):
-    path = tmp_path / "long.jsonl"
-    path.write_text(GOOD + json.dumps({"prompt": "x" * 90, "completion": "yes"}) + "\n")
-    found = error_of(capsys, [*words, "--train", path])
-    assert re.match(rf"{path}:2: the prompt takes 90 of 9\d tokens, but the limit is 64, so nothing is left", found)
-    assert "--max-length" in found
-    assert main([*words, "--train", str(path), "--max-length", "100"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -184,49 +149,19 @@ def test_a_prompt_that_leaves_nothing_to_learn(words, tmp_path, capsys):
     ],
 )
 def test_flags_that_cannot_be_used(words, tmp_path, capsys, no_model, flags, message):
-    assert error_of(capsys, [*words, *flags]) == message.format(run=tmp_path / "run")
+    assert error_of(capsys, *words, *flags) == message.format(run=tmp_path / "run")
 
 
 def test_a_recipe_with_an_unknown_key(words, tmp_path, capsys, no_model):
     (tmp_path / "recipe.yaml").write_text("rank: 2\nlearning_rate: 1\n")
-    assert error_of(capsys, words) == f"{tmp_path}/recipe.yaml:2: unknown key 'learning_rate'; did you mean 'lr'?"
+    assert error_of(capsys, *words) == f"{tmp_path}/recipe.yaml:2: unknown key 'learning_rate'; did you mean 'lr'?"
 
 
 def test_a_model_that_is_not_there(words, tmp_path, capsys):
-    found = error_of(capsys, [*words, "--model", tmp_path / "none"])
+    found = error_of(capsys, *words, "--model", tmp_path / "none")
     assert found.startswith(f"model folder {tmp_path}/none does not exist")
     (tmp_path / "empty").mkdir()
-    assert error_of(capsys, [*words, "--model", tmp_path / "empty"]).endswith("there is no config.json in it")
-
-
-def test_weights_that_are_cut_off(words, base, tmp_path, capsys):
-    import shutil
-
-    shutil.copytree(base, tmp_path / "cut")
-    weights = tmp_path / "cut" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    found = error_of(capsys, [*words, "--model", tmp_path / "cut"])
-    assert found.startswith(f"cannot load a causal language model from the folder {tmp_path}/cut: ")
-
-
-def test_a_learning_rate_that_breaks_the_loss(words, base, tmp_path, capsys):
-    found = error_of(capsys, [*words, "--lr", "1e30"])
-    step = re.search(r"^(?:The loss is|A gradient is not finite).* at step (\d); nothing of this step reached", found)
-    assert step, found
-    assert f"the adapter after step {int(step[1]) - 1} is in {tmp_path}/run/adapter" in found
-    left = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    assert all(torch.isfinite(value).all() for value in left.values())
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
-
-
-@pytest.mark.parametrize("name", ["README.md", "config.json", "adapter_config.json"])
-def test_a_folder_of_something_else_is_left_alone(words, tmp_path, capsys, no_model, name):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / name).write_text("mine")
-    found = error_of(capsys, [*words, "--out", tmp_path / "mine"])
-    assert f"{tmp_path}/mine" in found
-    assert name in found
-    assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["mine"]
+    assert error_of(capsys, *words, "--model", tmp_path / "empty").endswith("there is no config.json in it")
 
 
 def test_what_was_followed_is_named_by_source_where_rows_have_one():
@@ -274,22 +209,8 @@ def test_what_a_run_says_has_no_advice_of_other_libraries(words, tmp_path, capfd
 @pytest.mark.parametrize("place", ["file/run", "file"])
 def test_a_run_folder_that_cannot_be_written(words, tmp_path, capsys, no_model, place):
     (tmp_path / "file").write_text("not a folder")
-    found = error_of(capsys, [*words, "--out", tmp_path / place])
+    found = error_of(capsys, *words, "--out", tmp_path / place)
     assert re.match(rf"The run folder {tmp_path}/{place} cannot be written to \(.+\); give another with --out\.", found)
-
-
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no file system here that refuses everyone")
-def test_a_read_only_place(words, capsys, no_model):
-    found = error_of(capsys, [*words, "--out", "/proc/run"])
-    assert found.startswith("The run folder /proc/run cannot be written to (")
-
-
-def test_a_second_run_in_the_same_folder(words, tmp_path, capsys):
-    assert main(words) == 0
-    capsys.readouterr()
-    found = error_of(capsys, words)
-    assert f"{tmp_path}/run" in found
-    assert "--resume" in found
 
 
 # --- a disk that is full ---
@@ -315,7 +236,7 @@ def fill(place, left):
     (place / "filler").write_bytes(b"x" * (state.f_bavail * state.f_frsize - left))
 
 
-@pytest.mark.parametrize("left", [4096 * n for n in (0, 5, 14, 20)])
+@pytest.mark.parametrize("left", [0, 14 * 4096])
 def test_a_full_disk_leaves_checkpoints_and_adapter_whole(words, base, tmp_path, small_disk, capsys, left):
     out = small_disk / "run"
     assert main([*words, "--out", str(out), "--save-every", "2", "--schedule", "constant", "--steps", "2"]) == 0
@@ -323,7 +244,7 @@ def test_a_full_disk_leaves_checkpoints_and_adapter_whole(words, base, tmp_path,
     checkpoint = {p.name: p.read_bytes() for p in (out / "checkpoints" / "checkpoint-2").iterdir()}
     capsys.readouterr()
     fill(small_disk, left)
-    found = error_of(capsys, [*words, "--out", out, "--save-every", "2", "--schedule", "constant", "--resume"])
+    found = error_of(capsys, *words, "--out", out, "--save-every", "2", "--schedule", "constant", "--resume")
     assert re.search("Writing to .*/disk/run failed: |cannot be written to |the disk is full|No space left", found)
     assert "\n" not in found
     assert {p.name: p.read_bytes() for p in (out / "checkpoints" / "checkpoint-2").iterdir()} == checkpoint

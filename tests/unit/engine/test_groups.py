@@ -1,20 +1,13 @@
 """Parameters by layer: what trains where, and what is refused."""
 
 import pytest
-import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from support.adapted import ADAPTED, adapted
-from support.tiny import batch, tiny
-from torch import Tensor, nn
+from support.tiny import tiny
 
 from siftune.base.errors import AdapterError, UnsupportedError
 from siftune.engine.groups import group_by_layer, outside
 from siftune.models.layers import find_layers
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(**batch(model)).logits
 
 
 @pytest.mark.parametrize("name", ADAPTED)

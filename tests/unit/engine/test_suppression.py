@@ -10,18 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import BaseTunerLayer
 from support.adapted import ADAPTED, adapted, two_active_adapters
-from support.tiny import batch, tiny
-from torch import Tensor, nn
+from support.tiny import batch, logits, tiny
+from torch import nn
 
 from siftune.base.errors import AdapterError
 from siftune.engine.groups import group_by_layer
 from siftune.engine.suppression import suppress
 from siftune.models.layers import find_layers
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(**batch(model)).logits
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Intervals against loops over single draws, and against recorded figures."""
+"""Intervals against loops over single draws."""
 
 import math
 from statistics import NormalDist
@@ -217,35 +217,3 @@ def test_chunks_do_not_matter(monkeypatch):
 def test_unusable_values_are_refused(columns, weights, words):
     with pytest.raises(ValueError, match=words):
         resample(columns, weights)
-
-
-# --- the streams of random numbers ---
-
-PINNED = Bootstrap(700, 0.9, 5)
-
-
-@pytest.fixture
-def columns():
-    """Three models and weights; the figures below were computed when each way to draw had an engine of its own."""
-    rng = np.random.default_rng(12)
-    base, tuned, other = rng.normal(2, 1, size=(3, 37))
-    return base, tuned, tuned + abs(other) + 1, rng.integers(0, 9, 37)
-
-
-def assert_pinned(estimate, value, low, high):
-    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((value, low, high), rel=1e-13)
-
-
-def test_the_figures_of_paired_draws_stay(columns):
-    base, tuned, _, weights = columns
-    assert_pinned(paired_bootstrap(base, tuned, PINNED), 0.17489103184808075, -0.14885861020194346, 0.5375649029085746)
-    perplexity = paired_bootstrap(base, tuned, Bootstrap(700, 0.95, 5), weights=weights, transform=np.exp)
-    assert_pinned(perplexity, 0.07609118207892784, -0.09482904292156205, 0.2795225177572778)
-
-
-def test_the_figures_of_counted_draws_stay(columns):
-    a, b, w, weights = columns
-    means = resample({"a": a, "b": b, "w": w}, weights, PINNED)
-    assert_pinned(means.mean("a"), 0.5041118893929789, 0.4078727261422216, 0.6497483797287388)
-    assert_pinned(means.difference("a", "b"), -0.04493727901652078, -0.1383428942149673, 0.043049578895077614)
-    assert_pinned(means.share("b", "a", "w"), 0.055730632851398246, -0.057541877053973, 0.1517184089808398)

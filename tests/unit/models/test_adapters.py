@@ -10,20 +10,14 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from support.adapted import adapted, shake
-from support.tiny import FAMILIES, batch, tiny
-from torch import Tensor, nn
+from support.tiny import FAMILIES, logits, tiny
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from siftune.base.errors import AdapterError
 from siftune.engine.groups import group_by_layer, outside
 from siftune.models.adapters.attach import attach_adapter, load_adapter
 from siftune.models.layers import find_layers
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(**batch(model)).logits
-
 
 # --- attach
 

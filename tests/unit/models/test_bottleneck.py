@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from support.adapted import base, shake
-from support.tiny import FAMILIES, batch, tiny
+from support.tiny import FAMILIES, logits, tiny
 
 from siftune.base.errors import AdapterError
 from siftune.models.adapters.attach import attach_adapter, load_adapter
@@ -27,11 +27,6 @@ PLACES = {
     "bloom": ("self_attention", "self_attention.dense", "mlp", "mlp.dense_4h_to_h"),
 }
 WIDTH, ALPHA = 3, 5
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(**batch(model)).logits
 
 
 def reference(family, kind, folder):

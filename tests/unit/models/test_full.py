@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.adapted import adapted
-from support.tiny import FAMILIES, batch, tiny
+from support.tiny import FAMILIES, batch, logits, tiny
 from torch import nn
 
 from siftune.base.errors import AdapterError, LayerError
@@ -17,11 +17,6 @@ from siftune.engine.suppression import suppress
 from siftune.models.adapters.full import OpenLayers
 from siftune.models.layers import find_layers, layer_numbers
 from siftune.models.modules import expert_banks
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**batch(model)).logits
 
 
 def moved(model: nn.Module, seed: int = 0) -> nn.Module:

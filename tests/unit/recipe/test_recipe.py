@@ -165,35 +165,20 @@ def test_a_target_goes_with_every_method(tmp_path, method):
     ("change", "message"),
     [
         ({"train": ""}, "no training data: give --train FILE"),
-        ({"eval_every": 5}, "eval_every needs held-out rows"),
-        ({"resume": True}, "resume needs a run folder"),
-        ({"targets": ()}, "targets is empty"),
-        ({"layers": ()}, "layers is empty: give at least one number"),
-        ({"method": "gast", "gast": GASTSettings(support="dataset")}, "support dataset compares rows with a target's"),
-        (
-            {"target": "a", "target_share": 0.0, "target_last": 0.5},
-            "target_last says when a target's rows come, but with target_share 0",
-        ),
-        ({"target_last": 0.5}, "target_last has no effect without a target"),
-        (
-            {"from_adapter": "run", "dp_epsilon": 8.0, "dp_delta": 1e-5},
-            "dp_epsilon does not count what the adapter of from_adapter learned: leave one of them out",
-        ),
-        ({"target": "a", "group_by_length": True}, "group_by_length puts rows in an order of its own, but a target's"),
-        (
-            {"target": "a", "method": "gast"},
-            "with a target, rows are compared with its rows, by support dataset",
-        ),
+        ({"eval_every": 5}, "eval_every"), ({"resume": True}, "resume"), ({"targets": ()}, "targets"),
+        ({"layers": ()}, "layers"), ({"method": "gast", "gast": GASTSettings(support="dataset")}, "support dataset"),
+        ({"target": "a", "target_share": 0.0, "target_last": 0.5}, "target_last says"),
+        ({"target_last": 0.5}, "target_last has no effect"),
+        ({"from_adapter": "run", "dp_epsilon": 8.0, "dp_delta": 1e-5}, "dp_epsilon"),
+        ({"target": "a", "group_by_length": True}, "group_by_length"),
+        ({"target": "a", "method": "gast"}, "with a target"),
         (
             {"gast": GASTSettings(select=8)},
             "gast.select is 8, which has no effect with method dense: leave it out, or take --method gast or ist+gast",
         ),
-        (
-            {"method": "dense", "ist": ISTSettings(interval=5)},
-            "ist.interval is 5, which has no effect with method dense: leave it out, or take --method ist or ist+gast",
-        ),
+        ({"method": "dense", "ist": ISTSettings(interval=5)}, "ist.interval is 5"),
     ],
-)
+)  # fmt: skip
 def test_check_refuses(change, message):
     with pytest.raises(RecipeError) as caught:
         check(replace(Recipe(train="rows.jsonl"), **change))

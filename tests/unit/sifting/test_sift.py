@@ -9,12 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from datasets import load_dataset
 from peft import PeftModel
-from pyarrow import parquet
 from rich.console import Console
 from support.tokenizer import byte_tokenizer
 from support.trainers import At
@@ -288,7 +286,7 @@ def test_selected_shares_of_completions_are_reported_if_these_are_few(given, tas
     assert {*sifted.completions} == {"yes", "no"}
 
 
-def test_selected_shares_of_completions_are_not_reported_if_each_row_has_its_own(given):
+def test_selected_shares_of_completions_are_not_reported_if_each_row_has_its_own(given, complete):
     assert sift(**given, share=7, console=QUIET).completions == {}
 
 
@@ -300,11 +298,6 @@ def as_csv(path, rows):
     return [{name: str(value) for name, value in row.items()} for row in rows]
 
 
-def as_parquet(path, rows):
-    parquet.write_table(pa.Table.from_pylist(rows), path)
-    return rows
-
-
 def as_turns(path, rows):
     content = [
         {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]}
@@ -314,7 +307,7 @@ def as_turns(path, rows):
     return content
 
 
-@pytest.mark.parametrize(("name", "write"), [("a.csv", as_csv), ("a.parquet", as_parquet), ("a.jsonl", as_turns)])
+@pytest.mark.parametrize(("name", "write"), [("a.csv", as_csv), ("a.jsonl", as_turns)])
 def test_selected_rows_are_those_of_the_pools_files(given, tmp_path, task, name, write):
     """Two files, the first of another form than the target."""
     odd = [{**row, "prompt": f'{row["prompt"]} «ö,\n"»'} for row in task.pool[:20]]
@@ -358,16 +351,6 @@ def test_a_template_file_counts_by_its_content(given, tmp_path):
         sift(**{**given, "template": file}, share=5, console=QUIET)
 
 
-def test_an_interrupted_training_continues_after_its_template_moved(given, tmp_path, interfere, monkeypatch):
-    file = tmp_path / "a.jinja"
-    file.write_text("{% for m in messages %}{{ m.content }}|{% endfor %}")
-    interfere(At("on_step_begin", 1, lambda _: os.kill(os.getpid(), signal.SIGINT)))
-    with pytest.raises(KeyboardInterrupt):
-        sift(**{**given, "template": file}, share=5, console=QUIET)
-    monkeypatch.undo()
-    assert len(sift(**{**given, "template": file.rename(tmp_path / "b.jinja")}, share=5, console=QUIET).selected) == 5
-
-
 def test_prompts_are_compared_without_completions_if_all_tokens_count(given):
     only = sift(**given, share=5, console=QUIET).similar
     every = sift(**{**given, "out": given["out"] + " all", "completion_only": False}, share=5, console=QUIET).similar
@@ -375,11 +358,6 @@ def test_prompts_are_compared_without_completions_if_all_tokens_count(given):
 
 
 # --- interrupted calls ---
-
-
-def same_bits(folder, complete):
-    for name in ("losses.jsonl", "similar.jsonl", "scores.csv", "dropped.csv", "sifted.jsonl", "unseen.jsonl"):
-        assert (Path(folder) / name).read_bytes() == (complete / name).read_bytes(), name
 
 
 @pytest.mark.usefixtures("shared_answers")
@@ -579,7 +557,7 @@ def test_a_pool_without_a_row_like_the_target(given, complete, monkeypatch):
     assert len(sift(**given, share=3, console=QUIET).selected) == 3
 
 
-def test_a_loss_that_is_not_finite_names_its_row(given, monkeypatch):
+def test_a_loss_that_is_not_finite_names_its_row(given, complete, monkeypatch):
     original = answers.shared_nll
 
     first = int(np.isfinite(sift(**given, console=QUIET).scores).argmax())

@@ -89,19 +89,6 @@ def test_speed_is_that_of_steps_alone(tmp_path, clock):
     assert written == expected
 
 
-def test_the_first_step_has_no_speed(tmp_path, clock):
-    metrics = Metrics(RunFolder(tmp_path), lambda: 7)
-    clock.now += 20
-    send(metrics, "on_step_end", state(1, tokens=100))
-    first = send(metrics, "on_log", state(1, tokens=100), {"loss": 2.0})
-    assert {"loss", "peak_memory_mb", "active_layers"} == set(first)
-    assert re.fullmatch(r"loss 2.0000  peak [\d,]+ MB  7 layers active", describe(first))
-    clock.now += 2
-    send(metrics, "on_step_end", state(2, tokens=200))
-    second = send(metrics, "on_log", state(2, tokens=200), {"loss": 2.0})
-    assert (second["tokens_per_second"], second["seconds_per_step"]) == (50.0, 2.0)
-
-
 def test_other_ranks_write_nothing(tmp_path, clock):
     output = io.StringIO()
     for callback in (Metrics(RunFolder(tmp_path), lambda: 1), ProgressView(Console(file=output))):

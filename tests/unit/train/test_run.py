@@ -12,14 +12,12 @@ from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
 from support.seen import assert_same
-from support.tiny_run import choices_of, lines, recipe, save_rows
+from support.tiny_run import choices_of, lines, recipe
 from support.trainers import At, weights
-from support.visited import visits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.base.errors import InputError, RecipeError, TrainingError
 from siftune.data.tasks import arithmetic_rows
-from siftune.methods import METHODS
 from siftune.models import attention
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import resolve_recipe, select_until
@@ -48,16 +46,8 @@ def hooks(model):
 # --- what a run leaves behind ---
 
 
-@pytest.mark.parametrize(
-    ("method", "kind", "checkpointing"),
-    [
-        ("rst", "rslora", True),
-        ("gast", "dora", True),
-        ("ist+gast", "lora", False),
-    ],
-)
-def test_the_adapter_gives_the_logits_of_the_tuned_model(base, rows, tmp_path, method, kind, checkpointing):
-    settings = {"method": method, "adapter": kind, "checkpointing": checkpointing, "steps": 3}
+def test_the_adapter_gives_the_logits_of_the_tuned_model(base, rows, tmp_path):
+    settings = {"method": "gast", "adapter": "dora", "checkpointing": True, "steps": 3}
     done = train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
     assert done.summary["steps"] == 3
     assert hooks(done.model) == 0
@@ -87,46 +77,10 @@ def test_the_folder_is_complete(base, rows, tmp_path):
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-6"]
 
 
-def test_gast_compares_with_the_support_rows(base, rows, tmp_path):
-    few = save_rows(tmp_path / "few.jsonl", 3)
-    given = recipe(
-        base, rows, tmp_path / "run", method="gast", support="dataset", target=str(few), target_share=0.0, select=1,
-        accumulate=2,
-    )  # fmt: skip
-    train(given, QUIET)
-    records = choices_of(tmp_path / "run")
-    assert [(record["step"], record["batch"]) for record in records] == [(s, b) for s in range(6) for b in range(2)]
-    for record in records:
-        assert record["layers"] == (0, 1, 2, 3)
-        assert [sum(chosen) for chosen in record["followed"]] == [1] * 4
-        assert [len(scores) for scores in record["scores"]] == [4] * 4
-    assert METHODS["gast"].line in (tmp_path / "run" / "README.md").read_text()
-
-
 def few_rows(path):
     """A file of three rows of a target."""
     path.write_text("".join(json.dumps(row) + "\n" for row in arithmetic_rows(3, seed=9)))
     return path
-
-
-@pytest.mark.parametrize(("last", "early"), [(None, False), (1.0, True)])
-def test_a_targets_rows_come_last(base, rows, tmp_path, last, early):
-    few = few_rows(tmp_path / "few.jsonl")
-    settings = {
-        "method": "dense",
-        "target": str(few),
-        "target_last": last,
-        "target_share": 0.3,
-        "steps": None,
-        "epochs": 2,
-        "accumulate": 2,
-    }
-    with visits() as trained:
-        done = train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
-    assert load_recipe(tmp_path / "run" / "recipe.yaml").target_last == (last or 0.33)
-    aimed = [visit.step / done.summary["steps"] for visit in trained if str(few) in visit.place]
-    assert aimed
-    assert any(share < 0.5 for share in aimed) == early
 
 
 def test_a_target_is_trained_on_steers_and_is_told_of(base, rows, tmp_path):
@@ -291,27 +245,6 @@ def trainable(model):
     return model
 
 
-def test_an_interrupt_in_a_forward_pass_leaves_a_whole_adapter(base, rows, tmp_path, interfere):
-    """There the parameters of a layer stand aside for others."""
-    seen = []
-
-    def arm(model):
-        def inside(*_):
-            seen.append(weights(model))
-            raise KeyboardInterrupt
-
-        part = next(part for name, part in model.named_modules() if name.endswith("1.self_attn.q_proj.lora_A.default"))
-        part.register_forward_hook(inside)
-
-    interfere(At("on_step_begin", 3, arm))
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe(base, rows, tmp_path / "run", dtype="bfloat16", method="dense"), QUIET)
-    assert len(seen) == 1
-    left = adapter(tmp_path / "run" / "adapter")
-    assert len(left) == 4 * 7 * 2
-    assert all(torch.isfinite(value).all() and value.dtype == torch.float32 for value in left.values())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_signal_has_the_step_saved_and_a_second_one_ends_at_once(
@@ -362,36 +295,7 @@ def test_broken_numbers_leave_the_adapter_of_the_step_before(base, rows, tmp_pat
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
 
 
-def test_a_disk_that_fills_up_leaves_what_was_there(base, rows, tmp_path, monkeypatch):
-    save, saved = SiftTrainer._save_optimizer_and_scheduler, []
-
-    def fails(self, folder):
-        saved.append(folder)
-        if len(saved) == 2:
-            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
-        save(self, folder)
-
-    monkeypatch.setattr(SiftTrainer, "_save_optimizer_and_scheduler", fails)
-    with pytest.raises(TrainingError, match=r"Writing \S*run\S* failed: .*--resume continues from the newest"):
-        train(recipe(base, rows, tmp_path / "run", save_every=2), QUIET)
-    assert len(adapter(tmp_path / "run" / "adapter")) > 0
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-2"]
-    monkeypatch.setattr(SiftTrainer, "_save_optimizer_and_scheduler", save)
-    done = train(recipe(base, rows, tmp_path / "run", save_every=2, resume=True), QUIET)
-    train(recipe(base, rows, tmp_path / "whole"), QUIET)
-    assert_same(adapter(done.folder.adapter), adapter(tmp_path / "whole" / "adapter"))
-
-
 # --- what is refused before the model is loaded ---
-
-
-def test_data_is_read_before_the_model(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "load_model", None)
-    good = save_rows(tmp_path / "good.jsonl")
-    with pytest.raises(InputError, match=r"none\.jsonl does not exist"):
-        train(recipe(base, tmp_path / "none.jsonl", tmp_path / "run"), QUIET)
-    with pytest.raises(InputError, match=r"none\.jsonl does not exist"):
-        train(recipe(base, good, tmp_path / "run", eval=str(tmp_path / "none.jsonl")), QUIET)
 
 
 def test_the_trainer_says_nothing_of_its_own(base, rows, tmp_path, capsys, caplog):

@@ -1,7 +1,6 @@
 """SiftTrainer trains as transformers' Trainer does, and stops before broken numbers reach the weights."""
 
 import logging
-from functools import partial
 
 import pytest
 import torch
@@ -40,7 +39,7 @@ def assert_same(ours, theirs):
         )
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "gpt_neox", "opt", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_weights_are_those_of_the_plain_trainer(family, tmp_path):
     settings = {"gradient_accumulation_steps": 2, "max_steps": 2, "optim": "sgd", "learning_rate": 0.1}
     ours, trainer = fit(SiftTrainer, tmp_path, adapted(family, layers=2), **settings)
@@ -92,20 +91,18 @@ def scaled(factor=3.0):
     return model
 
 
-def mixture(family):
+def mixture():
     """A mixture of experts that adds a loss for the balance of its router."""
-    model = attach_adapter(tiny(family, 2, output_router_logits=True, router_aux_loss_coef=0.5), rank=2)
+    model = attach_adapter(tiny("mixtral", 2, output_router_logits=True, router_aux_loss_coef=0.5), rank=2)
     return shake(model)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize(
     "build",
-    [scaled, partial(mixture, "mixtral"), partial(mixture, "qwen3_moe")],
-    ids=["scaled", "mixtral", "qwen3_moe"],
+    [scaled, mixture],
 )
-def test_where_the_loss_of_the_model_is_another_it_is_used(tmp_path, caplog, build, accumulate):
-    settings = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "gradient_accumulation_steps": accumulate}
+def test_where_the_loss_of_the_model_is_another_it_is_used(tmp_path, caplog, build):
+    settings = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "gradient_accumulation_steps": 2}
     settings["max_grad_norm"] = 0.0
     with caplog.at_level(logging.WARNING, "siftune"):
         ours, trainer = fit(SiftTrainer, tmp_path, build(), **settings)

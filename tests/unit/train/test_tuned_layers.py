@@ -9,7 +9,6 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from support.seen import assert_same
 from support.tiny_run import choices_of, recipe
-from support.trainers import At
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.base.errors import AdapterError, InputError, LayerError, RecipeError
@@ -112,27 +111,6 @@ def test_half_precision(base, rows, tmp_path):
 
 
 # --- resuming and stopping
-
-
-def test_an_interrupt_in_a_forward_pass_leaves_whole_layers(base, rows, tmp_path, interfere):
-    """There the parameters stand aside for others, while layers are scored doubly so."""
-    seen = []
-
-    def arm(model):
-        def inside(*_):
-            seen.append(len(seen))
-            raise KeyboardInterrupt
-
-        model.model.layers[3].mlp.up_proj.register_forward_pre_hook(inside)
-
-    interfere(At("on_step_begin", 3, arm))
-    settings = {"dtype": "bfloat16", "method": "ist", "interval": 2, **FULL}
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe(base, rows, tmp_path / "run", **settings), QUIET)
-    assert seen
-    left = weights(tmp_path / "run")
-    assert len(left) == 2 * 9
-    assert all(torch.isfinite(value).all() and value.dtype == torch.bfloat16 for value in left.values())
 
 
 # --- in memory

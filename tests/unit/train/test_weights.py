@@ -12,7 +12,7 @@ from support.oracles import summed_loss
 from support.tiny_run import lines, recipe, save_rows
 from support.trainers import At, adapted, arguments, rows, weights
 
-from siftune import GAST, IST
+from siftune import GAST
 from siftune.base.errors import DataError, UnsupportedError
 from siftune.data.batches import Collator, numbered, weighted
 from siftune.data.rows import rows_from
@@ -93,12 +93,6 @@ def test_gradients_are_those_of_a_loop(tmp_path, accumulate):
     assert_close(ours, {name: part.sum(0) for name, part in of_rows.items()})
 
 
-def test_ist_leaves_the_gradients_of_its_layers_as_they_are(tmp_path):
-    ours, of_rows = step_of(tmp_path, IST(active=0.5, seed=1), accumulate=2)
-    assert 0 < len(ours) < len(of_rows)
-    assert_close(ours, {name: part.sum(0) for name, part in of_rows.items()})
-
-
 def test_gast_follows_weighted_rows(tmp_path):
     chosen = []  # per micro-batch: layer -> numbers of the rows that it follows
 
@@ -122,17 +116,6 @@ def test_rows_of_weight_one_are_as_without_weights_bit_for_bit(base, tmp_path):
     first, second = (weights(run.model) for run in done)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert len({run.folder.path.joinpath("rows.sha256").read_text() for run in done}) == 1
-
-
-def test_what_a_row_of_weight_zero_says_is_not_learned(base, tmp_path):
-    """Its labels still count in the divisor, so that others' gradients do not depend on it."""
-    found = []
-    for answer in ("77", "31"):
-        file = save_rows(tmp_path / f"{answer}.jsonl", 8)
-        odd = {"prompt": "2 and 3?", "completion": answer, "weight": 0}
-        file.write_text(file.read_text() + json.dumps(odd) + "\n")
-        found.append(weights(train(recipe(base, file, tmp_path / answer, method="dense"), QUIET).model))
-    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 def test_a_private_run_has_no_weights(base, rows, tmp_path):

@@ -51,25 +51,6 @@ class Batches:
             self.inputs.append({k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.ndim == 2})
 
 
-@pytest.mark.parametrize(
-    ("support", "extra"),
-    [("sample", {}), ("rest", {"choice": "topk", "score": "cosine"}), ("dataset", {})],
-)
-def test_every_support_mode_trains(tmp_path, support, extra):
-    method = GAST(2, support, keep=True, support_set=rows(8, seed=5) if support == "dataset" else None, **extra)
-    told = []
-    method.on_select = told.append
-    _, trainer = train(tmp_path, method, gradient_accumulation_steps=2)
-    watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Watch))
-    assert all(watch.changed)
-    assert len(method.history) == len(told) == 12
-    assert [(s.step, s.batch) for s in told] == [(step, number) for step in range(6) for number in range(2)]
-    assert all(s.scores.shape == (4, 4) and s.selected.shape == (4, 2) for s in told)
-    assert all(s.scores.isfinite().all() for s in told)
-    if extra.get("choice") == "topk":
-        assert all(torch.equal(s.selected, s.scores.topk(2).indices.sort().values) for s in told)
-
-
 def test_data_order_and_global_generators_are_left_alone(tmp_path):
     class Order(Watch):
         def __init__(self, model):
@@ -176,17 +157,6 @@ def sft_rows(count=12):
 
 def trl_arguments(folder, kind, **settings):
     return arguments(folder, kind, bf16=False, gradient_checkpointing=False, **settings)
-
-
-def test_sft_trainer(tmp_path):
-    method, model = GAST(2, "sample", keep=True), adapted(vocab_size=300)
-    trainer = SFTTrainer(
-        model, trl_arguments(tmp_path, SFTConfig), train_dataset=sft_rows(), processing_class=byte_tokenizer(),
-        callbacks=[Watch(model), method],
-    )  # fmt: skip
-    trainer.train()
-    assert len(method.history) == 6
-    assert all(s.scores.isfinite().all() for s in method.history)
 
 
 def test_support_rows_do_not_count_as_trained_tokens(tmp_path):

@@ -227,38 +227,6 @@ def test_grad_scaler(model, inputs):
     assert scaler.get_scale() == 2.0**11
 
 
-def test_support_passes_leave_the_global_generator_alone(model, inputs):
-    noisy = adapted(dropout=0.5).double().train()
-    torch.manual_seed(3)
-    expected = torch.rand(4)
-    torch.manual_seed(3)
-    with GAST(2, "sample").attach(noisy, batches=[inputs], loss=loss_of) as sift:
-        sift.begin()
-    assert torch.equal(torch.rand(4), expected)
-
-
-def test_with_ist_only_active_layers_choose(model, inputs):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    ist = IST(active=0.5)
-    with (
-        ist.attach(model, batches=[inputs], optimizer=optimizer) as layers_,
-        GAST(2, "rest").attach(model) as sift,
-    ):
-        for _ in range(3):
-            backward(model, inputs)
-            assert sift.last.layers == layers_.last.layers
-            with sift._tape.paused():
-                single = sample_gradients(model, inputs)  # of what is active: the others are detached
-            for group in group_by_layer(model):
-                for parameter in group.parameters.values():
-                    if group.index in layers_.last.layers:
-                        chosen = sift.last.selected[sift.last.layers.index(group.index)]
-                        torch.testing.assert_close(parameter.grad, single[parameter][chosen].sum(0) * 3)
-                    else:
-                        assert parameter.grad is None
-            optimizer.step()
-
-
 def test_gast_attached_before_ist_is_refused(model, inputs):
     with GAST(2, "rest").attach(model), pytest.raises(RecipeError, match="IST"):
         IST().attach(model, batches=[inputs])

@@ -255,23 +255,9 @@ def test_one_value_is_enough_to_be_live(case, place):
     assert torch.equal(live_samples(grads), live)
 
 
-def test_a_sample_may_be_live_in_the_larger_parameter_alone():
-    grads = [torch.tensor([[0.0, 0.0], [0.0, 2.0], [0.0, 0.0]]), torch.tensor([[1.0], [0.0], [0.0]])]
-    assert live_samples(grads).tolist() == score_samples(grads, None).live.tolist() == [True, True, False]
-
-
 def test_opposite_values_do_not_cancel():
     grads = [torch.tensor([[1.0, -1.0], [0.0, 0.0]]), torch.tensor([[-1.0], [0.0]])]
     assert live_samples(grads).tolist() == score_samples(grads, None).live.tolist() == [True, False]
-
-
-def test_scores_by_hand():
-    grads = [torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0]]), torch.tensor([[[0.0]], [[2.0]], [[0.0]]])]
-    support = [torch.tensor([1.0, 1.0]), torch.tensor([[-1.0]])]
-    assert score_samples(grads, support).scores.tolist() == [7.0, -1.0, 0.0]
-    assert score_samples(grads, None).scores.tolist() == [3.0, 3.0, 0.0]
-    expected = [7 / (5 * math.sqrt(3)), -1 / (math.sqrt(5) * math.sqrt(3)), 0.0]
-    assert score_samples(grads, support, cosine=True).scores.tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -319,12 +305,6 @@ def test_cosine_of_a_row_much_longer_than_the_rest(ratio):
         grad[0] *= ratio
     got = score_samples(grads, None, cosine=True).scores
     assert_close(got.double(), oracle([g.double() for g in grads], None, True), rtol=1e-4, atol=1e-5)
-
-
-def test_gradients_that_are_no_number_are_seen():
-    grads = [torch.tensor([[1.0], [math.nan], [2.0]])]
-    assert not torch.isfinite(score_samples(grads, None).scores).all()
-    assert not torch.isfinite(score_samples(grads, [torch.ones(1)]).scores).all()
 
 
 @pytest.mark.parametrize("support", [None, "ones", "bad"])

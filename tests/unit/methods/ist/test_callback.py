@@ -12,7 +12,7 @@ from support.tiny import batch, tiny
 from support.tokenizer import byte_tokenizer
 from support.trainers import Watch, adapted, arguments, rows, train, weights
 from transformers import Trainer
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer
 
 from siftune import GAST, IST
 from siftune.base.errors import RecipeError, UnsupportedError
@@ -108,23 +108,6 @@ def test_sharded_and_copied_models_are_refused(tmp_path, method, bad, message):
         method().on_train_begin(settings, None, None, model=adapted())
 
 
-def test_sft_trainer(tmp_path):
-    tokenizer = byte_tokenizer()
-    data = Dataset.from_list([{"prompt": f"add {i}", "completion": f" is {i}"} for i in range(12)])
-    method = IST(interval=2, score_batch_size=4)
-    chosen = Choices(method).all
-    model = adapted(vocab_size=300)
-    trainer = SFTTrainer(
-        model, arguments(tmp_path, SFTConfig, bf16=False, gradient_checkpointing=False), train_dataset=data,
-        processing_class=tokenizer, callbacks=[Watch(model), method],
-    )  # fmt: skip
-    trainer.train()
-    for choice, grads in zip(chosen, watch_of(trainer).with_grad, strict=True):
-        assert layers_of(grads) == set(choice.layers)
-    assert sum(bool(c.losses) for c in chosen) == 2
-    assert not trainer._metrics["eval"]  # scoring runs in evaluation mode, and leaves no metrics of it
-
-
 def test_scoring_keeps_the_metrics_that_were_there():
     trainer = SimpleNamespace(
         _metrics={"train": defaultdict(list, loss=[1.0]), "eval": defaultdict(list, entropy=[2.0])}
@@ -148,6 +131,7 @@ def test_dpo_trainer_scores_with_its_own_loss(tmp_path):
     trainer.train()
     for choice, grads in zip(chosen, watch_of(trainer).with_grad, strict=True):
         assert layers_of(grads) == set(choice.layers)
+    assert not trainer._metrics["eval"]  # scoring runs in evaluation mode, and leaves no metrics of it
     losses = [loss for c in chosen for loss in c.losses]
     assert len(losses) == 6
     assert all(0.3 < loss < 1.5 for loss in losses)  # −log σ(margin), log 2 at the start; cross entropy would be ~5

@@ -45,16 +45,6 @@ def test_update_equals_oracle(data, layers, lr):
     assert torch.equal(before, kept)
 
 
-def test_layers_that_can_be_missed_lose_importance():
-    sets = torch.tensor([[0, 1], [2, 3]])
-    harmless, harmful = 0.1, 3.0
-    after = maths.update_importance(
-        torch.zeros(4, dtype=torch.float64), sets, maths.rewards(torch.tensor([harmless, harmful])), 10.0
-    )
-    assert (after[:2] < 0).all()
-    assert (after[2:] > 0).all()
-
-
 def without_replacement_probabilities(weights, count):
     """Exact probability of each set, by summing over the orders in which it can be drawn."""
     chances = {}

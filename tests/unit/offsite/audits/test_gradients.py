@@ -105,14 +105,6 @@ def test_batches_and_padding_do_not_matter():
         torch.testing.assert_close(tensor, whole.tensors[name], rtol=1e-4, atol=1e-5 * scale)
 
 
-def test_the_base_itself_has_cosine_one():
-    model = base()
-    found = gradient_cosine(model, copy.deepcopy(model), iter([batch(model)]), SPLIT)
-    assert found.per_layer == pytest.approx([1, 1, 1], abs=1e-12)
-    assert found.overall == pytest.approx(1, abs=1e-12)
-    assert found.loss_full == found.loss_emulator
-
-
 def test_the_middle_may_have_another_depth():
     model = base()
     shorter = copy.deepcopy(model)

@@ -13,7 +13,6 @@ from siftune.base.errors import KitError, LayerError, ModelError, RecipeError, U
 from siftune.models.families import family_of
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator import make
-from siftune.offsite.emulator.assemble import materialise
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.model import FactoredLinear, Split, outer_names, weight_OI
 from siftune.offsite.exchange.emulate import KitOptions, emulate
@@ -198,7 +197,7 @@ def test_dtypes_of_the_kit(tmp_path):
     assert {s.dtype for s in tensor_specs(kit.path / "adapter.safetensors").values()} == {"F32"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("parts", ["attention", "mlp"])
 def test_a_kit_of_which_one_part_is_compressed_is_read_back(tmp_path, family, parts):
     model = base(family, vocab_size=300).float()
@@ -256,12 +255,6 @@ def test_layers_that_know_their_number_are_not_dropped():
     model = base("gpt2", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(UnsupportedError, match="scale_attn_by_inverse_layer_idx"):
         emulators(model, calibration(model), [settings(method="layerdrop", keep=0.5)])
-
-
-def test_materialised_dtype():
-    model = base().float()
-    (parts,) = emulators(model, calibration(model), [settings(keep=0.5)])
-    assert materialise(parts, torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_a_tokenizer_that_may_not_leave_is_refused_before_any_work(tmp_path):

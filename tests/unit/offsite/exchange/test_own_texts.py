@@ -175,9 +175,3 @@ def test_rows_without_prompts_are_refused():
         usual_length(rows, byte_tokenizer(), 64, "none")
     with pytest.raises(DataError, match="row 1 has no prompt, with which a text could begin; remove the row"):
         prompt_ids(rows, byte_tokenizer(), 64)
-
-
-def test_the_cache_is_json(cache):
-    texts = own_texts(tiny("llama"), 2, 5, 0)
-    (path,) = cache.iterdir()
-    assert json.loads(path.read_text())["texts"] == texts

@@ -226,16 +226,6 @@ def test_a_second_process_is_refused_before_it_changes_anything(tmp_path):
     with only_process(work), pytest.raises(InputError, match="another process"):
         emulate(model, tokenizer, batches, out, settings(keep=0.5))
     assert [path.read_text() for path in work.iterdir()] == ["of another process"]
-    told = []
-
-    def locked(stage, *_):
-        with pytest.raises(InputError, match="another process"), only_process(work):
-            pass
-        told.append(stage)
-
-    emulate(model, tokenizer, batches, out, settings(keep=0.5), progress=locked)
-    assert told
-    assert [path.name for path in tmp_path.iterdir()] == ["kit"]
 
 
 def test_work_that_has_nothing_yet_is_begun_anew(tmp_path):

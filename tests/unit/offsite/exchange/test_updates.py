@@ -97,33 +97,6 @@ def test_every_tensor_that_is_silenced_is_refused_by_name(family):
                 compare(before, {**before, name: torch.full_like(tensor, silent)}, 0.25, kind).check()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
-@pytest.mark.parametrize("limit", [0.25, 0.99])
-def test_a_return_of_zeros_is_refused(family, limit):
-    model = base(family)
-    before, kind = outer_of(model), model.config.model_type
-    with pytest.raises(KitError, match=r"moved by \S+ times its norm"):
-        compare(before, {name: torch.zeros_like(t) for name, t in before.items()}, limit, kind).check()
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
-def test_layers_that_change_places_are_refused(family):
-    model = base(family)
-    before, kind = outer_of(model), model.config.model_type
-    places = {"first": "last", "last": "first"}
-    after = {name: before[places[name.partition(".")[0]] + name[name.index(".") :]] for name in before}
-    with pytest.raises(KitError, match=r"must stay below 0\.25"):
-        compare(before, after, 0.25, kind).check()
-    # and if only one is replaced, it is named
-    name = find_name(before)
-    with pytest.raises(KitError, match=f"return: {name} moved by 1"):
-        compare(before, {**before, name: after[name]}, 0.25, kind).check()
-
-
-def find_name(tensors):
-    return next(name for name, tensor in tensors.items() if tensor.ndim == 2)
-
-
 @pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
 def test_a_matrix_that_was_replaced_is_refused_whatever_its_scale(scale):
     generator = torch.Generator().manual_seed(0)

@@ -85,34 +85,8 @@ def test_a_run_is_that_of_train_measured_on_every_token_alike(plain, tmp_path):
     assert sweep.folder.base_loss == pytest.approx(per_token(base, data), rel=1e-6)
 
 
-def test_one_model_is_in_memory_at_a_time(plain, tmp_path, monkeypatch):
-    models, load = weakref.WeakSet(), module.load_model
-    most = 0
-
-    def counting(*args, **options):
-        nonlocal most
-        model, tokenizer = load(*args, **options)
-        models.add(model)
-        most = max(most, len(models))
-        return model, tokenizer
-
-    gc.collect()
-    monkeypatch.setattr(module, "load_model", counting)
-    runs, _ = swept(plain, grid("dense"), tmp_path / "sweep")
-    assert len(runs) == 2
-    assert most == 1
-    assert not (tmp_path / "unused").exists()
-
-
-def test_rows_that_are_left_out_are_named(plain, rows, tmp_path, caplog):
-    rows.write_text(rows.read_text() + '{"prompt": "no completion"}\n')
-    swept(replace(plain, bad_rows="drop", steps=1), grid("dense", rates=(1e-3,)), tmp_path / "out")
-    assert "1 row left out:" in caplog.messages
-    assert f"{rows}:25: the column 'completion' is missing" in caplog.text
-
-
 @pytest.mark.usefixtures("restored_algorithms")
-def test_deterministic_algorithms_of_the_recipe_are_used(plain, tmp_path, monkeypatch):
+def test_bad_rows_are_named_and_algorithms_are_those_of_the_recipe(plain, rows, tmp_path, monkeypatch, caplog):
     on, step = [], SiftTrainer.training_step
 
     def watched(self, *args, **kwargs):
@@ -120,8 +94,12 @@ def test_deterministic_algorithms_of_the_recipe_are_used(plain, tmp_path, monkey
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(SiftTrainer, "training_step", watched)
-    swept(replace(plain, deterministic=True, steps=1), grid("dense", rates=(1e-3,)), tmp_path / "lr")
+    rows.write_text(rows.read_text() + '{"prompt": "no completion"}\n')
+    given = replace(plain, bad_rows="drop", deterministic=True, steps=1)
+    swept(given, grid("dense", rates=(1e-3,)), tmp_path / "out")
     assert set(on) == {True}
+    assert "1 row left out:" in caplog.messages
+    assert f"{rows}:25: the column 'completion' is missing" in caplog.text
 
 
 def test_a_rate_that_breaks_training_is_a_result(plain, tmp_path):
@@ -156,7 +134,16 @@ def test_a_sweep_that_was_cut_does_only_the_rest(plain, tmp_path):
         if stage.startswith("run 2") and done == 3:
             raise KeyboardInterrupt
 
-    whole, _ = swept(plain, grid("rst"), tmp_path / "whole")
+    def locked(*stage):
+        with pytest.raises(InputError, match="another process"), only_process(tmp_path / "whole"):
+            pass
+        stages.append(stage)
+
+    stages = []
+    whole, _ = swept(plain, grid("rst"), tmp_path / "whole", locked)
+    assert stages
+    with only_process(tmp_path / "whole"):  # the lock is gone
+        pass
     with pytest.raises(KeyboardInterrupt):
         swept(plain, grid("rst"), tmp_path / "cut", stop)
     first = open_sweep(plain, grid("rst"), tmp_path / "cut").folder.runs()
@@ -170,22 +157,26 @@ def losses(runs):
     return {run.cell: run.heldout_loss for run in runs}
 
 
-def test_a_whole_sweep_loads_no_model(plain, tmp_path, monkeypatch):
-    swept(plain, grid("dense"), tmp_path / "sweep")
-    monkeypatch.setattr(module, "load_model", None)
-    runs, sweep = swept(plain, grid("dense"), tmp_path / "sweep")
-    assert runs == []
-    assert len(sweep.folder.runs()) == 2
+def test_methods_rates_and_seeds_can_be_added_and_one_model_is_in_memory_at_a_time(plain, tmp_path, monkeypatch):
+    models, load, most = weakref.WeakSet(), module.load_model, []
 
+    def counting(*args, **options):
+        model, tokenizer = load(*args, **options)
+        models.add(model)
+        most.append(len(models))
+        return model, tokenizer
 
-def test_methods_rates_and_seeds_can_be_added(plain, tmp_path):
-    swept(plain, grid("dense"), tmp_path / "sweep")
+    gc.collect()
+    monkeypatch.setattr(module, "load_model", counting)
+    swept(plain, grid("dense", rates=(1e-3,)), tmp_path / "sweep")
     more = replace(plain, gast=GASTSettings(select=2, support="rest"), save_every=3, log_every=2)
     runs, sweep = swept(more, grid("gast", rates=(1e-2,), seeds=(0, 1)), tmp_path / "sweep")
     assert [run.cell for run in runs] == [("gast", rate, seed) for seed in (0, 1) for rate in (1e-2,)]
-    assert len(sweep.folder.runs()) == 4
+    assert len(sweep.folder.runs()) == 3
     left = {path.name for path in (tmp_path / "sweep").rglob("*")}
     assert left == {"start.json", "results.jsonl", "dense.yaml", "gast.yaml"}
+    assert max(most) == 1 < len(most)
+    assert not (tmp_path / "unused").exists()
 
 
 # --- what is refused ---
@@ -206,13 +197,20 @@ def test_another_recipe_in_the_same_folder(base, rows, held_out, tmp_path):
     assert open_sweep(replace(plain, method="dense"), grid("dense"), tmp_path / "sweep").missing()
 
 
-@pytest.mark.parametrize("name", ["train", "eval"])
-def test_other_rows_under_the_same_name(plain, tmp_path, name):
-    swept(plain, grid("dense", rates=(1e-3,)), tmp_path / "sweep")
-    path = tmp_path / ("rows.jsonl" if name == "train" else "eval.jsonl")
-    path.write_text(path.read_text().replace("1", "3"))
-    with pytest.raises(RecipeError, match=f"the {name} rows"):
-        open_sweep(plain, grid("dense"), tmp_path / "sweep")
+def test_other_rows_under_the_same_name_and_a_second_process_are_refused_and_change_nothing(plain, tmp_path):
+    _, sweep = swept(plain, grid("dense", rates=(1e-3,)), tmp_path / "sweep")
+    before = {path: path.read_bytes() for path in sweep.folder.path.iterdir()}
+    with only_process(sweep.folder.path):
+        for rates in ((1e-3,), (1e-2,)):
+            with pytest.raises(InputError, match="another process"):
+                open_sweep(replace(plain, seed=1), grid("dense", rates=rates), tmp_path / "sweep")
+    for name, path in (("train", tmp_path / "rows.jsonl"), ("eval", tmp_path / "eval.jsonl")):
+        text = path.read_text()
+        path.write_text(text.replace("1", "3"))
+        with pytest.raises(RecipeError, match=f"the {name} rows"):
+            open_sweep(plain, grid("dense"), tmp_path / "sweep")
+        path.write_text(text)
+    assert {path: path.read_bytes() for path in sweep.folder.path.iterdir()} == before
 
 
 def test_more_than_one_process(plain, tmp_path, monkeypatch):
@@ -297,7 +295,7 @@ def test_recipes_that_cannot_be_swept(settings, methods, message):
 def test_a_target_is_trained_on_by_every_method_and_steers_one(plain, rows, tmp_path):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(json.dumps(row) + "\n" for row in arithmetic_rows(3, seed=9)))
-    aimed = replace(plain, target=str(few), gast=GASTSettings(**{**GASTSettings.with_target, "select": 2}))
+    aimed = replace(plain, steps=2, target=str(few), gast=GASTSettings(**{**GASTSettings.with_target, "select": 2}))
     sweep = open_sweep(aimed, grid("dense", "gast", rates=(1e-3,)), tmp_path / "sweep")
     assert [one.target for one in sweep.recipes.values()] == [str(few), str(few)]
     assert len(sweep.rows["support"]) == 3
@@ -307,40 +305,3 @@ def test_a_target_is_trained_on_by_every_method_and_steers_one(plain, rows, tmp_
     assert again.missing() == []
     with pytest.raises(RecipeError, match=r"target .* is also a file of the training rows"):
         open_sweep(replace(aimed, target=str(rows)), grid("gast", rates=(1e-3,)), tmp_path / "sweep")
-
-
-def test_a_second_process_is_refused_before_it_changes_anything(plain, tmp_path):
-    _, sweep = swept(plain, grid("dense", rates=(1e-3,)), tmp_path / "lr")
-    before = {path: path.read_bytes() for path in sweep.folder.path.iterdir()}
-    with only_process(sweep.folder.path):
-        for rates in ((1e-3,), (1e-2,)):
-            with pytest.raises(InputError, match="another process"):
-                open_sweep(replace(plain, seed=1), grid("dense", rates=rates), tmp_path / "lr")
-    assert {path: path.read_bytes() for path in sweep.folder.path.iterdir()} == before
-
-
-def test_a_sweep_is_locked_to_its_end(plain, tmp_path):
-    def locked(*_):
-        with pytest.raises(InputError, match="another process"), only_process(tmp_path / "lr"):
-            pass
-        stages.append(True)
-
-    stages = []
-    runs, _ = swept(plain, grid("dense", rates=(1e-3, 1e-2)), tmp_path / "lr", locked)
-    assert len(runs) == 2
-    assert stages
-    with only_process(tmp_path / "lr"):
-        pass
-
-
-def test_a_run_that_was_changed_is_done_again(plain, tmp_path):
-    _, sweep = swept(plain, grid("dense"), tmp_path / "lr")
-    path = sweep.folder.path / "results.jsonl"
-    sound = path.read_text()
-    first = sound.splitlines()[0]
-    place = first.index('"heldout_loss": ') + len('"heldout_loss": ')
-    path.write_text(sound.replace(first, first[:place] + "0" + first[place + 1 :]))
-    again, sweep = swept(plain, grid("dense"), tmp_path / "lr")
-    assert [run.lr for run in again] == [1e-3]
-    without_time = [{**one, "seconds": 0, "sha256": ""} for one in map(json.loads, sound.splitlines())]
-    assert [{**one, "seconds": 0, "sha256": ""} for one in lines(path)] == without_time[::-1]
