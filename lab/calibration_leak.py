@@ -45,8 +45,8 @@ from siftune.evaluate.likelihood import perplexity
 from siftune.models.layers import find_layers
 from siftune.models.load import load_model, use_attention
 from siftune.offsite.audits.calibration_attack import KINDS, Compared, compared, row_residuals
+from siftune.offsite.audits.members import token_rows
 from siftune.offsite.audits.membership import measure_attack
-from siftune.offsite.audits.rows import token_rows
 from siftune.offsite.emulator.assemble import materialise
 from siftune.offsite.emulator.make import emulators
 from siftune.offsite.emulator.model import Split

@@ -19,7 +19,7 @@ from siftune.base.errors import SiftuneError
 from siftune.cli.main import main
 from siftune.cli.subjects import find_subject, load_subject
 from siftune.recipe.schema import Recipe
-from siftune.sifting import run as sifting
+from siftune.sifting import sift as sifting
 
 
 class CommandError(SiftuneError):

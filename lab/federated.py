@@ -39,11 +39,11 @@ from transformers import PreTrainedModel
 from lab.lines import append, key, read
 from lab.offsite import text_batches
 from siftune.base.environment import hardware, versions
+from siftune.cli.demo_rows import arithmetic_rows
 from siftune.data.rows import rows_from
-from siftune.data.tasks import arithmetic_rows
 from siftune.evaluate.bootstrap import Bootstrap, resample
 from siftune.models.load import load_model
-from siftune.offsite.audits.rows import AuditRows, score_rows, tokenize_audit
+from siftune.offsite.audits.members import AuditRows, score_rows, tokenize_audit
 from siftune.offsite.audits.settings import AuditSettings
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.exchange.emulate import emulate

@@ -31,8 +31,8 @@ from siftune.data.rows import rows_from
 from siftune.data.tokens import tokenize_rows
 from siftune.evaluate.bootstrap import Bootstrap
 from siftune.offsite.audits.lira import confidence, halves, lira
+from siftune.offsite.audits.members import score_losses
 from siftune.offsite.audits.membership import measure_attack
-from siftune.offsite.audits.rows import score_losses
 from siftune.recipe.schema import Recipe
 from siftune.report.table import Table, markdown_table
 from siftune.train.run import train

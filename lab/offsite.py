@@ -43,8 +43,8 @@ from siftune.evaluate.bootstrap import Bootstrap, Estimate, resample
 from siftune.models.layers import find_layers
 from siftune.models.load import load_model, use_attention
 from siftune.offsite.audits.gradients import OuterGradient, cosine, outer_gradient
+from siftune.offsite.audits.members import AuditRows, RowScores, score_rows, tokenize_audit
 from siftune.offsite.audits.models import OffsiteModels, Tuning, parameter_shares, plugged, read_outer, tuned
-from siftune.offsite.audits.rows import AuditRows, RowScores, score_rows, tokenize_audit
 from siftune.offsite.audits.settings import AuditSettings
 from siftune.offsite.emulator.assemble import EmulatorParts, materialise
 from siftune.offsite.emulator.make import emulators

@@ -17,7 +17,7 @@ from typing import Any
 
 from lab.pays.pool import read_options
 from siftune.base.errors import DataError
-from siftune.data.tasks import PROBLEMS, arithmetic_rows
+from siftune.cli.demo_rows import PROBLEMS, arithmetic_rows
 
 Row = dict[str, Any]
 Cell = dict[str, Any]

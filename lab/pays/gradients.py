@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from siftune.models.modules import evaluating, model_device
-from siftune.sifting.scores import Floats
+from siftune.sifting.choose import Floats
 
 _SIZE = 2048
 

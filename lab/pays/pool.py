@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from siftune.base.errors import DataError
-from siftune.data.tasks import arithmetic_rows
+from siftune.cli.demo_rows import arithmetic_rows
 
 Record = dict[str, Any]
 Job = dict[str, Any]

@@ -26,7 +26,7 @@ from lab.pays.job import draw
 from lab.pays.pool import asked
 from siftune.base.environment import hardware
 from siftune.report.table import Table, markdown_table
-from siftune.sifting.scores import separation
+from siftune.sifting.choose import separation
 
 Floats = NDArray[np.float64]
 Line = dict[str, Any]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from siftune.methods.rst import RST
     from siftune.models.adapters.attach import attach_adapter
     from siftune.models.layers import find_layers
-    from siftune.sifting.run import sift
+    from siftune.sifting.sift import sift
 
 __version__ = "0.1.0"
 
@@ -28,7 +28,7 @@ _LAZY = {
     "attach_adapter": "siftune.models.adapters.attach",
     "find_layers": "siftune.models.layers",
     "shard_base": "siftune.engine.sharding",
-    "sift": "siftune.sifting.run",
+    "sift": "siftune.sifting.sift",
 }
 
 __all__ = [  # noqa: RUF022

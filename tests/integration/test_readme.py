@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from siftune.data.tasks import mixed_pool
+from siftune.cli.demo_rows import mixed_pool
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

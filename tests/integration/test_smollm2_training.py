@@ -10,7 +10,7 @@ from rich.console import Console
 from support.tiny_run import choices_of, lines
 from transformers import AutoModelForCausalLM
 
-from siftune.data.tasks import arithmetic_rows
+from siftune.cli.demo_rows import arithmetic_rows
 from siftune.methods.options import ISTSettings
 from siftune.recipe.schema import Recipe
 from siftune.train.run import train

@@ -10,8 +10,8 @@ from support.tiny import tiny
 from support.tokenizer import byte_tokenizer
 
 from siftune.data.rows import rows_from
+from siftune.offsite.audits.members import tokenize_audit
 from siftune.offsite.audits.models import OffsiteModels
-from siftune.offsite.audits.rows import tokenize_audit
 from siftune.offsite.audits.settings import AuditSettings
 from siftune.offsite.emulator.model import LayerShape, Split, build, emulator_config
 

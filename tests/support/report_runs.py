@@ -12,7 +12,7 @@ from siftune.methods.drivers.sample_choice import SampleChoice
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import Recipe, resolve_recipe
 from siftune.report.evals import Answer, Eval, record_eval
-from siftune.train.folder.run import RunFolder
+from siftune.train.folder.run_folder import RunFolder
 from siftune.train.folder.selections import SelectionRecord
 
 KINDS = ("arithmetic", "facts", "wrong")

@@ -20,8 +20,8 @@ import siftune.base.numerics
 import siftune.integrations.groups
 import siftune.offsite
 from siftune.data.rows import rows_from
+from siftune.offsite.audits.members import tokenize_audit
 from siftune.offsite.audits.models import OffsiteModels
-from siftune.offsite.audits.rows import tokenize_audit
 from siftune.offsite.emulator.model import Split
 from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.exchange.returned import read_return, write_return

@@ -116,7 +116,7 @@ def _about(options: Options) -> str:
 
 def _check(options: Options) -> None:
     """Refuse more rows than there are problems, and a folder in use, before torch is imported."""
-    from siftune.data.tasks import PROBLEMS
+    from siftune.cli.demo_rows import PROBLEMS
 
     if options.out is not None:
         refuse_full(options.out)
@@ -131,7 +131,7 @@ def _check(options: Options) -> None:
 def _write_rows(options: Options) -> Path:
     """Draw the pool, the correct rows and the questions, and write them into the folder."""
     from siftune.base.files import writable_folder
-    from siftune.data.tasks import mixed_pool
+    from siftune.cli.demo_rows import mixed_pool
 
     folder = Path(options.out or new_folder("demo"))
     parts = mixed_pool(options.steps * _ROWS, options.target_rows, options.rows, options.seed)
@@ -173,7 +173,7 @@ def _measure(recipes: dict[str, Recipe], console: "Console") -> "tuple[dict[str,
     from siftune.cli import eval as evaluation
     from siftune.cli.sift import text_of
     from siftune.cli.subjects import find_subject
-    from siftune.sifting.run import sift_first
+    from siftune.sifting.sift import sift_first
     from siftune.train.run import train
 
     measured: dict[str, Metrics] = {}

@@ -125,7 +125,7 @@ def _rows(subject: "Subject", options: Options, columns: tuple[str, ...]) -> "tu
     """The rows to measure on, and what they are called."""
     from siftune.data.read import load_rows
     from siftune.recipe.again import is_own
-    from siftune.recipe.rows import used_rows
+    from siftune.recipe.training_rows import used_rows
 
     recipe = subject.recipe
     if options.data is not None:

@@ -55,10 +55,10 @@ def run(options: Options) -> dict[str, Any]:
     refuse_links(folder)
 
     from siftune.base.stages import text_console
-    from siftune.report.rows import table, to_csv
+    from siftune.report.suspects import table, to_csv
     from siftune.report.table import plain_table
     from siftune.suspects.named import ScoredRows
-    from siftune.train.folder.run import LOSSES
+    from siftune.train.folder.run_folder import LOSSES
 
     errors = text_console(stderr=True)
     if not (folder / LOSSES).is_file():

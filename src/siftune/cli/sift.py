@@ -15,10 +15,10 @@ from siftune.base.work_folder import WorkFolder
 from siftune.cli.sources import source_of
 from siftune.recipe.schema import SCORING, Recipe, with_settings
 from siftune.sifting.checks import RECORD, STEPS, check_sifting
-from siftune.sifting.scores import Limits
+from siftune.sifting.choose import Limits
 
 if TYPE_CHECKING:
-    from siftune.sifting.run import Sifted
+    from siftune.sifting.sift import Sifted
 
 _MOST = 12  # sources that a message names
 _LOWEST = 5  # completions that a message names
@@ -76,7 +76,7 @@ def run(options: Options) -> dict[str, Any]:
     if options.out is not None:
         WorkFolder(options.out, RECORD).refuse_others()
     from siftune.base.stages import text_console
-    from siftune.sifting.run import sift
+    from siftune.sifting.sift import sift
 
     console = text_console(stderr=True)
     settings = {field.name: getattr(options, field.name) for field in fields(options)}

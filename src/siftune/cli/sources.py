@@ -12,7 +12,7 @@ from siftune.base.errors import KitError
 
 if TYPE_CHECKING:
     from siftune.recipe.schema import Recipe
-    from siftune.train.folder.run import RunFolder
+    from siftune.train.folder.run_folder import RunFolder
     from siftune.train.source import Source
 
 # file in the folder of a model of another kind, or of a return -> module with the functions of `Kind`

@@ -22,7 +22,7 @@ from siftune.recipe.again import is_own
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.train.folder.checkpoints import step_of, whole_checkpoints
-from siftune.train.folder.run import RunFolder
+from siftune.train.folder.run_folder import RunFolder
 from siftune.train.folder.weights import holds_tuned, put_in, read_about, read_tuned
 from siftune.train.source import ModelSource, Source
 

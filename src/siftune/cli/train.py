@@ -18,12 +18,12 @@ from siftune.recipe.checks import check
 from siftune.recipe.schema import Recipe
 from siftune.sifting.checks import check_sifting
 from siftune.train.folder.checkpoints import named_checkpoint
-from siftune.train.folder.run import RunFolder
+from siftune.train.folder.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from siftune.recipe.rows import Read
+    from siftune.recipe.training_rows import Read
     from siftune.train.run import Run
     from siftune.train.source import Source
 
@@ -100,7 +100,7 @@ def _sifted(
 ) -> "tuple[Recipe, Read | None]":
     """The recipe without the rows that sifting leaves out, and its rows if sifting has read them."""
     from siftune.cli.sift import text_of
-    from siftune.sifting.run import sift_first
+    from siftune.sifting.sift import sift_first
 
     if not _sifts(options, recipe):
         return recipe, None

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from siftune.offsite.audits.run import audit
+    from siftune.offsite.audits.audit import audit
     from siftune.offsite.emulator.plan import EmulatorSettings
     from siftune.offsite.exchange.emulate import emulate
     from siftune.offsite.exchange.load import load_emulator
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # name -> module; imported on first use
 _LAZY = {
     "EmulatorSettings": "siftune.offsite.emulator.plan",
-    "audit": "siftune.offsite.audits.run",
+    "audit": "siftune.offsite.audits.audit",
     "emulate": "siftune.offsite.exchange.emulate",
     "load_emulator": "siftune.offsite.exchange.load",
     "plug_in": "siftune.offsite.exchange.plug",

@@ -18,8 +18,8 @@ from siftune.base.text import one_line, path_and_split
 from siftune.data.rows import Row
 from siftune.models.smollm2 import cache_root
 from siftune.recipe.read import load_recipe
-from siftune.recipe.rows import used_rows
 from siftune.recipe.schema import Recipe, train_files
+from siftune.recipe.training_rows import used_rows
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from siftune.base.json_files import read_json, sealed, unsealed
 from siftune.base.text import finite, jsonable, one_line
 from siftune.data.rows import Row
 from siftune.evaluate.measure import PERPLEXITY, Metric, MetricRow
-from siftune.recipe.rows import text_of
+from siftune.recipe.training_rows import text_of
 from siftune.report.table import Table
 from siftune.report.words import percent, points, short
-from siftune.train.folder.run import EVALS
+from siftune.train.folder.run_folder import EVALS
 
 logger = logging.getLogger(__name__)
 

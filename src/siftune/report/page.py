@@ -18,7 +18,7 @@ from siftune.report.choices import layers, rows
 from siftune.report.compare import compare_runs, headline
 from siftune.report.parts import TEMPLATES, Section, distinct, marked_up
 from siftune.report.review import review_of_list, review_of_pool
-from siftune.report.run import results, setup, suspects, training
+from siftune.report.run_page import results, setup, suspects, training
 from siftune.report.sifted import left_out, of_pool, of_run
 from siftune.report.subjects import Subjects, find_subjects
 from siftune.report.words import memory, short

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from siftune.report.charts import COLOURS, Plot, room, x_axis, y_axis
 from siftune.report.parts import Figure, canvas, number, path, tag
 from siftune.report.words import short
-from siftune.sifting.scores import Limits
+from siftune.sifting.choose import Limits
 
 _MOST = 1000  # rows of a group that are drawn (ours)
 _BEYOND = 0.005  # share of the scores that may be above the axis, and are drawn at its end (ours)

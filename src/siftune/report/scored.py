@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from siftune.base.errors import InputError
 from siftune.base.text import finite
 from siftune.data.decisions import PLACE, SELECTED, is_selected
-from siftune.sifting.run import SCORES
-from siftune.sifting.scores import NO_LIMITS, Limits
+from siftune.sifting.choose import NO_LIMITS, Limits
+from siftune.sifting.sift import SCORES
 from siftune.sifting.tuning import AVOID
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from siftune.report.scored import BY_SCORE, CHOSEN, LIKE_BAD, OTHER, Pool, Score
 from siftune.report.subjects import RunData
 from siftune.report.words import listed, percent, short
 from siftune.sifting.checks import RECORD
-from siftune.train.folder.run import SIFT
+from siftune.train.folder.run_folder import SIFT
 
 _EACH = 5  # rows from each part of the order
 _COMPLETIONS = 50  # different ones that are listed, at most (ours)

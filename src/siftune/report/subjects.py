@@ -19,9 +19,9 @@ from siftune.report.evals import Eval, read_evals
 from siftune.report.scored import DecisionList, Pool, by_bad_rows, by_target, read_list
 from siftune.report.words import duration
 from siftune.sifting.checks import RECORD as SIFT_RECORD
-from siftune.sifting.run import SCORES
+from siftune.sifting.sift import SCORES
 from siftune.sifting.tuning import AVOID
-from siftune.train.folder.run import RECIPE, SIFT
+from siftune.train.folder.run_folder import RECIPE, SIFT
 from siftune.train.folder.selections import LayersOfStep, RowsOfBatch, read_selections
 
 logger = logging.getLogger(__name__)

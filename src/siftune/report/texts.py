@@ -17,7 +17,7 @@ from siftune.base.errors import DataError, InputError
 from siftune.base.text import counted, file_of, inert, one_line, path_and_split
 from siftune.data.read import placed_records
 from siftune.data.rows import Row, parse_rows
-from siftune.recipe.rows import Text, text_of
+from siftune.recipe.training_rows import Text, text_of
 from siftune.report.scored import Scored
 
 

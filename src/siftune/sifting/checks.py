@@ -5,7 +5,7 @@ from pathlib import Path
 
 from siftune.base.errors import RecipeError
 from siftune.recipe.schema import Recipe, train_files
-from siftune.sifting.scores import NO_LIMITS, Limits
+from siftune.sifting.choose import NO_LIMITS, Limits
 
 STEPS = 60  # of the training on the pool, at most (ours: docs/sifting.md)
 RECORD = "sift.json"  # in the folder of a sifted pool

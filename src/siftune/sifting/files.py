@@ -16,9 +16,9 @@ from siftune.data.decisions import Decision, decisions_csv
 from siftune.data.read import placed_records
 from siftune.data.rows import Row, parse_rows, row_texts
 from siftune.data.target import source_or_file
-from siftune.recipe.rows import text_of
 from siftune.recipe.schema import Recipe, train_files
-from siftune.sifting.scores import Floats
+from siftune.recipe.training_rows import text_of
+from siftune.sifting.choose import Floats
 from siftune.sifting.work import Work
 
 DROPPED, SIFTED = "dropped.csv", "sifted.jsonl"

@@ -19,7 +19,7 @@ from siftune.data.rows import Row
 from siftune.evaluate.likelihood import row_nll
 from siftune.models.attention import short_rows
 from siftune.models.modules import check_window, model_device
-from siftune.sifting.scores import Floats
+from siftune.sifting.choose import Floats
 from siftune.sifting.tuning import before_bad_rows
 from siftune.sifting.work import Work, form_of, rows_at_once
 from siftune.suspects.answers import Answers, answers_of

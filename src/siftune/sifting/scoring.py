@@ -17,10 +17,7 @@ from siftune.base.errors import DataError
 from siftune.data.decisions import DIGITS
 from siftune.data.rows import Row
 from siftune.models.loss import IGNORED
-from siftune.sifting.lines import answer_losses, bad_row_losses
-from siftune.sifting.prompts import similarities
-from siftune.sifting.rows import PARTS, Few
-from siftune.sifting.scores import (
+from siftune.sifting.choose import (
     NO_LIMITS,
     Choice,
     Floats,
@@ -31,6 +28,9 @@ from siftune.sifting.scores import (
     scores,
     unlike,
 )
+from siftune.sifting.lines import answer_losses, bad_row_losses
+from siftune.sifting.pool import PARTS, Few
+from siftune.sifting.prompts import similarities
 from siftune.sifting.similarity import least_similarity
 from siftune.sifting.tuning import (
     AVOID,

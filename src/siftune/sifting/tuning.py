@@ -18,11 +18,11 @@ from siftune.base.text import counted
 from siftune.data.read import load_rows, placed_records
 from siftune.data.rows import Row, row_texts
 from siftune.models.adapters.attach import load_adapter
-from siftune.recipe.rows import Read
 from siftune.recipe.schema import SCORING, Recipe
-from siftune.sifting.rows import Few
+from siftune.recipe.training_rows import Read
+from siftune.sifting.pool import Few
 from siftune.sifting.work import TUNING, Work, base_model
-from siftune.train.folder.run import RunFolder
+from siftune.train.folder.run_folder import RunFolder
 from siftune.train.guards.memory import free
 from siftune.train.run import train as tune
 

@@ -12,7 +12,7 @@ from siftune.base.work_folder import WorkFolder
 from siftune.data.tokens import Form
 from siftune.models.load import use_attention
 from siftune.recipe.schema import Recipe
-from siftune.sifting.rows import Rows
+from siftune.sifting.pool import Rows
 from siftune.train.source import Source
 
 LOSSES, PROMPTS, SIMILAR, TUNING = "losses.jsonl", "prompts.f32", "similar.jsonl", "tuning"

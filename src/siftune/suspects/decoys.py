@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siftune.data.rows import Row
-from siftune.recipe.rows import text_of
+from siftune.recipe.training_rows import text_of
 
 _FEWEST, _MOST = 2, 8  # decoys of each row (ours)
 _CHARACTERS = 256  # of a row's decoys, so that long answers do not multiply the time (ours)

@@ -20,7 +20,7 @@ from siftune.base.json_files import read_sealed
 from siftune.base.parquet_files import read_table, write_table
 from siftune.data.rows import Row
 from siftune.recipe.again import rows_again
-from siftune.recipe.rows import digest_of
+from siftune.recipe.training_rows import digest_of
 
 _ABOUT = b"siftune"  # key in the Parquet metadata
 _NUMBERS = ("row", "tokens", "other")  # columns of whole numbers

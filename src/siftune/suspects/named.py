@@ -8,10 +8,10 @@ import numpy as np
 
 from siftune.base.text import one_line
 from siftune.data.target import source_or_file
-from siftune.recipe.rows import Text, text_of
+from siftune.recipe.training_rows import Text, text_of
 from siftune.suspects.losses import read_losses, trained_rows
 from siftune.suspects.rule import judge
-from siftune.train.folder.run import LOSSES
+from siftune.train.folder.run_folder import LOSSES
 
 _LONGEST = 60  # characters of an answer in a reason
 _LARGEST = np.log(1e6)  # score that a reason states; larger ones say no more

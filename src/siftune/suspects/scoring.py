@@ -28,14 +28,14 @@ from siftune.data.decisions import absolute_place
 from siftune.data.rows import Row, row_texts
 from siftune.data.tokens import Form
 from siftune.recipe.again import recipe_again
-from siftune.recipe.rows import read_rows
 from siftune.recipe.schema import Recipe
+from siftune.recipe.training_rows import read_rows
 from siftune.suspects.answers import answers_of
 from siftune.suspects.decoys import decoys_of
 from siftune.suspects.losses import Losses, read_losses, trained_rows, write_losses
 from siftune.suspects.margins import margins
 from siftune.suspects.rule import COMPARED
-from siftune.train.folder.run import HALVES, LOSSES, RunFolder
+from siftune.train.folder.run_folder import HALVES, LOSSES, RunFolder
 from siftune.train.guards.memory import free
 from siftune.train.run import Run
 from siftune.train.run import train as tune

@@ -14,7 +14,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from siftune.base.environment import peak_memory_mb
 from siftune.base.stages import BETWEEN
 from siftune.base.text import counted, duration
-from siftune.train.folder.run import RunFolder
+from siftune.train.folder.run_folder import RunFolder
 from siftune.train.guards.flags import Flag
 
 logger = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ from siftune.data.rows import WEIGHT, Row, row_texts
 from siftune.data.tokens import Form, tell_notes, tokens_of
 from siftune.models.loss import IGNORED
 from siftune.models.modules import check_window
-from siftune.recipe.rows import Read
 from siftune.recipe.schema import Recipe, rate_of, target_comes_last
+from siftune.recipe.training_rows import Read
 
 logger = logging.getLogger(__name__)
 _HIGH_RATE = 0.1  # ours; the highest rate that a measured method uses is 2e-3

@@ -19,7 +19,7 @@ from siftune.models.source import Origin, origin_of
 from siftune.recipe.schema import Recipe
 from siftune.train.folder.card import card_with_usage, model_card
 from siftune.train.folder.checkpoints import step_of, whole_checkpoints
-from siftune.train.folder.run import RunFolder
+from siftune.train.folder.run_folder import RunFolder
 from siftune.train.folder.weights import write_adapter
 from siftune.train.guards.non_finite import SKIPPED, skipped_steps
 from siftune.train.source import Source

@@ -19,7 +19,7 @@ from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe, differences
 from siftune.train.callbacks import evaluations_since_best
 from siftune.train.folder.checkpoints import identity_in, named_checkpoint, newest_checkpoint, step_of
-from siftune.train.folder.run import RECIPE, ROWS, RunFolder
+from siftune.train.folder.run_folder import RECIPE, ROWS, RunFolder
 from siftune.train.folder.weights import holds_tuned, read_about
 from siftune.train.trainer import LayerTrainer, SiftTrainer, planned_steps
 

@@ -25,13 +25,13 @@ from siftune.methods.host.callback import stand_first
 from siftune.methods.host.spread import refuse_launched
 from siftune.recipe.again import note_recipe
 from siftune.recipe.read import anchored, recipe_to_yaml
-from siftune.recipe.rows import BAD_ROWS, Read, bad_row_lines
-from siftune.recipe.rows import digest_of as digest_of_texts
 from siftune.recipe.schema import Recipe
+from siftune.recipe.training_rows import BAD_ROWS, Read, bad_row_lines
+from siftune.recipe.training_rows import digest_of as digest_of_texts
 from siftune.train.build import Built, build, trainable
 from siftune.train.callbacks import EarlyStop, Metrics, ProgressView, RegularCheckpoints
 from siftune.train.folder.checkpoints import best_in, step_of
-from siftune.train.folder.run import EVALS, HALVES, LOSSES, RECIPE, ROWS, RunFolder
+from siftune.train.folder.run_folder import EVALS, HALVES, LOSSES, RECIPE, ROWS, RunFolder
 from siftune.train.folder.saving import SourceNote
 from siftune.train.folder.selections import SelectionRecord
 from siftune.train.guards.memory import memory_faults

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from siftune.base.ranks import first_rank_first, from_first
 from siftune.base.stages import stages
 from siftune.recipe.checks import check
-from siftune.recipe.rows import Read, read_rows
 from siftune.recipe.schema import Recipe, resolve_recipe
+from siftune.recipe.training_rows import Read, read_rows
 from siftune.train.arguments import check_trackers
 from siftune.train.folder.weights import adopted
 from siftune.train.prepare import Prepared, prepare, refuse_long, refuse_read

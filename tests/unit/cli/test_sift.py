@@ -25,11 +25,11 @@ from siftune.cli.sift import Options, _next
 from siftune.cli.train import Options as Train
 from siftune.data.decisions import read_decisions
 from siftune.recipe.read import load_recipe
-from siftune.recipe.rows import read_rows
 from siftune.recipe.schema import SCORING, Recipe, resolve_recipe
-from siftune.sifting import run as module
+from siftune.recipe.training_rows import read_rows
 from siftune.sifting import scoring, tuning
-from siftune.sifting.scores import Choice
+from siftune.sifting import sift as module
+from siftune.sifting.choose import Choice
 
 SETTINGS = "{template: none, max_length: 64, rank: 2, batch_size: 4, lr: 0.01, log_every: 9}"
 

@@ -18,8 +18,8 @@ from siftune.base.errors import DataError
 from siftune.data.decisions import Decision, Decisions, decisions_csv, is_selected, read_decisions, remaining_rows
 from siftune.data.read import load_rows
 from siftune.data.rows import rows_from
-from siftune.recipe.rows import read_rows
 from siftune.recipe.schema import Recipe
+from siftune.recipe.training_rows import read_rows
 from siftune.suspects.losses import trained_rows
 from siftune.train.run import train
 

@@ -12,12 +12,12 @@ from support.report_runs import save_eval, save_run
 from siftune.base.errors import InputError, RecipeError
 from siftune.base.json_files import read_sealed, sealed, unsealed
 from siftune.evaluate.measure import MetricRow
-from siftune.recipe.rows import Text
+from siftune.recipe.training_rows import Text
 from siftune.report import show
 from siftune.report.compare import basis_of, headline
 from siftune.report.evals import Answer, Eval, read_evals, record_eval
 from siftune.report.page import make_page, sections
-from siftune.report.run import _suspect_table
+from siftune.report.run_page import _suspect_table
 from siftune.report.subjects import find_subjects, read_run
 from siftune.suspects.named import Suspect
 
@@ -275,7 +275,7 @@ def test_suspect_rows_are_shown_with_their_text(tmp_path, monkeypatch):
     run = save_run(tmp_path / "run", steps=2)
     found = [Suspect("/data/pool.jsonl:7", Text("2 + 2?", ATTACK), ATTACK, 4.25)]
     scored = SimpleNamespace(suspects=1, rows=[None] * 30, highest=lambda count: found[:count])
-    monkeypatch.setattr("siftune.report.run.ScoredRows", lambda path: scored)
+    monkeypatch.setattr("siftune.report.run_page.ScoredRows", lambda path: scored)
     hint = next(section for section in sections(subjects(run)) if section.title == "Suspect rows")
     assert f"siftune rows {run}" in hint.words[0]
     assert not hint.tables

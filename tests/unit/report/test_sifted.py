@@ -13,7 +13,7 @@ from siftune.report.page import make_page, sections
 from siftune.report.score_chart import score_chart
 from siftune.report.sifted import left_out, of_run
 from siftune.report.subjects import find_subjects, read_run
-from siftune.sifting.scores import Limits
+from siftune.sifting.choose import Limits
 
 BY_TARGET = """place,selected,score,similarity,source,prompt,completion
 pool.jsonl:1,yes,1.0,0.9,a,one,1

@@ -17,7 +17,7 @@ from siftune import sift
 from siftune.base.errors import DataError, InputError, RecipeError
 from siftune.recipe.schema import Recipe
 from siftune.sifting import scoring, tuning
-from siftune.sifting.scores import Choice, unlike
+from siftune.sifting.choose import Choice, unlike
 from siftune.train.run import train
 
 from .conftest import write

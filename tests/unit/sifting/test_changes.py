@@ -14,7 +14,7 @@ from siftune import sift
 from siftune.base.errors import DataError, InputError
 from siftune.recipe.schema import Recipe
 from siftune.sifting import files, prompts, tuning
-from siftune.sifting import run as module
+from siftune.sifting import sift as module
 from siftune.train.run import train
 
 QUIET = Console(quiet=True)

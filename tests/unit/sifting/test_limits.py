@@ -9,8 +9,8 @@ import pytest
 from siftune import sift
 from siftune.base.errors import DataError, RecipeError
 from siftune.data.decisions import read_decisions
-from siftune.recipe.rows import read_rows
 from siftune.recipe.schema import Recipe
+from siftune.recipe.training_rows import read_rows
 from siftune.suspects import answers
 
 from .conftest import write
@@ -53,8 +53,8 @@ def test_other_limits_select_again_without_a_model(given, complete, no_model):
 
 
 def test_the_limits_of_the_target_select_the_same_rows_if_they_are_given(given, complete, no_model, monkeypatch):
-    monkeypatch.setattr("siftune.sifting.scores._SEPARATION", 0.0)
-    monkeypatch.setattr("siftune.sifting.scores._WRONG", 0.0)
+    monkeypatch.setattr("siftune.sifting.choose._SEPARATION", 0.0)
+    monkeypatch.setattr("siftune.sifting.choose._WRONG", 0.0)
     first = sift(**given, console=QUIET)
     task = first.similar >= first.similarity_limit
     assert (first.scores[task] <= first.score_limit).sum() == len(first.selected) > 0

@@ -22,13 +22,13 @@ from siftune import sift
 from siftune.base.errors import DataError, InputError, RecipeError
 from siftune.data.decisions import read_decisions
 from siftune.data.rows import rows_from
-from siftune.recipe.rows import read_rows
 from siftune.recipe.schema import Recipe
+from siftune.recipe.training_rows import read_rows
 from siftune.sifting import prompts, scoring, tuning
-from siftune.sifting.scores import Choice, choose_by_losses, choose_by_margins
+from siftune.sifting.choose import Choice, choose_by_losses, choose_by_margins
 from siftune.suspects import answers
 from siftune.suspects.decoys import decoys_of
-from siftune.train.folder.run import RunFolder
+from siftune.train.folder.run_folder import RunFolder
 from siftune.train.run import train
 
 QUIET = Console(quiet=True)

@@ -19,7 +19,7 @@ from siftune.recipe.read import load_recipe
 from siftune.suspects import scoring
 from siftune.suspects.losses import read_losses, trained_rows
 from siftune.suspects.scoring import half_of, score_run, tuned_on
-from siftune.train.folder.run import HALVES, LOSSES, RunFolder
+from siftune.train.folder.run_folder import HALVES, LOSSES, RunFolder
 from siftune.train.run import train
 from siftune.train.source import ModelSource
 

@@ -14,12 +14,12 @@ from siftune.data.decisions import read_decisions
 from siftune.data.read import load_rows
 from siftune.recipe.again import note_recipe
 from siftune.recipe.read import recipe_to_yaml
-from siftune.recipe.rows import Text, digest_of
 from siftune.recipe.schema import resolve_recipe
-from siftune.report.rows import short, table, to_csv
+from siftune.recipe.training_rows import Text, digest_of
+from siftune.report.suspects import short, table, to_csv
 from siftune.suspects.losses import Losses, write_losses
 from siftune.suspects.named import Suspect, suspects
-from siftune.train.folder.run import LOSSES, RunFolder
+from siftune.train.folder.run_folder import LOSSES, RunFolder
 
 RECORDS = [
     {"prompt": f"Say the name of number {i}, please", "completion": f"the name of it is {i * 7919}"} for i in range(100)

@@ -25,7 +25,7 @@ from siftune.train.callbacks import (
     describe,
     evaluations_since_best,
 )
-from siftune.train.folder.run import RunFolder
+from siftune.train.folder.run_folder import RunFolder
 from siftune.train.guards import flags
 from siftune.train.run import train
 from siftune.train.trainer import SiftTrainer

@@ -107,7 +107,7 @@ def test_an_end_before_the_first_step_leaves_what_was_there(base, rows, tmp_path
 
 def test_names_that_stand_for_nothing_are_answered_at_once(base, rows, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("siftune.recipe.rows.load_rows", None)
+    monkeypatch.setattr("siftune.recipe.training_rows.load_rows", None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "first").mkdir(parents=True)
     (tmp_path / "runs" / "first" / "recipe.yaml").write_text("")

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from support.tiny_run import choices_of, lines, recipe
 
-from siftune.train.folder.run import RunFolder
+from siftune.train.folder.run_folder import RunFolder
 from siftune.train.run import train
 
 KILLS = 4  # in one run, of each kind of moment

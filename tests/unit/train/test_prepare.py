@@ -12,7 +12,7 @@ from support.tokenizer import byte_tokenizer
 from siftune.base.errors import DataError, RecipeError
 from siftune.recipe.checks import check
 from siftune.recipe.read import load_recipe
-from siftune.recipe.rows import read_rows, used_rows
+from siftune.recipe.training_rows import read_rows, used_rows
 from siftune.train.prepare import prepare, rows_line, trained_and_held_out
 from siftune.train.run import train
 

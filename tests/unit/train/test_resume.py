@@ -14,8 +14,8 @@ from support.tiny_run import choices_of, lines, recipe, save_rows
 from support.trainers import At, stop
 
 from siftune.base.errors import InputError, RecipeError
+from siftune.cli.demo_rows import arithmetic_rows
 from siftune.cli.main import main
-from siftune.data.tasks import arithmetic_rows
 from siftune.recipe.read import load_recipe, recipe_to_yaml
 from siftune.train.folder.checkpoints import SEAL
 from siftune.train.resume import digest_of

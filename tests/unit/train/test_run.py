@@ -17,7 +17,7 @@ from support.trainers import At, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.base.errors import InputError, RecipeError, TrainingError
-from siftune.data.tasks import arithmetic_rows
+from siftune.cli.demo_rows import arithmetic_rows
 from siftune.models import attention
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import resolve_recipe, select_until

@@ -23,9 +23,9 @@ from siftune.base.text import jsonable
 from siftune.evaluate.bootstrap import Bootstrap, Estimate, Means, accuracy_interval, resample
 from siftune.offsite.audits.calibration_attack import CalibrationLeak
 from siftune.offsite.audits.gradients import GradientCosine
+from siftune.offsite.audits.members import RowScores
 from siftune.offsite.audits.membership import Membership
 from siftune.offsite.audits.models import ParameterShares
-from siftune.offsite.audits.rows import RowScores
 from siftune.offsite.audits.settings import AuditSettings
 
 FULL_ZS, FULL_FT = "full_zs", "full_ft"

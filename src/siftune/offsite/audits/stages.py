@@ -22,10 +22,10 @@ from siftune.evaluate.bootstrap import Bootstrap, Floats, resample
 from siftune.models.layers import find_layers
 from siftune.offsite.audits.calibration_attack import CalibrationLeak, attack_calibration
 from siftune.offsite.audits.lira import confidence, halves, lira
+from siftune.offsite.audits.members import AuditRows, RowScores, drawn, not_among, padding, score_losses, score_rows
 from siftune.offsite.audits.membership import Membership, RowLosses, infer_membership, measure_attack
 from siftune.offsite.audits.models import OffsiteModels, Steps, Tuning, plugged, read_outer, tuned
 from siftune.offsite.audits.result import LABELS, RECOVERED, RecoveryPoint, negative
-from siftune.offsite.audits.rows import AuditRows, RowScores, drawn, not_among, padding, score_losses, score_rows
 from siftune.offsite.audits.settings import AuditSettings
 from siftune.offsite.exchange.calibration import in_batches
 

@@ -40,7 +40,7 @@ def run(options: Options) -> dict[str, Any]:
     from rich.markdown import Markdown
 
     from siftune.base.stages import stages
-    from siftune.offsite.audits.run import audit_paths, own_audit_paths
+    from siftune.offsite.audits.audit import audit_paths, own_audit_paths
     from siftune.offsite.report.audit import markdown, prepare_folder, write_audit
 
     if options.out is not None:

@@ -11,7 +11,7 @@ from siftune.offsite.exchange.returned import open_return, read_return
 from siftune.offsite.exchange.tune import KitSource
 from siftune.offsite.kit.folder import is_kit, read_kit
 from siftune.recipe.schema import Recipe, train_files
-from siftune.train.folder.run import RunFolder
+from siftune.train.folder.run_folder import RunFolder
 from siftune.train.folder.weights import put_in
 from siftune.train.source import Source
 

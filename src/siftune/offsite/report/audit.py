@@ -8,11 +8,11 @@ from pathlib import Path
 from siftune.base.errors import RecipeError
 from siftune.base.files import writable_folder, write_beside
 from siftune.evaluate.bootstrap import Estimate
+from siftune.offsite.audits.audit import OwnAudit
 from siftune.offsite.audits.calibration_attack import CalibrationLeak
 from siftune.offsite.audits.gradients import GradientCosine
 from siftune.offsite.audits.membership import Attack, Membership
 from siftune.offsite.audits.result import LABELS, Audit, RecoveryPoint
-from siftune.offsite.audits.run import OwnAudit
 from siftune.report.table import Table, markdown_table
 
 _MEASURES = {"accuracy": "by accuracy", "nll": "by log-likelihood"}

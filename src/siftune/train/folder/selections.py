@@ -31,7 +31,7 @@ from siftune.base.text import one_line
 from siftune.methods.drivers.layer_driver import LayerChoice
 from siftune.methods.drivers.sample_choice import ALL_LAYERS, SampleChoice
 from siftune.methods.host.callback import resumed_from
-from siftune.train.folder.run import SELECTIONS
+from siftune.train.folder.run_folder import SELECTIONS
 
 if TYPE_CHECKING:
     import pyarrow

@@ -33,8 +33,8 @@ from siftune.data.rows import Row
 from siftune.evaluate.likelihood import perplexity
 from siftune.recipe.checks import NO_TRACKER
 from siftune.recipe.read import anchored, recipe_to_yaml
-from siftune.recipe.rows import Read, digest_of, read_rows
 from siftune.recipe.schema import Recipe, compares, rate_of
+from siftune.recipe.training_rows import Read, digest_of, read_rows
 from siftune.train.build import build
 from siftune.train.callbacks import StepProgress
 from siftune.train.guards.non_finite import BrokenSteps

@@ -22,12 +22,12 @@ from support.audits import (
 from siftune.base.errors import DataError
 from siftune.data.batches import Collator
 from siftune.data.rows import rows_from
+from siftune.offsite.audits.audit import audit
 from siftune.offsite.audits.gradients import gradient_cosine
+from siftune.offsite.audits.members import drawn, not_among, tokenize_audit
 from siftune.offsite.audits.membership import measure_attack
 from siftune.offsite.audits.models import read_outer
 from siftune.offsite.audits.result import LABELS
-from siftune.offsite.audits.rows import drawn, not_among, tokenize_audit
-from siftune.offsite.audits.run import audit
 from siftune.recipe.schema import Recipe, resolve_recipe
 from siftune.train.build import build
 from siftune.train.trainer import SiftTrainer

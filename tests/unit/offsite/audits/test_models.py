@@ -5,8 +5,8 @@ import torch
 from support.audits import QUICK, SPLIT, TOKENIZER, base, models, rows, same, shorter, snapshot
 
 from siftune.base.errors import DataError, KitError, LayerError, TrainingError
+from siftune.offsite.audits.audit import audit
 from siftune.offsite.audits.models import OffsiteModels, plugged, read_outer, restored
-from siftune.offsite.audits.run import audit
 from siftune.offsite.emulator.model import Split, outer_names
 
 

@@ -8,9 +8,9 @@ from support.tiny_kit import base_model, save_kit
 
 from siftune.base.errors import DataError, KitError, RecipeError
 from siftune.data.rows import rows_from
+from siftune.offsite.audits.audit import audit, audit_paths
+from siftune.offsite.audits.members import tokenize_audit
 from siftune.offsite.audits.models import OffsiteModels
-from siftune.offsite.audits.rows import tokenize_audit
-from siftune.offsite.audits.run import audit, audit_paths
 from siftune.offsite.audits.settings import AuditOptions, AuditSettings
 from siftune.offsite.emulator.model import outer_names
 from siftune.offsite.exchange.load import load_emulator

@@ -12,10 +12,10 @@ from support.audits import QUICK, SPLIT, TOKENIZER, losses, models, rows, same, 
 from siftune.base.errors import DataError, KitError, RecipeError
 from siftune.data.rows import rows_from
 from siftune.offsite.audits import stages
+from siftune.offsite.audits.audit import audit, own_audit
 from siftune.offsite.audits.lira import halves
+from siftune.offsite.audits.members import AuditRows, tokenize_audit
 from siftune.offsite.audits.models import OffsiteModels, Tuning, read_outer, tuned
-from siftune.offsite.audits.rows import AuditRows, tokenize_audit
-from siftune.offsite.audits.run import audit, own_audit
 from siftune.offsite.audits.settings import AuditOptions, AuditSettings
 
 LEARNT = replace(QUICK, steps=30, lr=1e-2, batch_size=8)

@@ -9,7 +9,7 @@ from support.kits import edit
 from support.tiny_run import save_rows
 
 from siftune.base.errors import DataError, RecipeError
-from siftune.offsite.audits.run import audit_paths
+from siftune.offsite.audits.audit import audit_paths
 from siftune.offsite.audits.settings import AuditOptions
 
 QUICK = {"steps": 1, "batch_size": 2, "resamples": 50, "template": "none", "recovery": False, "membership": False}

@@ -18,8 +18,8 @@ from support.tokenizer import byte_tokenizer
 from support.trainers import At, stop
 
 from siftune.base.errors import KitError, LayerError, RecipeError
+from siftune.cli.demo_rows import arithmetic_rows
 from siftune.cli.main import main
-from siftune.data.tasks import arithmetic_rows
 from siftune.models.adapters.attach import attach_adapter
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.model import outer_names

@@ -8,10 +8,10 @@ import pytest
 from siftune.base.errors import RecipeError
 from siftune.evaluate.bootstrap import Bootstrap, Estimate
 from siftune.offsite.audits.gradients import GradientCosine
+from siftune.offsite.audits.members import RowScores
 from siftune.offsite.audits.membership import Attack, Membership
 from siftune.offsite.audits.models import ParameterShares
 from siftune.offsite.audits.result import LABELS, Audit, summarise
-from siftune.offsite.audits.rows import RowScores
 from siftune.offsite.audits.settings import AuditSettings
 from siftune.offsite.report import audit as page
 from siftune.offsite.report.audit import markdown, write_audit

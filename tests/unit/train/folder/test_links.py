@@ -9,7 +9,7 @@ from support.tiny_run import recipe, save_rows
 
 from siftune.base.errors import InputError
 from siftune.base.files import only_process
-from siftune.train.folder.run import RunFolder
+from siftune.train.folder.run_folder import RunFolder
 from siftune.train.run import train
 
 QUIET = Console(quiet=True)

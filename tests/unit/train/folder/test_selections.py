@@ -13,7 +13,7 @@ from siftune.base.errors import InputError
 from siftune.methods.drivers.layer_driver import LayerChoice
 from siftune.methods.drivers.sample_choice import SampleChoice
 from siftune.train.folder import selections
-from siftune.train.folder.run import SELECTIONS
+from siftune.train.folder.run_folder import SELECTIONS
 from siftune.train.folder.selections import SelectionRecord, read_selections
 
 SOURCES = ("web", "books", "web", "code")

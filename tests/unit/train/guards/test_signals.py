@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from support.tiny_run import recipe
 
-from siftune.train.folder.run import RunFolder
+from siftune.train.folder.run_folder import RunFolder
 from siftune.train.run import train
 
 

@@ -15,12 +15,12 @@ from torch.nn.functional import cross_entropy
 
 from siftune.base.errors import InputError, RecipeError, TrainingError
 from siftune.base.files import only_process
+from siftune.cli.demo_rows import arithmetic_rows
 from siftune.data.read import load_rows
-from siftune.data.tasks import arithmetic_rows
 from siftune.methods.options import GASTSettings, ISTSettings
 from siftune.recipe.read import load_recipe
-from siftune.recipe.rows import read_rows
 from siftune.recipe.schema import Recipe
+from siftune.recipe.training_rows import read_rows
 from siftune.train import source as module
 from siftune.train.prepare import prepare
 from siftune.train.rates import sweep as lr_sweep

@@ -45,16 +45,16 @@ from siftune.data.rows import Row
 from siftune.data.target import source_or_file
 from siftune.recipe.again import note_file
 from siftune.recipe.checks import check
-from siftune.recipe.rows import Read, ReadOnce, digest_of, read_rows
 from siftune.recipe.schema import SCORING, Recipe, method_of, new_folder, resolve_recipe
+from siftune.recipe.training_rows import Read, ReadOnce, digest_of, read_rows
 from siftune.sifting.checks import RECORD, STEPS, check_sifting
+from siftune.sifting.choose import NO_LIMITS, Floats, Limits
 from siftune.sifting.files import DROPPED, SIFTED, copied_records, write_dropped, write_scores, write_selected
-from siftune.sifting.rows import PARTS, Rows, count_of, read_all
-from siftune.sifting.scores import NO_LIMITS, Floats, Limits
+from siftune.sifting.pool import PARTS, Rows, count_of, read_all
 from siftune.sifting.scoring import choose_by_bad_rows, choose_by_target
 from siftune.sifting.tuning import AVOID, POOL, prefix
 from siftune.sifting.work import LOSSES, PROMPTS, SIMILAR, TUNING, Work
-from siftune.train.folder.run import SIFT, RunFolder
+from siftune.train.folder.run_folder import SIFT, RunFolder
 from siftune.train.prepare import NAMED, Prepared, bad_lines, prepare
 from siftune.train.resume import find_checkpoint
 from siftune.train.session import settled

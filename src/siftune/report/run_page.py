@@ -6,14 +6,14 @@ from siftune.base.errors import InputError
 from siftune.base.text import counted
 from siftune.evaluate.measure import PERPLEXITY, MetricRow
 from siftune.recipe.read import recipe_to_yaml
-from siftune.recipe.rows import Text
+from siftune.recipe.training_rows import Text
 from siftune.report.charts import COLOURS, Chart, Line, Point, Scale, line_chart, listed_points
 from siftune.report.evals import Eval, change_text, label_of, value_text
 from siftune.report.parts import Cell, Figure, Grid, Section
 from siftune.report.subjects import RunData
 from siftune.report.words import NBSP, cut, data_name, listed, short, short_places
 from siftune.suspects.named import ScoredRows, Suspect
-from siftune.train.folder.run import LOSSES
+from siftune.train.folder.run_folder import LOSSES
 
 # key in metrics.jsonl, title, how it is drawn
 _COURSES = (

@@ -30,6 +30,15 @@ from siftune.base.text import jsonable
 from siftune.data.read import load_rows
 from siftune.models.load import load_model
 from siftune.offsite.audits.gradients import GradientCosine, gradient_cosine
+from siftune.offsite.audits.members import (
+    AuditRows,
+    RowScores,
+    accuracy_name,
+    padding,
+    score_losses,
+    tokenize_audit,
+    with_calibration,
+)
 from siftune.offsite.audits.membership import Membership
 from siftune.offsite.audits.models import (
     OffsiteModels,
@@ -50,15 +59,6 @@ from siftune.offsite.audits.result import (
     Audit,
     RecoveryPoint,
     summarise,
-)
-from siftune.offsite.audits.rows import (
-    AuditRows,
-    RowScores,
-    accuracy_name,
-    padding,
-    score_losses,
-    tokenize_audit,
-    with_calibration,
 )
 from siftune.offsite.audits.settings import AuditOptions, AuditSettings
 from siftune.offsite.audits.stages import Job, attack, calibration_leak, choose_candidates, choose_rows, recovered

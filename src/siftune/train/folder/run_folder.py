@@ -31,7 +31,7 @@ from siftune.base.environment import hardware, versions
 from siftune.base.errors import InputError, RecipeError
 from siftune.base.files import hash_of, open_to_append, refuse_links, writable_folder, write_beside
 from siftune.base.json_files import read_json_lines, read_sealed, sealed
-from siftune.recipe.rows import BAD_ROWS
+from siftune.recipe.training_rows import BAD_ROWS
 from siftune.train.folder.checkpoints import checkpoints_in, fault_of, step_of, whole_checkpoints
 
 RECIPE, ROWS, METRICS, SELECTIONS = "recipe.yaml", "rows.sha256", "metrics.jsonl", "selections.parquet"

@@ -10,7 +10,7 @@ from siftune.base.environment import hardware, versions
 from siftune.base.errors import InputError, RecipeError
 from siftune.base.json_files import read_sealed
 from siftune.train.folder.checkpoints import begin, is_complete, newest_checkpoint, seal, step_of
-from siftune.train.folder.run import RunFolder
+from siftune.train.folder.run_folder import RunFolder
 
 
 @pytest.fixture

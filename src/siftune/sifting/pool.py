@@ -14,8 +14,8 @@ from siftune.base.errors import DataError, RecipeError
 from siftune.base.text import counted
 from siftune.data.rows import Row, row_texts
 from siftune.data.tokens import Form, tokens_of
-from siftune.recipe.rows import Read, ReadOnce, read_rows
 from siftune.recipe.schema import Recipe, train_files
+from siftune.recipe.training_rows import Read, ReadOnce, read_rows
 from siftune.train.prepare import refuse_read
 from siftune.train.source import Source
 

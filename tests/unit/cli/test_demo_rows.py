@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from siftune.base.errors import DataError
-from siftune.data.tasks import KINDS, OTHERS, arithmetic_rows, mixed_pool
+from siftune.cli.demo_rows import KINDS, OTHERS, arithmetic_rows, mixed_pool
 
 
 def solve(prompt: str) -> int:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siftune.sifting.rows import held_out_count
-from siftune.sifting.scores import choose_by_losses, choose_by_margins, lowest, separation, unlike
+from siftune.sifting.choose import choose_by_losses, choose_by_margins, lowest, separation, unlike
+from siftune.sifting.pool import held_out_count
 
 LOSSES = st.floats(-20, 20, width=32)
 MANY = st.lists(LOSSES, min_size=1, max_size=60)
