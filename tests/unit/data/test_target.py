@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from siftune.data import batches, target, tasks
+from siftune.cli import demo_rows
+from siftune.data import batches, target
 from siftune.data.rows import rows_from
 from siftune.data.target import held_out, source_or_file, sources, with_target
 
@@ -91,7 +92,7 @@ def test_training_rows_are_not_held_out():
     assert sorted(texts([*kept, *left])) == sorted(texts(rows(range(200))))
 
 
-@pytest.mark.parametrize("module", [batches, target, tasks])
+@pytest.mark.parametrize("module", [batches, target, demo_rows])
 def test_examples(module):
     result = doctest.testmod(module)
     assert result.attempted
