@@ -63,17 +63,17 @@ BOMBS = [
     (TOKENIZER, "normalizer", replacements(36), "normalizer.normalizers.0 is"),
     (TOKENIZER, "pre_tokenizer", splits(r"(?:(?:\w|\s)+)+\1zz|((?:\w+\s?)+)+$"), "it fails when a text of"),
     # templates
-    (TEMPLATE, "", endless(LOOP), "1 s of processor time|more than 60 s"),
-    (TEMPLATE, "", endless("{{ 10 ** (10 ** 8) }}"), "1 s of processor time|more than 60 s"),
+    (TEMPLATE, "", endless(LOOP), "1 s of processor time, was ended by SIGPROF"),
+    (TEMPLATE, "", endless("{{ 10 ** (10 ** 8) }}"), "1 s of processor time, was ended by SIGPROF"),
     (TEMPLATE, "", endless(DOUBLING + "{{ n.s }}"), "more than 256 MB of memory"),
-    (TEMPLATE, "", endless("{{ 'a' * 10**10 }}"), "more than 256 MB of memory"),
+    (TEMPLATE, "", endless("{{ 'a' * 5 * 10**8 }}"), "more than 256 MB of memory"),
     (TEMPLATE, "", endless("{{ 'x' * 10**6 }}"), "a conversation of user"),
 ]
 
 
 @pytest.mark.parametrize(("name", "path", "value", "words"), BOMBS)
 def test_bombs(sound, tmp_path, monkeypatch, name, path, value, words):
-    monkeypatch.setattr("siftune.offsite.kit.template.LIMITS", Limits(memory_mb=256, cpu_s=1, wall_s=60))
+    monkeypatch.setattr("siftune.offsite.kit.template.LIMITS", Limits(memory_mb=256, cpu_s=1, wall_s=200))
     defused(read_kit, forge(sound, tmp_path, name, path, value), name, words)
 
 
