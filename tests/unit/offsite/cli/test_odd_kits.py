@@ -23,7 +23,6 @@ def filled(end, value):
     return change
 
 
-LARGEST = 65280.0  # of bfloat16 up to the limit
 CASES = [
     (CONFIG, "hidden_act", "relu2", None, None),
     (CONFIG, "attention_dropout", 0.999, None, None),
