@@ -51,6 +51,7 @@ def scored(job: Job, data: Path, folder: Path) -> Record:
         "wrong": [number for number, row in enumerate(rows) if row["bad"]],
         "listed": len(listed),
         "tokens": losses.tokens.tolist(),
+        "covered": round(float(losses.covered.mean()), 3),
         "losses": {name: _rounded(getattr(losses, name)) for name in LOSSES},
         **({} if trained_on is None else {"trained_on": _rounded(trained_on)}),
         "commands": commands.texts,

@@ -12,6 +12,7 @@ from lab.lines import read
 from lab.rows.job import LOSSES
 from lab.rows.metrics import auroc, lowest, precision
 from siftune.report.table import Table, markdown_table
+from siftune.suspects.decoys import SHARED
 from siftune.suspects.rule import judge
 
 Line = dict[str, Any]
@@ -35,7 +36,7 @@ def report(lines: Sequence[Line]) -> str:
         name = [job["model"], f"{cell['name']}{known}", f"{job['lr']:g}", str(job["epochs"]), str(job["seed"])]
         bad = np.isin(np.arange(count), line["wrong"])
         losses = [np.array(line["losses"][name], dtype=np.float64) for name in LOSSES]  # None becomes NaN
-        verdict = judge(*losses)
+        verdict = judge(*losses, shared=line["covered"] >= SHARED)
         suspects, wrong = verdict.count, int(bad[verdict.order[: verdict.count]].sum())
         shares = [f"{100 * part / of:.0f} %" if of else "–" for part, of in ((wrong, suspects), (wrong, bad.sum()))]
         lists.append([*name, str(count), str(bad.sum()), str(suspects), *shares, verdict.doubt or "–"])

@@ -120,10 +120,9 @@ def with_losses(**columns):
         run = path.parent
         rows, about = trained_rows(run)
         zeros = np.zeros(len(rows))
-        kinds = {
-            name: np.int32 if name in ("row", "tokens", "other") else np.float32 for name in Losses.__annotations__
-        }
-        values = {name: columns.get(name, zeros).astype(kind) for name, kind in kinds.items()}
+        own = {"row": np.int32, "tokens": np.int32, "other": np.int32, "covered": bool}
+        names = Losses.__annotations__
+        values = {name: columns.get(name, zeros).astype(own.get(name, np.float32)) for name in names}
         write_losses(path, Losses(**values), about)
 
     return change

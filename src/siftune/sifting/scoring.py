@@ -40,12 +40,10 @@ from siftune.sifting.tuning import (
 )
 from siftune.sifting.work import LOSSES, Work
 from siftune.suspects.answers import Answers
-from siftune.suspects.decoys import decoys_of
+from siftune.suspects.decoys import SHARED, decoys_of
 from siftune.suspects.margins import margins
 from siftune.train.guards.memory import free
 from siftune.train.prepare import Prepared
-
-_SHARED = 0.5  # of the target's rows whose answer is also among those of similar prompts, at least (ours)
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ def _target_scores(
     task, likely = (part_R.nonzero()[0].tolist() for part_R in (task_R, likely_R))
     target = range(count, len(rows))
     every = [*likely, *target]  # whatever the limit on the similarity, so that recorded losses hold
-    shared = decoys_of(rows, work.recipe.seed, target, every).covered[count:].mean() >= _SHARED
+    shared = decoys_of(rows, work.recipe.seed, target, every).covered[count:].mean() >= SHARED
     if shared:
         decoys_RD = decoys_of(rows, work.recipe.seed, [*task, *target], every).numbers
     else:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from siftune.data.rows import Row
 from siftune.recipe.training_rows import text_of
 
+SHARED = 0.5  # of the rows are covered, at least, if rows share a few answers (ours; measured: 0.96 to 1, or 0 to 0.35)
 _FEWEST, _MOST = 2, 8  # decoys of each row (ours)
 _CHARACTERS = 256  # of a row's decoys, so that long answers do not multiply the time (ours)
 _FEATURES = 4096
@@ -31,7 +32,8 @@ class Decoys(NamedTuple):
     Attributes:
         numbers: (R, D) int64 numbers of the rows; -1 where there is none.
         covered: (R,) bool, whether the row's own completion is among as many that are nearest to it, in other rows. If
-            this is so in most rows, there are few answers, and the decoys of a wrong row include the right one.
+            this is so in a share of `SHARED`, there are few answers, and the decoys of a wrong row include the right
+            one.
     """
 
     numbers: NDArray[np.int64]

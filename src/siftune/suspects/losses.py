@@ -2,8 +2,8 @@
 
 A loss is −ln p(completion | prompt), summed over label tokens, in nats, under a model that was not trained on the row.
 
-    losses.parquet    a line for each row: row, tokens and other int32; loss, other_loss, usual and other_usual
-                      float32; see `Losses`
+    losses.parquet    a line for each row: row, tokens and other int32; covered bool; loss, other_loss, usual and
+                      other_usual float32; see `Losses`
 """
 
 from collections.abc import Sequence
@@ -39,6 +39,7 @@ class Losses:
         row: (R,) int32, number of the row among the training rows.
         tokens: (R,) int32, number of its label tokens.
         other: (R,) int32, number of the row whose completion the decoy has; -1 without a decoy.
+        covered: (R,) bool, whether rows with similar prompts have the row's completion: see `decoys.Decoys`.
         loss: (R,) float32, loss of the row's completion after its prompt.
         other_loss: (R,) float32, loss of the other completion after the row's prompt.
         usual: (R,) float32, usual loss of the row's completion after prompts of other rows: see `margins`.
@@ -48,6 +49,7 @@ class Losses:
     row: Ints
     tokens: Ints
     other: Ints
+    covered: NDArray[np.bool_]
     loss: Floats
     other_loss: Floats
     usual: Floats
@@ -114,6 +116,7 @@ def read_losses(path: Path, about: str, count: int) -> Losses:
     if not path.exists():
         raise DataError(f"{path} does not exist, so the rows have no scores: `siftune rows {path.parent}` scores them.")
     types = {each.name: pyarrow.int32() if each.name in _NUMBERS else pyarrow.float32() for each in fields(Losses)}
+    types["covered"] = pyarrow.bool_()
     table = read_table(path, types, _AGAIN)
     losses = Losses(**{name: table[name].to_numpy() for name in types})
     if (table.schema.metadata or {}).get(_ABOUT) != about.encode():

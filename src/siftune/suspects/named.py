@@ -9,6 +9,7 @@ import numpy as np
 from siftune.base.text import one_line
 from siftune.data.target import source_or_file
 from siftune.recipe.training_rows import Text, text_of
+from siftune.suspects.decoys import SHARED
 from siftune.suspects.losses import read_losses, trained_rows
 from siftune.suspects.rule import judge
 from siftune.train.folder.run_folder import LOSSES
@@ -81,7 +82,8 @@ class ScoredRows:
         self._losses = losses = read_losses(run / LOSSES, about, len(self._every))
         self.rows = [self._every[number] for number in losses.row]
         self._sources = source_or_file(self.rows)
-        self._verdict = judge(losses.loss, losses.other_loss, losses.usual, losses.other_usual)
+        shared = bool(losses.covered.mean() >= SHARED)
+        self._verdict = judge(losses.loss, losses.other_loss, losses.usual, losses.other_usual, shared)
         self.suspects, doubt = self._verdict.count, self._verdict.doubt
         self.doubt = f"No row is listed: {doubt}." if doubt else ""
 

@@ -2,7 +2,8 @@
 
 The score of a row is its margin (`margins`) under a model that was not trained on the row: by how many nats its prompt
 favours the answer of another row over its own. A row is suspect if its prompt favours the other answer ten times as
-much, and if that answer is also ten times as likely (ours). docs/rows.md has the share of suspects that were wrong.
+much (ours). If rows do not share answers, the usual loss of an answer is known from few prompts, so the other answer
+must also be ten times as likely (ours). docs/rows.md has the share of suspects that were wrong.
 
 Correct rows of a task that the model has not learned lose by chance. None is suspect if the model prefers the other
 answer in more than half of the rows, or if fewer than 3 % of the rows would be suspect (ours).
@@ -46,7 +47,7 @@ class Verdict:
     doubt: str
 
 
-def judge(loss_R: Floats, other_R: Floats, usual_R: Floats, other_usual_R: Floats) -> Verdict:
+def judge(loss_R: Floats, other_R: Floats, usual_R: Floats, other_usual_R: Floats, shared: bool) -> Verdict:
     """Order rows, and count the suspects.
 
     Args:
@@ -54,16 +55,17 @@ def judge(loss_R: Floats, other_R: Floats, usual_R: Floats, other_usual_R: Float
         other_R: Of the other answer, a(x_i, y_k); NaN without one.
         usual_R: Usual loss of the row's answer, u(y_i).
         other_usual_R: Of the other answer, u(y_k).
+        shared: Whether rows share a few answers: see `decoys`.
 
     Example:
         >>> loss, other = np.repeat([0.1, 8.0], [80, 20]), np.repeat([7.0, 2.0], [80, 20])
-        >>> judge(loss, other, usual_R=np.full(100, 8.0), other_usual_R=np.full(100, 8.0)).count
+        >>> judge(loss, other, usual_R=np.full(100, 8.0), other_usual_R=np.full(100, 8.0), shared=False).count
         20
     """
     gain_R, other_gain_R = usual_R - loss_R, other_usual_R - other_R
     score_R = np.asarray(other_gain_R - gain_R, np.float64)
     compared_R = ~np.isnan(score_R)
-    suspect_R = np.minimum(score_R, loss_R - other_R) >= np.log(TIMES)
+    suspect_R = (score_R if shared else np.minimum(score_R, loss_R - other_R)) >= np.log(TIMES)
     compared, lost, suspect = (int(part.sum()) for part in (compared_R, score_R > 0, suspect_R))
     doubt = ""
     if compared < COMPARED:

@@ -31,7 +31,7 @@ from siftune.recipe.again import recipe_again
 from siftune.recipe.schema import Recipe
 from siftune.recipe.training_rows import read_rows
 from siftune.suspects.answers import answers_of
-from siftune.suspects.decoys import decoys_of
+from siftune.suspects.decoys import Decoys, decoys_of
 from siftune.suspects.losses import Losses, read_losses, trained_rows, write_losses
 from siftune.suspects.margins import margins
 from siftune.suspects.rule import COMPARED
@@ -72,8 +72,8 @@ def score_run(
     numbers = np.array([at for at, row in enumerate(rows) if not row.of_target])
     half_R = half_of([rows[at] for at in numbers])
     halves = [[rows[at] for at in numbers[half_R == half]] for half in (0, 1)]
-    decoys = [decoys_of(own, recipe.seed).numbers for own in halves]
-    compared = sum(int((own_RD[:, 0] >= 0).sum()) for own_RD in decoys)
+    decoys = [decoys_of(own, recipe.seed) for own in halves]
+    compared = sum(int((each.numbers[:, 0] >= 0).sum()) for each in decoys)
     if compared < COMPARED:
         raise DataError(
             f"only {counted(compared, 'row')} of {run} can be compared with a row that has another answer, but "
@@ -165,14 +165,14 @@ def tuned_on(
 
 
 def losses_of(
-    tuned: Run, rows: Sequence[Row], decoys_RD: NDArray[np.int64], recipe: Recipe, progress: Progress | None = None
+    tuned: Run, rows: Sequence[Row], decoys: Decoys, recipe: Recipe, progress: Progress | None = None
 ) -> Losses:
     """Score rows and their decoys by one model.
 
     Args:
         tuned: The model and its tokenizer.
         rows: Rows that it was not trained on.
-        decoys_RD: Their decoys, by `decoys_of`.
+        decoys: Their decoys.
         recipe: Its recipe.
         progress: Receives the number of scored rows.
 
@@ -180,13 +180,14 @@ def losses_of(
         The losses; numbers of rows are those of `rows`.
     """
     form = Form(tuned.tokenizer, recipe.max_length, recipe.template)
-    answers = answers_of(tuned.model, rows, rows, decoys_RD, form, _LARGER * recipe.batch_size, progress)
+    answers = answers_of(tuned.model, rows, rows, decoys.numbers, form, _LARGER * recipe.batch_size, progress)
     texts = [row.completion.strip() for row in rows]
-    compared = margins(texts, answers.tokens, answers.own, decoys_RD, answers.others)
+    compared = margins(texts, answers.tokens, answers.own, decoys.numbers, answers.others)
     return Losses(
         row=np.arange(len(rows), dtype=np.int32),
         tokens=answers.tokens.astype(np.int32),
         other=compared.other.astype(np.int32),
+        covered=decoys.covered,
         loss=answers.own.astype(np.float32),
         other_loss=compared.other_loss.astype(np.float32),
         usual=compared.usual.astype(np.float32),

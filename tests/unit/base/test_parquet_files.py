@@ -70,8 +70,8 @@ def test_a_small_file_does_not_unpack_to_any_size(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("value", "is_sound"), [(-2, False), (-1, "other"), (0, True), (4, True), (5, False)])
 def test_losses_of_rows_that_a_run_does_not_have_are_refused(tmp_path, name, value, is_sound):
     path = tmp_path / "losses.parquet"
-    whole = ("row", "tokens", "other")
-    columns = {each: np.zeros(1, np.int32 if each in whole else np.float32) for each in Losses.__annotations__}
+    kinds = {"row": np.int32, "tokens": np.int32, "other": np.int32, "covered": bool}
+    columns = {each: np.zeros(1, kinds.get(each, np.float32)) for each in Losses.__annotations__}
     write_losses(path, Losses(**{**columns, name: np.array([value], np.int32)}), "about")
     if is_sound in (True, name):
         assert read_losses(path, "about", 5).row.dtype == np.int32

@@ -24,7 +24,7 @@ def pool(seed, wrong, learned=6.0, count=4000, answers=8):
     losses, row = -np.log(p), np.arange(count)
     likelier = others[row, losses[row[:, None], others].argmin(1)]
     usual = np.full(count, np.log(answers))  # after other prompts
-    return is_wrong, judge(losses[row, own], losses[row, likelier], usual, usual)
+    return is_wrong, judge(losses[row, own], losses[row, likelier], usual, usual, shared=False)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -47,14 +47,14 @@ def test_a_model_that_has_learned_nothing_does_not_tell():
     rng = np.random.default_rng(0)
     loss, *decoys = rng.normal(20, 5, (3, 1000))
     usual = np.full(1000, 20.0)
-    verdict = judge(loss, np.minimum(*decoys), usual, usual)
+    verdict = judge(loss, np.minimum(*decoys), usual, usual, shared=False)
     assert (verdict.count, "learned too little" in verdict.doubt) == (0, True)
 
 
 def losses(suspects, usual=9.0, other_usual=9.0, count=100):
     """Losses of rows of which the first have an answer that is less likely than another one."""
     loss = np.repeat([6.0, 0.1], [suspects, count - suspects])
-    return judge(loss, np.full(count, 2.0), np.full(count, usual), np.full(count, other_usual))
+    return judge(loss, np.full(count, 2.0), np.full(count, usual), np.full(count, other_usual), shared=False)
 
 
 def test_the_own_prompt_must_favour_the_other_answer_ten_times():
@@ -67,10 +67,12 @@ def test_the_own_prompt_must_favour_the_other_answer_ten_times():
     assert losses(20, other_usual=np.nan).count == 0
 
 
-@pytest.mark.parametrize(("other", "count"), [(3.6, 20), (3.8, 0)])
-def test_the_other_answer_must_also_be_ten_times_as_likely(other, count):
+@pytest.mark.parametrize(
+    ("other", "shared", "count"), [(3.6, False, 20), (3.8, False, 0), (4.6, True, 20), (4.8, True, 0)]
+)
+def test_without_shared_answers_the_other_one_must_also_be_ten_times_as_likely(other, shared, count):
     loss, others = np.repeat([6.0, 0.1], [20, 80]), np.full(100, other)
-    assert judge(loss, others, np.full(100, 9.0), np.full(100, 10.0)).count == count
+    assert judge(loss, others, np.full(100, 9.0), np.full(100, 10.0), shared).count == count
 
 
 @pytest.mark.parametrize(("suspects", "count"), [(2, 0), (3, 3), (50, 50), (51, 0)])
@@ -82,13 +84,13 @@ def test_few_or_most_rows_are_no_suspects(suspects, count):
 
 def test_the_limit_is_ten_times():
     loss, other, usual = np.repeat([2 + np.log(9.9), 2 + np.log(10.1), 0.0], [20, 20, 60]), *np.full((2, 100), 2.0)
-    verdict = judge(loss, other, usual, usual)
+    verdict = judge(loss, other, usual, usual, shared=False)
     assert sorted(verdict.order[: verdict.count]) == [*range(20, 40)]
 
 
 @pytest.mark.parametrize("missing", [100, 80])
 def test_rows_without_a_decoy_come_last_and_too_few_others_do_not_tell(missing):
     other = np.where(np.arange(100) < missing, np.nan, 2.0)
-    verdict = judge(np.full(100, 6.0), other, np.full(100, 6.0), np.full(100, 9.0))
+    verdict = judge(np.full(100, 6.0), other, np.full(100, 6.0), np.full(100, 9.0), shared=False)
     assert (verdict.count, "30 are needed" in verdict.doubt) == (0, True)
     assert {*verdict.order[100 - missing :]} == {*range(missing)}

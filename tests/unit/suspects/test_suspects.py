@@ -32,7 +32,7 @@ HTML = "no idea, <script>alert(1)</script>"
 def scored(base, tmp_path):
     """Builds a run folder of 100 rows with losses; those of WRONG are large, the first the largest."""
 
-    def build(losses=None):
+    def build(losses=None, covered=0, further=0.0):
         records = [*RECORDS]
         records[50] = {**RECORDS[5], "completion": HTML}
         path, folder = tmp_path / "rows.jsonl", tmp_path / "run"
@@ -47,7 +47,10 @@ def scored(base, tmp_path):
             losses[WRONG] = 13 - np.arange(12)
         numbers = np.arange(100, dtype=np.int32)
         loss, other_loss, usual = (np.float32(values) for values in (losses, np.ones(100), np.full(100, 9.0)))
-        every = Losses(numbers, np.full(100, 4, np.int32), numbers[::-1], loss, other_loss, usual, usual)
+        other_usual = np.where(loss > 2, usual + further, usual).astype(np.float32)
+        every = Losses(
+            numbers, np.full(100, 4, np.int32), numbers[::-1], numbers < covered, loss, other_loss, usual, other_usual
+        )
         write_losses(folder / LOSSES, every, about)
         return folder
 
@@ -57,6 +60,12 @@ def scored(base, tmp_path):
 @pytest.fixture
 def run(scored):
     return scored()
+
+
+@pytest.mark.parametrize(("covered", "count"), [(49, 0), (50, 12)])
+def test_if_rows_share_answers_the_prompts_alone_decide(scored, covered, count):
+    losses = np.where(np.isin(np.arange(100), WRONG), 2.5, 0.1)  # exp(1.5) times as likely; exp(2.5) by the prompts
+    assert len(suspects(scored(losses, covered, further=1.0))) == count
 
 
 def test_rows_with_the_highest_scores_come_first(run):
