@@ -32,9 +32,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from siftune.base import numerics
 from siftune.base.errors import RecipeError, UnsupportedError
+from siftune.base.ranks import world_size
 from siftune.base.settings import CONFIG, CountOrShare, Settings
 from siftune.engine.groups import LayerGroup
-from siftune.engine.ranks import world_size
 from siftune.engine.tape import SampleGradients
 from siftune.methods.drivers.sample_callback import SampleCallback
 from siftune.methods.drivers.sample_choice import Choosing, model_unit

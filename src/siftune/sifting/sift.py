@@ -57,7 +57,6 @@ from siftune.sifting.work import LOSSES, PROMPTS, SIMILAR, TUNING, Work
 from siftune.train.folder.run_folder import SIFT, RunFolder
 from siftune.train.prepare import NAMED, Prepared, bad_lines, prepare
 from siftune.train.resume import find_checkpoint
-from siftune.train.session import settled
 from siftune.train.source import ModelSource, Source
 
 SCORES = "scores.csv"
@@ -208,7 +207,9 @@ def sift_pool(
     with in_launch(), ExitStack() as stack:
         console = console or text_console(stderr=True)
         console = Console(quiet=True) if rank() else console
-        recipe, source = settled(_dense(recipe), source_of)
+        recipe = from_first(lambda: _dense(recipe))  # without `settled`: it is checked, and has options of its method
+        source = source_of(recipe.model)
+        recipe = source.settle(recipe)
         rows = read_all(recipe, asked.avoid, source, reader)
         with first_rank_first(), stages(console) as progress:
             parts = Read({"train": rows.pool, **{PARTS[few.name]: few.rows for few in rows.few}}, rows.bad)
@@ -287,7 +288,7 @@ def _dense(recipe: Recipe) -> Recipe:
     if method_of(recipe).lr != method_of(Recipe()).lr:
         recipe = replace(recipe, lr=None)
     recipe = replace(recipe, method="dense", target_share=0.0, target_last=None)
-    return replace(recipe, out=recipe.out or from_first(lambda: new_folder("sift")))
+    return resolve_recipe(replace(recipe, out=recipe.out or new_folder("sift")))
 
 
 def _own_template(folder: WorkFolder, file: Path) -> Path:

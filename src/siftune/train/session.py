@@ -3,7 +3,7 @@
     settled        settings alone: contradictions, packages of trackers, an adapter to start from, the model's source
     open_session   rows as read; then the model, which may have to be fetched; then their tokens
 
-`siftune train`, its dry run, sweeps of rates and sifting begin with these two functions.
+`siftune train`, its dry run and sweeps of rates begin with these functions.
 """
 
 from collections.abc import Callable, Mapping

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.trainers import adapted, rows, weights
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
 from siftune import GAST, IST, RST, LabelLogits
 from siftune.base.errors import ModelError, RecipeError, UnsupportedError
@@ -154,8 +155,8 @@ class Two(Module):
 
 
 def test_what_cannot_be_attached_is_refused():
-    with pytest.raises(RecipeError, match=r"Sift takes a method.*LabelLogits is none"):
-        Sift(LabelLogits())
+    with pytest.raises(RecipeError, match=r"Sift takes a method.*TrainerCallback is none"):
+        Sift(TrainerCallback())
     with pytest.raises(RecipeError, match="one optimizer, and there are 2"):
         fit(Sift(RST()), Two())
     with pytest.raises(ModelError, match="Module holds no transformers or PEFT model"):

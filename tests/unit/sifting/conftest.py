@@ -47,7 +47,7 @@ def small_chunks():
 def shared_answers():
     """Have the rows treated as if they shared a few answers, although each sum has its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("siftune.sifting.scoring._SHARED", 0.0)
+        patch.setattr("siftune.sifting.scoring.SHARED", 0.0)
         yield
 
 
