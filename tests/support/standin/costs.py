@@ -18,7 +18,7 @@ from support.tokenizer import byte_tokenizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from siftune.methods import METHODS
-from siftune.train import build
+from siftune.train import private
 from siftune.train.run import train
 
 TABLE = Path(__file__).with_name("costs.json")
@@ -74,12 +74,12 @@ def secret():
     from siftune.methods.dp.callback import DP
     from siftune.methods.dp.secret import Secret
 
-    plain = build.DP
-    build.DP = lambda mechanism, most: DP(mechanism, most, Secret(7))
+    plain = private.DP
+    private.DP = lambda mechanism, most: DP(mechanism, most, Secret(7))
     try:
         yield
     finally:
-        build.DP = plain
+        private.DP = plain
 
 
 if __name__ == "__main__":
