@@ -51,7 +51,8 @@ def row_at(page, number):
 
 
 def state(page, number):
-    return row_at(page, number).locator(".state").inner_text()[2:]
+    """The decision as the row shows it; `inner_text` is empty for rows outside of the window, which are not laid out."""
+    return row_at(page, number).locator(".state").text_content().strip()[2:]
 
 
 def lines_of(path):
