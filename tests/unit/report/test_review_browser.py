@@ -51,7 +51,7 @@ def row_at(page, number):
 
 
 def state(page, number):
-    """The decision as the row shows it; `inner_text` is empty for rows outside of the window, which are not laid out."""
+    """The decision that a row shows. `inner_text` is empty for rows outside of the window, which are not laid out."""
     return row_at(page, number).locator(".state").text_content().strip()[2:]
 
 
