@@ -177,7 +177,7 @@ python -m lab.pays.scores intents-a --data FOLDER --out scores.jsonl    # simila
 """,
     "rows.jsonl": """
 python -m lab.rows.run --cells mixed-25 --rows 920 --lr 1e-3 --data FOLDER --out rows.jsonl
-python -m lab.rows.run --cells intents-a,raters --rows 960 --epochs 1 --data FOLDER --out rows.jsonl
+python -m lab.rows.run --cells intents-a,intents-b,raters --rows 960 --epochs 1 --data FOLDER --out rows.jsonl
 python -m lab.rows.report lab/results/rows.jsonl
 """,
 }
