@@ -159,12 +159,12 @@ def _groups(options: Options) -> "tuple[Group, ...]":
 
 
 def _listed(name: str, text: str | None, choices: tuple[str, ...]) -> tuple[str, ...]:
-    """Words of a list with commas, each once; all choices if it is None."""
-    words = choices if text is None else tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-    unknown = [word for word in words if word not in choices]
-    if unknown or not words:
-        raise RecipeError(f"--{name} names {unknown[0] if unknown else 'none'}; there are {', '.join(choices)}")
-    return words
+    """Names of a list with commas, each once; all choices if it is None."""
+    names = choices if text is None else tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    others = [each for each in names if each not in choices]
+    if others or not names:
+        raise RecipeError(f"--{name} names {others[0] if others else 'none'}; there are {', '.join(choices)}")
+    return names
 
 
 def _about(options: Options, work: "Reproduction", data: Path) -> dict[str, Any]:

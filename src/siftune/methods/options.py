@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 from siftune.base.settings import CONFIG, AtLeastTwo, Count, CountOrShare, Settings, Share
 
 OWN = "own"  # for texts that the base model writes itself
+KEEP_WEIGHT = 1.0  # of the penalty against forgetting
 
 
 def count_of(select: int | float, total: int) -> int:

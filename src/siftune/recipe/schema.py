@@ -32,6 +32,7 @@ from siftune.base.settings import (
     types_of,
 )
 from siftune.methods import METHODS, Method, all_parts
+from siftune.methods.options import KEEP_WEIGHT
 from siftune.models.adapters.registry import ADAPTER_TYPES, Shape, filled_in
 
 T = TypeVar("T", bound=type)
@@ -127,7 +128,7 @@ class Recipe(Validated):
     keep: str | None = None
     """Texts on which a penalty keeps the base's predictions, against forgetting: own, written by the base itself, or a
     file or hub id (docs/forgetting.md)."""
-    keep_weight: Positive = 1.0
+    keep_weight: Positive = KEEP_WEIGHT
     """With keep: factor of the KL divergence from the base; a larger one keeps more and learns less."""
 
     drop_rows: str | None = None

@@ -163,8 +163,10 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
                 self.compute_loss_func = None
         if self._label_logits_only is False:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            logits, labels = outputs.logits.detach(), inputs["labels"]
-            self.label_losses = token_losses(logits[label_positions(labels).to(logits.device)][None], labels)
+            logits, labels = getattr(outputs, "logits", None), inputs["labels"]
+            if isinstance(logits, Tensor) and logits.shape[:2] == labels.shape:  # otherwise the log has no sources
+                at_labels = logits.detach()[label_positions(labels).to(logits.device)]
+                self.label_losses = token_losses(at_labels[None], labels)
             return (loss, outputs) if return_outputs else loss
         with logits_at(model, label_positions(inputs["labels"])):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

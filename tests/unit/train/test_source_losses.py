@@ -3,13 +3,14 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 from rich.console import Console
 from support.tiny_run import lines, recipe
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Trainer
 
 from siftune.data.read import load_rows
 from siftune.data.target import source_or_file
@@ -83,6 +84,22 @@ def test_losses_of_sources_are_those_of_their_rows(base, tmp_path, monkeypatch, 
     for name, own in (("web", slice(0, 4)), ("books", slice(4, 10))):
         assert math.isclose(last[f"eval_loss/{name}"], found.nll[own].sum() / found.tokens[own].sum(), abs_tol=1e-4)
     assert run.summary["eval_loss"] == last["eval_loss"]
+
+
+def test_a_model_with_a_loss_of_its_own_and_no_logits_trains_without_losses_of_sources(base, tmp_path, monkeypatch):
+    compute = Trainer.compute_loss
+
+    def without_logits(trainer, *args):
+        loss, _ = compute(trainer, *args)
+        return loss, SimpleNamespace()
+
+    monkeypatch.setattr(SiftTrainer, "_agrees", lambda *_: False)
+    monkeypatch.setattr(Trainer, "compute_loss", without_logits)
+    pool = write(tmp_path / "pool.jsonl", 24, lambda at: "web" if at % 3 else "books")
+    train(recipe(base, pool, tmp_path / "run", method="dense", steps=2), QUIET)
+    logged = lines(tmp_path / "run" / "metrics.jsonl")
+    assert logged[0]["loss"] > 0
+    assert not any("loss/" in key for line in logged for key in line)
 
 
 def test_files_are_sources_and_one_source_has_no_further_losses(base, tmp_path):

@@ -44,7 +44,7 @@ from siftune.methods.host import deepspeed
 from siftune.methods.host.callback import LogLines, calling_trainer, loss_scale, saved_state
 from siftune.methods.host.spread import refuse_wrappers
 from siftune.methods.keep.maths import Reference, divergence, reference
-from siftune.methods.options import OWN
+from siftune.methods.options import KEEP_WEIGHT, OWN
 from siftune.models.adapters.full import original_weights
 from siftune.models.loss import IGNORED, label_positions, logits_at
 from siftune.models.modules import evaluated, model_device
@@ -83,7 +83,7 @@ class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
     """
 
     rows: Any = field(default=OWN, repr=False)
-    weight: float = 1.0
+    weight: float = KEEP_WEIGHT
     size: int = 2
     every: int = 2
     texts: int = 128
