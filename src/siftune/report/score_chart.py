@@ -28,7 +28,7 @@ def score_chart(selected: Sequence[Point], others: Sequence[Point], limits: Limi
         limits: The limits by which they were selected; there is no line for None.
     """
     title = "Similarity of prompts and scores"
-    note = "Dots: selected. Crosses: left out. The higher, the less likely is the completion."
+    note = "Dots: selected. Crosses: left out. The higher, the less the answer fits."
     if any(score is None for _, score in (*selected, *others)):
         note += " Rows of other tasks have no score: they are at the top."
     if max(len(selected), len(others)) > _MOST:
