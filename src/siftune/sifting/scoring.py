@@ -14,6 +14,7 @@ from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 
 from siftune.base.errors import DataError
+from siftune.base.text import counted
 from siftune.data.decisions import DIGITS
 from siftune.data.rows import Row
 from siftune.models.loss import IGNORED
@@ -80,6 +81,14 @@ def choose_by_target(work: Work, prepared: Prepared, few: Few, count: int | None
         )
     likely_R = similar_R >= least_similarity(similar_K)  # whatever the limit: a new one selects without training again
     trained_R = likely_R if likely_R.any() else task_R
+    other_R = _other_answers(work, prepared, few, task_R | trained_R, trained_R)
+    left_out_R = task_R & other_R
+    task_R, trained_R = task_R & ~other_R, trained_R & ~other_R
+    if not task_R.any() and count is None:
+        raise DataError(
+            f"no row of the pool with a prompt like those of {few.file} has an answer of other such rows: give a pool "
+            "with rows of the task, write equal answers in the same way, or give a share"
+        )
     scores_R, target_T, decoys_D = _target_scores(work, prepared, few, task_R, trained_R)
     columns = {"score": scores_R, "similarity": similar_R}
     if count is not None:
@@ -92,6 +101,9 @@ def choose_by_target(work: Work, prepared: Prepared, few: Few, count: int | None
         choice = choose_by_margins(scores_R, target_T, task_R, limits.score)
     else:
         choice = choose_by_losses(scores_R, target_T, decoys_D, task_R, limits.score)
+    if left_out_R.any():
+        of_others = f"{counted(int(left_out_R.sum()), 'row')} with answers that no row with a similar prompt has"
+        choice = choice._replace(reason=f"{choice.reason}; left out as of other tasks: {of_others}")
     if not choice.rows_R.any():
         assert choice.limit is not None  # without one, all rows of the task are selected
         raise DataError(
@@ -123,6 +135,33 @@ def choose_by_bad_rows(work: Work, prepared: Prepared, few: Few) -> Part:
     count, score = len(data), after - before
     columns = {"score": score[:count], "loss_after": after[:count], "loss_before": before[:count]}
     return Part(unlike(score[:count], score[count:]), columns)
+
+
+_COVERED = 0.9  # share of the target's rows, at least, whose answers rows with similar prompts have, too (ours)
+
+
+def _other_answers(
+    work: Work, prepared: Prepared, few: Few, asked_R: NDArray[np.bool_], likely_R: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Rows of the pool that are of another task by their answers, (R,) (ours).
+
+    If rows with similar prompts share the answers of nine in ten target rows, such are the rows whose answer none of
+    these has. Otherwise there are none.
+
+    Args:
+        work: The sifting.
+        prepared: The rows.
+        few: The target.
+        asked_R: Rows of the pool to ask for.
+        likely_R: Those with prompts like the target's, whose answers count, as do those of the target.
+    """
+    rows, count = [*prepared.rows["train"], *prepared.rows[PARTS[few.name]]], len(asked_R)
+    target, asked = range(count, len(rows)), asked_R.nonzero()[0].tolist()
+    every = [*likely_R.nonzero()[0].tolist(), *target]
+    other_R = np.zeros(count, bool)
+    if decoys_of(rows, work.recipe.seed, target, every).covered[count:].mean() >= _COVERED:
+        other_R[asked] = ~decoys_of(rows, work.recipe.seed, asked, every).covered[asked]
+    return other_R
 
 
 class _Scores(NamedTuple):

@@ -7,6 +7,7 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,8 @@ from siftune.suspects import answers
 from siftune.suspects.decoys import decoys_of
 from siftune.train.folder.run_folder import RunFolder
 from siftune.train.run import train
+
+from .conftest import write
 
 QUIET = Console(quiet=True)
 
@@ -109,11 +112,26 @@ def margins_by_hand(rows, places, others, nll):
     return [max(gain(at, other) for other in others[at]) - gain(at, at) for at in places]
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, task, request, shared):
+def with_two_answers(task):
+    """The pool and the target with two answers, except that every sixth row of the pool has an answer of its own."""
+    pool = [
+        {**row, "completion": f"none {number}" if number % 6 == 0 else "more" if row["id"] > 25 else "less"}
+        for number, row in enumerate(task.pool)
+    ]
+    target = [{**row, "completion": "more" if number > 5 else "less"} for number, row in enumerate(task.target)]
+    return SimpleNamespace(pool=pool, target=target)
+
+
+@pytest.mark.parametrize("kind", ["their own", "their own, as if shared", "shared"])
+def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, task, request, kind):
     """A target of fewer than 64 rows is halved: each training leaves out one half."""
-    if shared:
+    shared = kind != "their own"
+    if kind == "their own, as if shared":
         request.getfixturevalue("shared_answers")
+    if kind == "shared":
+        task = with_two_answers(task)
+        write(given["train"], task.pool)
+        write(given["target"], task.target)
     sifted = sift(**given, console=QUIET)
     halves = halves_of(tmp_path / "sifted")
     assert [len(half) for half in halves] == [6, 6]
@@ -128,6 +146,9 @@ def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, 
     np.fill_diagonal(own, -1)
     np.testing.assert_allclose(sifted.similar, similar[:36].max(1), atol=2e-5)
     of_it = similar[:36].max(1) >= np.sort(own.max(1))[1] - 1e-5  # all of the twelve but one
+    if kind == "shared":
+        assert 0 < of_it[::6].sum() < 6
+        of_it[::6] = False
     assert 8 < of_it.sum() < 36
     rows, places = [*task.pool, *task.target], of_it.nonzero()[0].tolist()
     target = [*range(36, 48)]
@@ -166,6 +187,19 @@ def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, 
         chosen = choose_by_losses(after, np.array(held_out), np.array(decoys), of_it)
     chosen = chosen.rows_R.nonzero()[0].tolist()
     assert sifted.selected == chosen == [n for n, line in enumerate(found) if line["selected"] == "yes"]
+
+
+def test_rows_with_answers_of_other_tasks_are_counted_and_may_be_all_rows(given, task):
+    write(given["train"], [row for row in task.pool if row["source"] == "sums"])
+    task = with_two_answers(task)
+    write(given["target"], task.target)
+    with pytest.raises(DataError, match="has an answer of other such rows"):
+        sift(**given, console=QUIET)
+    write(given["train"], task.pool)
+    sifted = sift(**{**given, "out": given["out"] + " 2"}, console=QUIET)
+    counted = int((np.isnan(sifted.scores[::6]) & (sifted.similar[::6] >= sifted.similarity_limit)).sum())
+    assert f"other tasks: {counted} row" in sifted.reason
+    assert not {*sifted.selected} & {*range(0, 36, 6)}
 
 
 def halves_of(folder):
