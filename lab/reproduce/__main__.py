@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic.dataclasses import dataclass
 
+from lab.reproduce.questions import Wording
 from siftune.base.environment import settle_threads
 from siftune.base.errors import RecipeError, SiftuneError
 from siftune.base.settings import CONFIG, Count, Validated
@@ -42,9 +43,9 @@ class Options(Validated):
     """Adapter types, with commas between, such as lora,dora,series,parallel."""
     prompts: str = "learned"
     """learned, as the papers' code has it, masked, or both with a comma between."""
-    answers: Literal["names", "texts"] = "names"
-    """names (Answer1), as the papers have it, or texts, for small models: options are not listed, and an answer is the
-    text of the correct option."""
+    answers: Wording = "names"
+    """names (Answer1), as the papers have it, letters (A), or texts, for small models: options are not listed, and an
+    answer is the text of the correct one."""
     seeds: str = "0"
     """Seeds, with commas between."""
     out: str | None = None

@@ -33,10 +33,13 @@ _PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n### Response:\n"
 )
-_CLOZE = "Question: {}\nAnswer:"  # ours, for small models: an answer's text follows, as lm-evaluation-harness asks ARC
+# ours: an answer's text follows, as lm-evaluation-harness asks ARC, or its letter, as it asks MMLU
+_CLOZE = "Question: {}\nAnswer:"
+_LISTED = "Question: {}\n{}\nAnswer:"
+_LETTERS = "ABCDEFGH"
 
 Record = dict[str, Any]
-Wording = Literal["names", "texts"]
+Wording = Literal["names", "letters", "texts"]
 
 
 def prepare_files(
@@ -50,8 +53,8 @@ def prepare_files(
         out: The folder `OUT/data`.
         limit: Number of training rows, drawn evenly; None: all.
         questions: Number of questions of each task, the first ones; None: all.
-        answers: "names", such as answer1, as the papers ask, or "texts": options are not listed, and an answer is the
-            text of the correct option.
+        answers: How options are answered: "names", such as answer1, as the papers ask; "letters", such as A; or "texts":
+            options are not listed, and an answer is the text of the correct one.
 
     Raises:
         DataError: Rows are missing or cannot be read.
@@ -146,9 +149,12 @@ def _refuse_missing(folder: Path, files: dict[str, Path | None], kind: str, need
 
 def _row(row: Row, answers: Wording) -> Record:
     """A row in the words that the models are trained with."""
-    if answers == "texts":
+    if answers != "names":
         question, texts, right = _question_and_texts(row)
-        return {"prompt": _CLOZE.format(question), "completion": texts[right]}
+        if answers == "texts":
+            return {"prompt": _CLOZE.format(question), "completion": texts[right]}
+        listed = "\n".join(f"{letter}.{text}" for letter, text in zip(_LETTERS, texts, strict=False))
+        return {"prompt": _LISTED.format(question, listed), "completion": f" {_LETTERS[right]}"}
     return {"prompt": _PROMPT.format(row.prompt[0].content), "completion": row.completion}
 
 
@@ -156,6 +162,8 @@ def _question(row: Row, answers: Wording) -> Record:
     """The same with its options and the position of the correct one."""
     options, right = _options(row)
     choices = [f"the correct answer is {option}" for option in options]
+    if answers == "letters":
+        choices = [f" {letter}" for letter in _LETTERS[: len(options)]]
     if answers == "texts":
         choices = _question_and_texts(row)[1]
         if len(set(choices)) < len(choices) or not all(choice.strip() for choice in choices):

@@ -57,10 +57,11 @@ def save_rows(folder, task):
     return folder
 
 
-def test_questions_have_their_options_as_names_or_as_texts(tmp_path):
+def test_questions_have_their_options_as_names_letters_or_texts(tmp_path):
     data = save_rows(tmp_path / "rows", "ARC-Easy")
     for wording, prompt, choices in (
         ("names", "### Instruction:\nARC-Easy 1?", ["the correct answer is answer1", "the correct answer is answer2"]),
+        ("letters", "Question: ARC-Easy 1?\nA. 1.\nB. 2.\nAnswer:", [" A", " B"]),
         ("texts", "Question: ARC-Easy 1?\nAnswer:", [" 1.", " 2."]),
     ):
         prepare_files(["ARC-Easy"], data, tmp_path / wording, 5, None, wording)
