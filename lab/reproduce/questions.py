@@ -53,8 +53,8 @@ def prepare_files(
         out: The folder `OUT/data`.
         limit: Number of training rows, drawn evenly; None: all.
         questions: Number of questions of each task, the first ones; None: all.
-        answers: How options are answered: "names", such as answer1, as the papers ask; "letters", such as A; or "texts":
-            options are not listed, and an answer is the text of the correct one.
+        answers: How options are answered: by "names", such as answer1, as the papers ask; by "letters", such as A; or
+            by "texts": options are not listed, and an answer is the text of the correct one.
 
     Raises:
         DataError: Rows are missing or cannot be read.
