@@ -4,7 +4,7 @@ If the rows of a task share a few answers, as labels do, the score of a row is i
 similar prompts (suspects/margins.py): by how many nats another answer fits its prompt better than its own. The model is
 tuned on the pool first, which teaches the form of the answers, and those of which the target has few. A loss by itself
 says less then: rows that are hard for the model have high losses, whether they are correct or not, as have rows with an
-answer that is rare in the target. Rows with a margin up to 1 are selected.
+answer that is rare in the target. Rows with a margin up to 1 are selected, and two in five of each of its answers.
 
 Otherwise the right answer is not among those of similar prompts, and the loss is compared with those of correct rows:
 
@@ -29,6 +29,7 @@ limits, and their check by decoys. Prompts are compared first: similarity.py.
 Shapes: R rows of the pool, T held-out rows of the target, D decoys.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -169,30 +170,40 @@ _LIMIT = 1.0  # nats by which another answer may fit better (ours)
 _COMPARED = 8  # held-out rows, at least (ours)
 _RIGHT = 0.6  # share of the held-out rows within the limit, at least (ours)
 _BEYOND = 0.03  # share of the task's rows beyond the limit, at least (ours)
+_OF_ANSWER = 0.4  # share of the rows with an answer of the target, at least (ours)
 
 
 def choose_by_margins(
-    scores_R: Floats, target_T: Floats, task_R: NDArray[np.bool_], limit: float | None = None
+    scores_R: Floats,
+    target_T: Floats,
+    task_R: NDArray[np.bool_],
+    answers_R: NDArray[np.int64],
+    limit: float | None = None,
 ) -> Choice:
     """Select the rows of the target's task without those to whose prompts another answer fits better (ours).
 
-    Rows with a margin above 1 are left out. All rows of the task are selected if fewer than 8 held-out rows can be
-    compared, if less than 60 % of these are within the limit, or if less than 3 % of the task's rows are beyond it. A
-    limit that is given decides alone. Rows without a margin are selected.
+    Rows with a margin above 1 are left out, but of the rows with the same answer of the target, two in five remain:
+    those with the lowest margins. An answer that the model has hardly learned, since the target has few rows with it,
+    would disappear otherwise. All rows of the task are selected if fewer than 8 held-out rows can be compared, if less
+    than 60 % of these are within the limit, or if less than 3 % of the task's rows are beyond it. A limit that is given
+    decides alone. Rows without a margin are selected.
 
     Args:
         scores_R: Margins of the pool's rows; only those of rows of the task count, of which there must be one.
         target_T: Margins of the target's held-out rows.
         task_R: Rows of the pool that are of the task, by the similarity of their prompts.
-        limit: The highest score of a selected row; None: 1.
+        answers_R: Numbers of the target's answers that the rows have; -1 for other answers.
+        limit: The highest score of a selected row; None: 1, except for these two in five.
 
     Example:
         >>> pool, task = np.array([-2.0, 5.0, 1.5, -9.0]), np.array([True, True, True, False])
-        >>> choose_by_margins(pool, np.repeat(-3.0, 8), task).rows_R.tolist()
+        >>> choose_by_margins(pool, np.repeat(-3.0, 8), task, answers_R=np.array([0, 0, -1, 0])).rows_R.tolist()
         [True, False, False, False]
-        >>> choose_by_margins(pool, np.repeat(-3.0, 8), task, limit=2.0).rows_R.tolist()
+        >>> choose_by_margins(pool, np.repeat(-3.0, 8), task, answers_R=np.array([0, 1, 1, 0])).rows_R.tolist()
         [True, False, True, False]
-        >>> choose_by_margins(pool, np.repeat(3.0, 8), task).rows_R.tolist()
+        >>> choose_by_margins(pool, np.repeat(-3.0, 8), task, np.array([0, 0, -1, 0]), limit=2.0).rows_R.tolist()
+        [True, False, True, False]
+        >>> choose_by_margins(pool, np.repeat(3.0, 8), task, np.array([0, 0, -1, 0])).rows_R.tolist()
         [True, True, True, False]
     """
     prompts = "their prompts are like the target's"
@@ -218,7 +229,22 @@ def choose_by_margins(
             f"to only {wrong:.1%} of the answers",
         )
     reason = f"{prompts}, and no answer of another row fits better; one does to {wrong:.0%} of the task's rows"
-    return Choice(within_R, reason, _LIMIT)
+    remaining_R = within_R | _likeliest_of_answers(scores_R, task_R, answers_R)
+    if further := int((remaining_R & ~within_R).sum()):
+        reason += f", of which {further:,} remain as the likeliest with their answer"
+    return Choice(remaining_R, reason, _LIMIT)
+
+
+def _likeliest_of_answers(
+    scores_R: Floats, task_R: NDArray[np.bool_], answers_R: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Two in five of the task's rows with each answer of the target: those without a score, then the lowest."""
+    likeliest_R, order_R = np.zeros(len(scores_R), bool), np.where(np.isnan(scores_R), -np.inf, scores_R)
+    for answer in np.unique(answers_R[task_R & (answers_R >= 0)]):
+        own = (task_R & (answers_R == answer)).nonzero()[0]
+        first = own[np.argsort(order_R[own], kind="stable")]
+        likeliest_R[first[: math.ceil(_OF_ANSWER * len(own))]] = True
+    return likeliest_R
 
 
 _TOO_FEW = 0.5  # of the held-out rows (ours)

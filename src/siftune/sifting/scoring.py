@@ -98,7 +98,11 @@ def choose_by_target(work: Work, prepared: Prepared, few: Few, count: int | None
         rest = f", {others:,} of them by their prompts alone" if others > 0 else ""
         return Part(Choice(rows_R, f"those with the lowest scores, as many as asked for{rest}"), columns)
     if decoys_D is None:
-        choice = choose_by_margins(scores_R, target_T, task_R, limits.score)
+        numbers: dict[str, int] = {}
+        for row in prepared.rows[PARTS[few.name]]:
+            numbers.setdefault(row.completion.strip(), len(numbers))
+        answers_R = np.array([numbers.get(row.completion.strip(), -1) for row in prepared.rows["train"]])
+        choice = choose_by_margins(scores_R, target_T, task_R, answers_R, limits.score)
     else:
         choice = choose_by_losses(scores_R, target_T, decoys_D, task_R, limits.score)
     if left_out_R.any():

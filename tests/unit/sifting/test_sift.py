@@ -182,7 +182,9 @@ def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, 
     np.testing.assert_allclose([float(line["score"] or "nan") for line in found], after, atol=1e-4)
     np.testing.assert_allclose([float(line["similarity"]) for line in found], similar[:36].max(1), atol=2e-5)
     if shared:
-        chosen = choose_by_margins(after, np.array(held_out), of_it)
+        answers = [row["completion"] for row in task.target]
+        numbers = [answers.index(row["completion"]) if row["completion"] in answers else -1 for row in task.pool]
+        chosen = choose_by_margins(after, np.array(held_out), of_it, np.array(numbers))
     else:
         chosen = choose_by_losses(after, np.array(held_out), np.array(decoys), of_it)
     chosen = chosen.rows_R.nonzero()[0].tolist()
