@@ -31,10 +31,10 @@ PoolShare = Count | Annotated[float, Field(gt=0, lt=1)]
 class Options(Validated):
     """Select the rows of a pool that are like a few correct rows of your task, and write them for any trainer.
 
-    Rows with prompts like those of the correct rows are of the task. After a short training on most of the correct
-    rows, rows of the task that are less likely than four in five of the others are left out. With --avoid, rows like
-    bad ones are left out. The same command continues after an interruption. `siftune train --sift` and `siftune train
-    --avoid` do this before training.
+    Rows with prompts like those of the correct rows are of the task. A model is briefly trained, and rows of the task
+    are left out if another row's answer fits their prompt better, or, if each row has an answer of its own, if theirs
+    is less likely than those of correct rows. With --avoid, rows like bad ones are left out. The same command continues
+    after an interruption. `siftune train --sift` and `siftune train --avoid` do this before training.
     """
 
     model: str = Recipe.model
@@ -48,8 +48,8 @@ class Options(Validated):
     share: PoolShare | None = None
     """Rows to select: a share of the pool below 1, or a number. Default: those of the task within the limits."""
     max_score: FiniteFloat | None = None
-    """Select rows of the task up to this score. Default: 1 if rows share answers, otherwise that of the target's
-    held-out rows."""
+    """Select rows of the task up to this score. Default: if rows share answers, 1, and two in five rows of each answer
+    in any case; otherwise that of the target's held-out rows."""
     min_similarity: Annotated[float, Field(ge=-1, le=1)] | None = None
     """Rows are of the task from this similarity of their prompts. Default: the limit of the target's own prompts."""
     steps: Count = STEPS

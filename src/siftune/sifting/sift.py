@@ -147,8 +147,8 @@ def sift(
             the similarity of their prompts. None: rows of the task that do not contradict the target.
         steps: Optimizer steps of a training on the pool, at most; on the target's rows, at most half as many follow.
         avoid: File or hub id of at least 8 rows with answers that the model must not give.
-        max_score: Select rows of the task up to this score. None: 1 if rows share answers, otherwise the limit of the
-            target's held-out rows.
+        max_score: Select rows of the task up to this score. None: if rows share answers, 1, and two in five rows of
+            each of the target's answers in any case; otherwise the limit of the target's held-out rows.
         min_similarity: Rows are of the task from this similarity of their prompts, -1 to 1. None: the limit of the
             target's own prompts. If the folder lacks losses of such rows, only these are computed.
         console: Console for progress; stderr by default.
