@@ -228,10 +228,11 @@ def choose_by_margins(
             f"{prompts}; the model cannot tell wrong answers, or there are none: it prefers the answer of another row "
             f"to only {wrong:.1%} of the answers",
         )
-    reason = f"{prompts}, and no answer of another row fits better; one does to {wrong:.0%} of the task's rows"
     remaining_R = within_R | _likeliest_of_answers(scores_R, task_R, answers_R)
+    gone = 1 - remaining_R.sum() / task_R.sum()
+    reason = f"{prompts}; {gone:.0%} of the task's rows are left out, since another answer fits their prompts better"
     if further := int((remaining_R & ~within_R).sum()):
-        reason += f", of which {further:,} remain as the likeliest with their answer"
+        reason += f", but {further:,} such rows remain, the likeliest with their answers"
     return Choice(remaining_R, reason, _LIMIT)
 
 
