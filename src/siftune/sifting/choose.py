@@ -171,6 +171,7 @@ _COMPARED = 8  # held-out rows, at least (ours)
 _RIGHT = 0.6  # share of the held-out rows within the limit, at least (ours)
 _BEYOND = 0.03  # share of the task's rows beyond the limit, at least (ours)
 _OF_ANSWER = 0.4  # share of the rows with an answer of the target, at least (ours)
+_HARD = 3.0  # nats: if most margins beyond the limit are smaller, many of these rows are correct and hard (ours)
 
 
 def choose_by_margins(
@@ -186,7 +187,8 @@ def choose_by_margins(
     those with the lowest margins. An answer that the model has hardly learned, since the target has few rows with it,
     would disappear otherwise. All rows of the task are selected if fewer than 8 held-out rows can be compared, if less
     than 60 % of these are within the limit, or if less than 3 % of the task's rows are beyond it. A limit that is given
-    decides alone. Rows without a margin are selected.
+    decides alone. Rows without a margin are selected. If most of the margins beyond the limit are below 3 nats, the
+    reason says that many of these rows may be correct.
 
     Args:
         scores_R: Margins of the pool's rows; only those of rows of the task count, of which there must be one.
@@ -233,6 +235,11 @@ def choose_by_margins(
     reason = f"{prompts}; {gone:.0%} of the task's rows are left out, since another answer fits their prompts better"
     if further := int((remaining_R & ~within_R).sum()):
         reason += f", but {further:,} such rows remain, the likeliest with their answers"
+    if np.median(scores_R[task_R & ~within_R]) < _HARD:
+        reason += (
+            "; in most cases it fits only slightly better, and many of these rows may be correct but hard for the "
+        )
+        reason += "model: compare with a training on all rows"
     return Choice(remaining_R, reason, _LIMIT)
 
 

@@ -89,6 +89,14 @@ def test_the_choice_by_margins_is_that_of_exact_arithmetic(rows, held_out):
     assert choice.limit == (1.0 if limited else None)
 
 
+@pytest.mark.parametrize(("margin", "warned"), [(2.9, True), (3.0, False)])
+def test_margins_that_are_mostly_small_are_reported(margin, warned):
+    pool, answers = np.array([-5.0] * 9 + [1.5, 9.0] * 4 + [margin]), np.full(18, -1)
+    choice = choose_by_margins(pool, np.full(8, -1.0), np.ones(18, bool), answers)
+    assert choice.rows_R.tolist() == [True] * 9 + [False] * 9
+    assert ("compare with a training on all rows" in choice.reason) == warned
+
+
 @given(FEW, st.lists(LOSSES, max_size=20))
 def test_pairs_in_order_are_counted_one_by_one(target, decoys):
     pairs = [(d > t) + (d == t) / 2 for d in decoys for t in target]
