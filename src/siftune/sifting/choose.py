@@ -237,9 +237,9 @@ def choose_by_margins(
         reason += f", but {further:,} such rows remain, the likeliest with their answers"
     if np.median(scores_R[task_R & ~within_R]) < _HARD:
         reason += (
-            "; in most cases it fits only slightly better, and many of these rows may be correct but hard for the "
+            "; it mostly fits only slightly better, and many of these rows may be correct but hard for the model: "
         )
-        reason += "model: compare with a training on all rows"
+        reason += "compare with a training on all rows"
     return Choice(remaining_R, reason, _LIMIT)
 
 
