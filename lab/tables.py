@@ -56,6 +56,12 @@ def _private(path: Path) -> str:
     return "\n\n".join(parts)
 
 
+def _natural(path: Path) -> str:
+    """All cells, and the differences to the baseline of a user with a few correct rows."""
+    lines = read(path)
+    return f"{pays.report(lines)}\n\n# Differences to few\n\n{pays.differences(lines, 'few')}"
+
+
 def _printed(path: Path) -> str:
     """Tables that a command printed."""
     record = json.loads(path.read_text(encoding="utf-8"))
@@ -82,7 +88,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gast_cost_epyc.jsonl": _costs,
     "keep.jsonl": lambda path: keep.report(read(path)),
     "keep_epyc.jsonl": lambda path: keep.report(read(path)),
-    "natural.jsonl": lambda path: pays.report(read(path)),
+    "natural.jsonl": _natural,
     "lira_epsilon.jsonl": lambda path: lira_epsilon.report(read(path)),
     **dict.fromkeys(_OFFSITE, lambda path: offsite.report(read(path))),
     "pays.jsonl": _pays,
