@@ -4,7 +4,8 @@ If the rows of a task share a few answers, as labels do, the score of a row is i
 similar prompts (suspects/margins.py): by how many nats another answer fits its prompt better than its own. The model is
 tuned on the pool first, which teaches the form of the answers, and those of which the target has few. A loss by itself
 says less then: rows that are hard for the model have high losses, whether they are correct or not, as have rows with an
-answer that is rare in the target. Rows with a margin up to 1 are selected, and two in five of each of its answers.
+answer that is rare in the target. Rows with a margin up to 1 are selected, and in any case two in five of the rows with
+each of its answers.
 
 Otherwise the right answer is not among those of similar prompts, and the loss is compared with those of correct rows:
 
@@ -171,7 +172,7 @@ _COMPARED = 8  # held-out rows, at least (ours)
 _RIGHT = 0.6  # share of the held-out rows within the limit, at least (ours)
 _BEYOND = 0.03  # share of the task's rows beyond the limit, at least (ours)
 _OF_ANSWER = 0.4  # share of the rows with an answer of the target, at least (ours)
-_HARD = 3.0  # nats: if most margins beyond the limit are smaller, many of these rows are correct and hard (ours)
+_HARD = 3.0  # nats: if most margins beyond the limit are smaller, many of these rows may be correct but hard (ours)
 
 
 def choose_by_margins(
@@ -236,10 +237,8 @@ def choose_by_margins(
     if further := int((remaining_R & ~within_R).sum()):
         reason += f", but {further:,} such rows remain, the likeliest with their answers"
     if np.median(scores_R[task_R & ~within_R]) < _HARD:
-        reason += (
-            "; it mostly fits only slightly better, and many of these rows may be correct but hard for the model: "
-        )
-        reason += "compare with a training on all rows"
+        reason += "; most margins are small, and many of these rows may be correct but hard: compare with a training "
+        reason += "on all rows"
     return Choice(remaining_R, reason, _LIMIT)
 
 
