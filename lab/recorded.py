@@ -73,7 +73,8 @@ python -m lab.lira_epsilon --epsilons none,100,8,1 --models 16 --steps 30 --out 
 """,
     "natural.jsonl": """
 run="python -m lab.pays.run N --data FOLDER --out natural.jsonl --cells"
-$run intents-a,intents-b,intents-c,raters,tasks-intents --methods untrained few target sifted --steps 90
+$run intents-a,intents-b,intents-c,raters,tasks-intents --methods untrained few sifted --steps 90
+$run intents-a,intents-b,intents-c,raters --methods target --steps 90
 $run intents-a,intents-b,intents-c --methods few target --steps 90 --seeds 1
 $run intents-a,raters --methods oracle --steps 90
 $run intents-b --methods target sifted --steps 180

@@ -57,9 +57,12 @@ def _private(path: Path) -> str:
 
 
 def _natural(path: Path) -> str:
-    """All cells, and the differences to the baseline of a user with a few correct rows."""
+    """All cells, and the differences to a user's first baseline and to longer trainings."""
     lines = read(path)
-    return f"{pays.report(lines)}\n\n# Differences to few\n\n{pays.differences(lines, 'few')}"
+    parts = [pays.report(lines)]
+    for name in ("few", "target, 180 steps", "target, 360 steps"):
+        parts.append(f"# Differences to {name}\n\n{pays.differences(lines, name)}")
+    return "\n\n".join(parts)
 
 
 def _printed(path: Path) -> str:
