@@ -33,8 +33,11 @@ def save_pool(path: Path, count: int, long: int = 0) -> Path:
     return path
 
 
-def save_sifting(folder: Path, pool: Path, own: bool = True) -> Path:
-    """Write the folder of `siftune sift` of such a pool: scores around the limits, and none for the other task."""
+def save_sifting(folder: Path, pool: Path, own: bool = True, rare: int = 0) -> Path:
+    """Write the folder of `siftune sift` of such a pool: scores around the limits, and none for the other task.
+
+    Rows of the task whose number is a multiple of `rare` are selected whatever their score; none for 0.
+    """
     generator, decisions = random.Random(1), []
     for number, line in enumerate(pool.read_text(encoding="utf-8").splitlines(), 1):
         record = json.loads(line)
@@ -42,7 +45,8 @@ def save_sifting(folder: Path, pool: Path, own: bool = True) -> Path:
         similarity = generator.uniform(0.61, 0.99) if of_task else generator.uniform(0.05, 0.59)
         score = abs(generator.gauss(0.9, 0.7)) if of_task else math.nan
         texts = [text if len(text) <= 300 else f"{text[:300]}…" for text in (record["prompt"], record["completion"])]
-        decision = Decision(f"{pool}:{number}", score <= LIMITS[0], [score, similarity], record["source"], *texts)
+        selected = score <= LIMITS[0] or (of_task and rare > 0 and number % rare == 0)
+        decision = Decision(f"{pool}:{number}", selected, [score, similarity], record["source"], *texts)
         decisions.append(decision)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scores.csv").write_text(decisions_csv(decisions, ["score", "similarity"]), encoding="utf-8")

@@ -34,7 +34,7 @@ def review_of_pool(pool: Pool, name: str, files: Sequence[str] = (), columns: Se
         files: Files of its rows that the user names: see `complete_rows`.
         columns: Names of columns, as for `complete_rows`.
     """
-    total, limit = len(pool.rows), pool.count
+    total, limit = len(pool.rows), pool.border
     others = next((number for number, row in enumerate(pool.rows) if row.state == OTHER), total)
     shown = [*range(total)]
     if total > MOST:

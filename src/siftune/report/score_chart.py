@@ -30,7 +30,7 @@ def score_chart(selected: Sequence[Point], others: Sequence[Point], limits: Limi
     title = "Similarity of prompts and scores"
     note = "Dots: selected. Crosses: left out. The higher, the less the answer fits."
     if any(score is None for _, score in (*selected, *others)):
-        note += " Rows of other tasks have no score: they are at the top."
+        note += " Rows without a score, such as those of other tasks, are at the top."
     if max(len(selected), len(others)) > _MOST:
         note += f" At most {_MOST:,} rows of each kind are drawn."
     return Figure(title, lambda width: _draw(width, title, selected, others, limits), note, "full")

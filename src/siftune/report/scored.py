@@ -132,8 +132,9 @@ class Pool:
     Attributes:
         path: Its file of scores.
         header: Columns of the file.
-        rows: Its rows in the order of their scores; those on one side of the limit first.
-        count: Number of rows on that side: selected ones by a target, by bad rows those that are left out.
+        rows: Its rows in the order of their scores.
+        count: Number of rows that are selected by a target, or left out by bad rows.
+        border: Number of rows before the limit on the score. By a target, some that follow may be selected, too.
         limits: The limits by which rows were selected, if there were any.
     """
 
@@ -141,14 +142,15 @@ class Pool:
     header: Sequence[str]
     rows: list[Scored]
     count: int
+    border: int
     limits: Limits = NO_LIMITS
 
 
 def by_target(folder: Path, state: dict[str, Any]) -> Pool | None:
     """The pool of a folder of `siftune sift`, by the scores of the target; None without a target.
 
-    Selected rows by score come first, then the others of the task by score, those like the bad rows, and other tasks by
-    their prompts.
+    Rows of the task by score come first, then those without one that are selected, those like the bad rows, and other
+    tasks by their prompts.
 
     Raises:
         InputError: As `read_list`.
@@ -171,7 +173,11 @@ def by_target(folder: Path, state: dict[str, Any]) -> Pool | None:
 
     rows = [row._replace(state=state_of(row)) for row in read.rows]
     rows.sort(key=_order)
-    return Pool(read.path, read.header, rows, sum(row.selected for row in rows), limits)
+    count = border = sum(row.selected for row in rows)
+    if limits.score is not None:
+        task = [row.score for row in rows if row.state in (CHOSEN, BY_SCORE) and row.score is not None]
+        border = sum(score <= limits.score for score in task)
+    return Pool(read.path, read.header, rows, count, border, limits)
 
 
 def _limit(state: dict[str, Any], name: str) -> float | None:
@@ -184,11 +190,8 @@ def _limit(state: dict[str, Any], name: str) -> float | None:
 
 def _order(row: Scored) -> tuple[int, bool, float]:
     by_prompt = row.state == OTHER or row.score is None
-    return (
-        (CHOSEN, BY_SCORE, LIKE_BAD, OTHER).index(row.state),
-        by_prompt,
-        -(row.similarity or 0.0) if by_prompt or row.score is None else row.score,
-    )
+    place = {CHOSEN: 1 if by_prompt else 0, BY_SCORE: 0, LIKE_BAD: 2, OTHER: 3}[row.state]
+    return place, by_prompt, -(row.similarity or 0.0) if by_prompt or row.score is None else row.score
 
 
 def by_bad_rows(folder: Path) -> Pool | None:
@@ -203,4 +206,5 @@ def by_bad_rows(folder: Path) -> Pool | None:
     read = read_list(path)
     rows = [row._replace(state=CHOSEN if row.selected else LIKE_BAD) for row in read.rows]
     rows.sort(key=lambda row: (row.selected, -math.inf if row.score is None else row.score))
-    return Pool(path, read.header, rows, sum(not row.selected for row in rows))
+    count = sum(not row.selected for row in rows)
+    return Pool(path, read.header, rows, count, count)

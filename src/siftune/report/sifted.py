@@ -109,7 +109,7 @@ def _by_target(pool: Pool, why: str, name: str, examples: str) -> Section:
         tables.append(_shares("completion", task))
     if examples:
         caption = (
-            "First the last rows that were selected, and the first that were left out; then both ends of the order. "
+            "First the last rows below the limit on the score, and the first above it; then both ends of the order. "
             f"Prompt: its similarity to the target's, 1 if equal. {examples}"
         )
         tables.append(_examples(pool, caption, by_losses=False))
@@ -178,8 +178,8 @@ def _shares(kind: str, rows: Sequence[Scored]) -> Grid:
 
 def _examples(pool: Pool, caption: str, by_losses: bool) -> Grid:
     """Rows from both sides of the limit and from both ends of the order, with losses or similarities."""
-    rows, count = pool.rows, pool.count
-    middle = range(max(0, count - _EACH), min(len(rows), count + _EACH))
+    rows, border = pool.rows, pool.border
+    middle = range(max(0, border - _EACH), min(len(rows), border + _EACH))
     ends = sorted({*range(min(_EACH, len(rows))), *range(max(0, len(rows) - _EACH), len(rows))} - {*middle})
     lines = [
         [

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.sifted_pools import save_pool, save_sifting
+from support.sifted_pools import LIMITS, save_pool, save_sifting
 
 from siftune.base.work_folder import record_text
 from siftune.data.decisions import Decision, decisions_csv, read_decisions
@@ -56,6 +56,17 @@ def test_all_rows_of_a_small_pool_are_there_in_their_order(tmp_path):
     assert parts["around the limit"] == [*range(max(0, limit - 25), min(60, limit + 25))]
     assert parts["other tasks, most similar prompts"] == [*range(40, 60)]
     assert parts["end of the order"] == [*range(35, 60)]
+
+
+def test_rows_around_the_limit_are_those_with_the_nearest_scores(tmp_path):
+    folder = save_sifting(tmp_path / "sifted", save_pool(tmp_path / "pool.jsonl", 240), rare=5)
+    data = review(folder).review
+    scores = [float(row["fields"][2]) for row in data["rows"] if row["fields"][2]]
+    assert scores == sorted(scores)
+    shown = [data["rows"][at] for at in dict(data["parts"])["around the limit"]]
+    assert [float(row["fields"][2]) <= LIMITS[0] for row in shown] == [True] * 25 + [False] * 25
+    assert {row["selected"] for row in shown[25:]} == {False, True}
+    assert [bool(row["reason"]) for row in shown] == [not row["selected"] for row in shown]
 
 
 def test_of_a_large_pool_the_others_are_named_if_they_are_left_out(tmp_path):
