@@ -39,6 +39,10 @@ class _Line(BaseModel):
             raise ValueError("the lists have different lengths")
         return self
 
+    def table(self) -> Floats:
+        """The values, (N, C), which take less memory than lists of numbers."""
+        return np.column_stack([np.array(values, np.float64) for name, values in self if name != "rows"])
+
 
 class _OfAnswers(_Line):
     own: list[float]
@@ -86,7 +90,8 @@ def answer_losses(
         known = [[None if np.isnan(value) else value for value in values] for values in zip(*others, strict=True)]
         return {"tokens": tokens, "own": losses, "others": known}
 
-    return Answers(*_recorded(work, name, _OfAnswers, numbers, scored))
+    tokens, own, *others = _recorded(work, name, _OfAnswers, numbers, scored).T
+    return Answers(tokens, own, np.stack(others, axis=1))
 
 
 def bad_row_losses(work: Work, name: str, data: Dataset, tuned: Callable[[], Any]) -> Losses:
@@ -103,7 +108,7 @@ def bad_row_losses(work: Work, name: str, data: Dataset, tuned: Callable[[], Any
         part = np.column_stack([np.maximum(after.tokens, 1), after.nll, before.nll])
         return dict(zip(("tokens", "after", "before"), _of_all_ranks(part, len(own), model), strict=True))
 
-    return Losses(*_recorded(work, name, _OfBadRows, range(len(data)), scored))
+    return Losses(*_recorded(work, name, _OfBadRows, range(len(data)), scored).T)
 
 
 def _recorded(
@@ -112,10 +117,10 @@ def _recorded(
     form: type[_Line],
     numbers: Sequence[int],
     scored: Callable[[Sequence[int], Progress], Mapping[str, Any]],
-) -> list[Floats]:
-    """The columns of a file for some rows; `scored` computes those that are not in it."""
-    lines = from_first(lambda: work.folder.lines(name, form))
-    missing = sorted({*numbers} - {number for line in lines for number in line.rows})
+) -> Floats:
+    """The values of a file for N rows, (N, C); `scored` computes those that are not in it."""
+    lines = from_first(lambda: [(line.rows, line.table()) for line in work.folder.lines(name, form) if line.rows])
+    missing = sorted({*numbers} - {number for own, _ in lines for number in own})
     with stages(work.console) as progress:
         for start in range(0, len(missing), _CHUNK):
             own = missing[start : start + _CHUNK]
@@ -126,15 +131,10 @@ def _recorded(
             line = {"rows": own, **scored(own, shown)}
             if rank() == 0:
                 work.folder.append(name, line)
-            lines.append(form(**line))
-    columns = [field for field in form.model_fields if field != "rows"]
-    values = {
-        row: each
-        for line in lines
-        for row, *each in zip(line.rows, *(getattr(line, column) for column in columns), strict=True)
-    }
-    every = zip(*(values[number] for number in numbers), strict=True)
-    return [np.array(column, np.float64) for column in every]
+            lines.append((own, form(**line).table()))
+    at = {number: place for place, number in enumerate(number for own, _ in lines for number in own)}
+    table_NC = np.concatenate([table for _, table in lines])
+    return np.asarray(table_NC[[at[number] for number in numbers]])
 
 
 def _of_all_ranks(part_NC: NDArray[np.float64], count: int, model: Any) -> list[list[float]]:
