@@ -154,13 +154,14 @@ def _quality(cell: Cell, best: Mapping[str, Runs], base: str) -> str:
     rows, ceiling = [], _ceiling_of(best)
     selects = any("groups" in line for runs in best.values() for line in runs.values())
     for name, rates in cell.items():
-        (right, seeds), (nats, _) = (compare(name, best, of, [base, ceiling]) for of in ("right", "nats"))
-        between = ceiling in nats.point and base in nats.point and name not in (base, ceiling)
+        (right, seeds), (nats, _) = (compare(name, best, of, [base]) for of in ("right", "nats"))
+        bounded, _ = compare(name, best, "nats", [base, ceiling])  # on the seeds of the ceiling, which may be fewer
+        between = ceiling in bounded.point and base in bounded.point and name not in (base, ceiling)
         rows.append([
             name, f"{best_rate(rates):g} of {len(rates)}", str(len(seeds)),
             f"{right.point[name]:.1f}", f"{-nats.point[name]:.3f}",
             _minus(right, name, ".1f", base), _minus(nats, name, ".3f", base, -1),
-            *([_percent(nats.share(name, base, ceiling)) if between else _NONE] if ceiling else []),
+            *([_percent(bounded.share(name, base, ceiling)) if between else _NONE] if ceiling else []),
             *(_selected(best[name]) if selects else []), _time(best, name, base),
         ])  # fmt: skip
     titles = ["method", "best lr, of N", "seeds", "correct", "nats", f"correct − {base}", f"nats − {base}"]
