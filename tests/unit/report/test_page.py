@@ -14,7 +14,8 @@ from siftune.base.json_files import read_sealed, sealed, unsealed
 from siftune.evaluate.measure import MetricRow
 from siftune.recipe.training_rows import Text
 from siftune.report import show
-from siftune.report.compare import basis_of, headline
+from siftune.report.comparable import basis_of
+from siftune.report.compare import headline
 from siftune.report.evals import Answer, Eval, read_evals, record_eval
 from siftune.report.page import make_page, sections
 from siftune.report.run_page import _suspect_table
