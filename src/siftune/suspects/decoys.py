@@ -109,4 +109,5 @@ def _counts(texts: Sequence[str]) -> NDArray[np.float32]:
 def _weighted(counts_RF: NDArray[np.float32], rarity_F: NDArray[np.float64]) -> NDArray[np.float32]:
     weighted_RF = counts_RF * rarity_F.astype(np.float32)
     lengths_R1 = np.linalg.norm(weighted_RF, axis=1, keepdims=True)
-    return np.asarray(weighted_RF / np.maximum(lengths_R1, 1e-6), np.float32)
+    weighted_RF /= np.maximum(lengths_R1, 1e-6)  # in place: these are the largest arrays here
+    return weighted_RF
