@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lab import calibration_leak, federated, gast_cost, lira_epsilon, offsite, quality
 from lab.avoid import report as avoid
@@ -57,12 +58,29 @@ def _private(path: Path) -> str:
 
 
 def _natural(path: Path) -> str:
-    """All cells, and the differences to a user's first baseline and to longer trainings."""
+    """All cells, those of intents as one, and the differences to a user's first baseline and to longer trainings."""
     lines = read(path)
     parts = [pays.report(lines)]
+    intents = [line for line in lines if _is_plain_intents(line["job"])]
+    together = "# All intents: a run of a pool and a seed counts as a seed\n\n"
+    parts.append(together + pays.differences([_of_one_cell(line, "intents") for line in intents], "target"))
     for name in ("few", "target, 180 steps", "target, 360 steps"):
         parts.append(f"# Differences to {name}\n\n{pays.differences(lines, name)}")
     return "\n\n".join(parts)
+
+
+def _is_plain_intents(job: dict[str, Any]) -> bool:
+    """Whether a job is of the usual model and length, with 100 known rows."""
+    name, known = job["cell"]["name"], job["cell"]["known"]
+    usual = (job["model"], job["steps"]) == ("smollm2", 90) and known == 100
+    return usual and name.startswith("intents-") and job["method"]["name"] in ("few", "target", "sifted")
+
+
+def _of_one_cell(line: dict[str, Any], name: str) -> dict[str, Any]:
+    """A line as of a cell that has the runs of several."""
+    job = line["job"]
+    cell = {**job["cell"], "name": name}
+    return {**line, "job": {**job, "cell": cell, "seed": f"{job['cell']['name']} {job['seed']}"}}
 
 
 def _printed(path: Path) -> str:
