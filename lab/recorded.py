@@ -73,9 +73,10 @@ python -m lab.lira_epsilon --epsilons none,100,8,1 --models 16 --steps 30 --out 
 """,
     "natural.jsonl": """
 run="python -m lab.pays.run N --data FOLDER --out natural.jsonl --cells"
-$run intents-a,intents-b,intents-c,raters,tasks-intents --methods untrained few sifted --steps 90
-$run intents-a,intents-b,intents-c,raters --methods target --steps 90
-$run intents-a,intents-b,intents-c --methods few target --steps 90 --seeds 1
+$run intents-a,intents-b,intents-c --methods few target sifted --steps 90 --seeds 0,1,2
+$run raters,tasks-intents --methods few sifted --steps 90
+$run raters --methods target --steps 90
+$run intents-a,intents-b,intents-c,raters,tasks-intents --methods untrained --steps 90
 $run intents-a,raters --methods oracle --steps 90
 $run intents-b --methods target sifted --steps 180
 $run intents-b --methods target --steps 360
@@ -182,7 +183,8 @@ python -m lab.pays.scores intents-a --data FOLDER --out scores.jsonl    # simila
 """,
     "rows.jsonl": """
 python -m lab.rows.run --cells mixed-25 --rows 920 --lr 1e-3 --data FOLDER --out rows.jsonl
-python -m lab.rows.run --cells intents-a,intents-b,raters --rows 960 --epochs 1 --data FOLDER --out rows.jsonl
+python -m lab.rows.run --cells intents-a,intents-b,intents-c,raters --rows 960 --epochs 1 --data FOLDER --out rows.jsonl
+python -m lab.rows.run --cells intents-a --rows 960 --epochs 3 --data FOLDER --out rows.jsonl
 python -m lab.rows.report lab/results/rows.jsonl
 """,
 }

@@ -61,9 +61,9 @@ def _natural(path: Path) -> str:
     """All cells, those of intents as one, and the differences to a user's first baseline and to longer trainings."""
     lines = read(path)
     parts = [pays.report(lines)]
-    intents = [line for line in lines if _is_plain_intents(line["job"])]
-    together = "# All intents: a run of a pool and a seed counts as a seed\n\n"
-    parts.append(together + pays.differences([_of_one_cell(line, "intents") for line in intents], "target"))
+    intents = [_of_one_cell(line, "intents") for line in lines if _is_plain_intents(line["job"])]
+    parts.append("# All intents: a run of a pool and a seed counts as a seed")
+    parts += [pays.differences(intents, name) for name in ("few", "target")]
     for name in ("few", "target, 180 steps", "target, 360 steps"):
         parts.append(f"# Differences to {name}\n\n{pays.differences(lines, name)}")
     return "\n\n".join(parts)
