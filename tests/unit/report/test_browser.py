@@ -39,6 +39,8 @@ def report(runs, tmp_path_factory):
 def test_it_fits_and_has_the_system_s_colours(browser, report, width, scheme):
     with opened(browser, report, width, scheme) as page:
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        right = "[...document.querySelectorAll('caption')].map(caption => caption.getBoundingClientRect().right)"
+        assert 0 < page.evaluate(f"Math.max(...{right})") <= width  # of tables that scroll, too
         figures = page.locator("figure svg:visible")
         assert figures.count() == page.locator("figure").count() > 10
         for box in (figures.nth(i).bounding_box() for i in range(figures.count())):
