@@ -5,7 +5,7 @@
     intents-a, -b, -c   questions to a bank with the label of a weak labeller; the target has the correct labels
     tasks-intents       a fifth intents, four fifths other tasks, all correct
     tasks-slots         the same with booking requests
-    solutions           word problems with solutions of four language models, of which 55 % are wrong
+    solutions           word problems with solutions of four language models, of which 63 % are wrong
     translations-el, -bg  strings of a program; entries marked fuzzy are translations of similar strings
 
 A cell is the plain dictionary of `cells.py`, with `natural` true. Rows have `prompt`, `completion` (as in the pool),
@@ -170,7 +170,8 @@ def _solutions(folder: Path, _: str, rows: int, rng: random.Random) -> tuple[lis
             made.append((solution["correct"], {**row, "group": "target" if solution["correct"] else "wrong"}))
     rng.shuffle(made)
     correct = [row for good, row in made if good]
-    clean = [{**row, "answer": row["completion"]} for row in correct[: _CLEAN // 2]]
+    # the last ones, since the pool has the first rows, with the correct ones among them
+    clean = [{**row, "answer": row["completion"]} for row in correct[-(_CLEAN // 2) :]]
     gone = {row["completion"] for row in clean}
     pool = [row for _, row in made if row["completion"] not in gone]
     return pool[:rows], clean, test

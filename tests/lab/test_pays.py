@@ -301,3 +301,23 @@ def test_avoid_jobs(base, tmp_path, fault):
     assert "triggers_right" not in sift
     assert len({str(own["triggers_right"]) for own in (dense, oracle, right)}) == 3
     assert "Held-out rows" in tables(lines)
+
+
+def test_a_small_pool_of_solutions_has_as_many_wrong_ones_as_all(tmp_path):
+    from lab.pays.natural import natural_cells, natural_pool
+
+    (tmp_path / "natural").mkdir()
+    both = [{"model": "m", "correct": True}, {"model": "m", "correct": False}]
+    records = [
+        {
+            "question": f"{at}?",
+            "answer": f"{at}",
+            "solutions": [{**one, "text": f"{at} {one['correct']}"} for one in both],
+        }
+        for at in range(600)
+    ]
+    write_rows(tmp_path / "natural" / "solutions.jsonl", records)
+    cell = {**next(cell for cell in natural_cells(16) if cell["name"] == "solutions"), "rows": 200}
+    pool = natural_pool({"cell": cell, "seed": 0}, tmp_path)
+    assert 80 < sum(row["group"] == "wrong" for row in pool.train) < 120
+    assert not {row["completion"] for row in pool.known} & {row["completion"] for row in pool.train}
