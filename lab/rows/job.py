@@ -3,7 +3,7 @@
 A job writes its rows to pool.jsonl, and runs `siftune train` and `siftune rows` in their folder. The line holds the
 recorded losses, so that the report can apply another rule without training. If the job trains for a number of passes,
 it also holds the losses under the model that was trained on the rows; with none, the run has a single step, since
-`siftune rows` only needs its settings. With correct rows, the job also runs `siftune sift`, and records its scores.
+`siftune rows` only needs its settings.
 """
 
 import sys
@@ -42,11 +42,9 @@ def scored(job: Job, data: Path, folder: Path) -> Record:
         commands.run(*words, *settings_of(job, "none"), *flags({"max-length": 1024, **length}), "--out", "run")
         before = commands.seconds
         commands.run("rows", "run", "--csv", "suspects.csv")
-        listing = commands.seconds - before
         every, about = trained_rows(Path("run"))
         losses = read_losses(Path("run/losses.parquet"), about, len(every))
         trained_on = _trained_on(rows) if job["epochs"] else None
-        sifted = _sifted(job, commands) if known else None
         listed = read_decisions("suspects.csv").selected.values() if Path("suspects.csv").exists() else []
     return {
         "rows": len(rows),
@@ -56,9 +54,8 @@ def scored(job: Job, data: Path, folder: Path) -> Record:
         "covered": round(float(losses.covered.mean()), 3),
         "losses": {name: _rounded(getattr(losses, name)) for name in LOSSES},
         **({} if trained_on is None else {"trained_on": _rounded(trained_on)}),
-        **(sifted or {}),
         "commands": commands.texts,
-        "processor_seconds": round(listing, 1),
+        "processor_seconds": round(commands.seconds - before, 1),
     }
 
 
@@ -76,21 +73,6 @@ def _trained_on(rows: list[Row]) -> NDArray[np.float64]:
     data = tokenize_rows(rows_from([_plain(row) for row in rows]), tokenizer, 1024, "none")
     with short_rows():
         return row_nll(model, list(zip(data["input_ids"], data["labels"], strict=True)), 64).nll
-
-
-def _sifted(job: Job, commands: Commands) -> Record:
-    """Scores of the rows by the target, by their numbers, and the selected ones."""
-    rows = ("--train", "pool.jsonl", "--target", "few.jsonl")
-    commands.run("sift", *rows, *settings_of(job, "none"), *flags({"max-length": 1024}), "--out", "sifted")
-    sifted = commands.sifted
-    assert sifted is not None
-    assert sifted.scores is not None
-    numbers = [int(place.rpartition(":")[2]) - 1 for place in sifted.places]  # without copies of other rows
-    return {
-        "sift_scores": dict(zip(map(str, numbers), _rounded(sifted.scores), strict=True)),
-        "sift_selected": list(sifted.selected),
-        "sift_seconds": round(commands.sift_seconds, 1),
-    }
 
 
 def main(argv: list[str]) -> int:

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lab.lines import read
 from lab.rows.job import LOSSES
-from lab.rows.metrics import Floats, auroc, lowest, precision
+from lab.rows.metrics import auroc, lowest, precision
 from siftune.report.table import Table, markdown_table
 from siftune.suspects.decoys import SHARED
 from siftune.suspects.rule import judge
 
 Line = dict[str, Any]
-_SCORES = ("score", "loss", "per token", "loss, trained on", "siftune sift")
+_SCORES = ("score", "loss", "per token", "loss, trained on")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,31 +42,13 @@ def report(lines: Sequence[Line]) -> str:
         lists.append([*name, str(count), str(bad.sum()), str(suspects), *shares, verdict.doubt or "–"])
         if bad.any():
             values = [verdict.score, losses[0], losses[0] / np.array(line["tokens"])]
-            trained_on = np.array(line["trained_on"]) if "trained_on" in line else None
-            figures = [_figures(value, bad) for value in (*values, trained_on, _sift_scores(line))]
-            scores.append([*name, *figures])
+            values += [np.array(line["trained_on"])] if "trained_on" in line else []
+            figures = [f"{auroc(one, bad):.3f}, {precision(one, bad):.0%}" for one in map(lowest, values)]
+            scores.append([*name, *figures, *["–"] * (4 - len(figures))])
     names = ["model", "pool", "lr", "passes", "seed"]
     titles = [*names, "rows", "wrong", "suspects", "of them wrong", "of the wrong ones", "if none, why"]
     every, ordered = Table(titles, lists, words=(0, 1, 10)), Table([*names, *_SCORES], scores, words=(0, 1))
     return f"{markdown_table(every)}\n\nAUROC, precision@k\n\n{markdown_table(ordered)}"
-
-
-def _sift_scores(line: Line) -> Floats | None:
-    """(R,) scores by the target, NaN for copies of other rows; rows of other tasks, which are left out, come first."""
-    if "sift_scores" not in line:
-        return None
-    scores_R = np.full(line["rows"], np.nan)
-    for number, score in line["sift_scores"].items():
-        scores_R[int(number)] = np.inf if score is None else score
-    return scores_R
-
-
-def _figures(scores_R: Floats | None, bad_R: NDArray[np.bool_]) -> str:
-    """AUROC and precision; a dash without scores."""
-    if scores_R is None:
-        return "–"
-    scores_R = lowest(scores_R)
-    return f"{auroc(scores_R, bad_R):.3f}, {precision(scores_R, bad_R):.0%}"
 
 
 if __name__ == "__main__":

@@ -98,23 +98,7 @@ def test_rows_job(base, suite, tmp_path, monkeypatch):
     line = {"job": job, **scored(job, suite, tmp_path)}
     assert (line["rows"], len(line["wrong"])) == (46, 10)
     assert [len(values) for values in (line["tokens"], line["trained_on"], *line["losses"].values())] == [46] * 6
-    assert "sift_scores" not in line
     assert "| mixed-50 |" in report.report([line])
-
-
-@pytest.mark.lab
-def test_rows_job_with_a_target(base, suite, tmp_path, monkeypatch):
-    from lab.rows import report
-    from lab.rows.job import scored
-
-    monkeypatch.setattr("siftune.suspects.scoring.FEWEST", 2)
-    cell = {"name": "uniform-50", "rows": 40, "known": 8, "test": 4}
-    job = {"cell": cell, "model": base, "seed": 0, "batch": 4, "lr": 1e-2, "epochs": 0, "method": {"name": "rows"}}
-    line = {"job": job, **scored(job, suite, tmp_path)}
-    scores = line["sift_scores"]
-    assert {*scores} <= {*map(str, range(40))}
-    assert [str(number) in scores for number in line["sift_selected"]] == [True] * len(line["sift_selected"])
-    assert not report.report([line]).splitlines()[-1].endswith("| – |")
 
 
 @pytest.mark.lab
