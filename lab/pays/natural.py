@@ -2,6 +2,7 @@
 
     raters              newspaper sentences and product reviews, each with the sign that one random rater gave; the
                         target are newspaper sentences with the sign of most raters
+    raters-nyt, -amazon  only newspaper sentences, or only reviews, in pool and target
     intents-a, -b, -c   questions to a bank with the label of a weak labeller; the target has the correct labels
     tasks-intents       a fifth intents, four fifths other tasks, all correct
     tasks-slots         the same with booking requests
@@ -34,10 +35,17 @@ _OPTIONS = "positive, negative or neutral?"
 
 def natural_cells(known: int) -> list[dict[str, Any]]:
     """The cells, each with a number of known rows."""
-    names = ("raters", "intents-a", "intents-b", "intents-c", "tasks-intents", "tasks-slots", "solutions")
+    names = {
+        "raters": ("", "-nyt", "-amazon"),
+        "intents": ("-a", "-b", "-c"),
+        "tasks": ("-intents", "-slots"),
+        "solutions": ("",),
+        "translations": ("-el", "-bg"),
+    }
     return [
-        {"name": name, "natural": True, "known": known, "rows": ROWS}
-        for name in (*names, "translations-el", "translations-bg")
+        {"name": kind + part, "natural": True, "known": known, "rows": ROWS}
+        for kind, parts in names.items()
+        for part in parts
     ]
 
 
@@ -90,24 +98,22 @@ def _take(rows: list[Record], count: int, name: str) -> list[Record]:
 _CLEAN = 256  # rows of the target that are set aside for the known ones
 
 
-def _raters(folder: Path, _: str, rows: int, rng: random.Random) -> tuple[list[Record], ...]:
-    """Two thirds newspaper, one third reviews."""
-    parts: dict[str, list[Record]] = {"nyt": [], "amazon": []}
+def _raters(folder: Path, part: str, rows: int, rng: random.Random) -> tuple[list[Record], ...]:
+    """Two thirds newspaper, one third reviews, with a target of the newspaper; or one of them alone."""
+    sources: dict[str, list[Record]] = {"nyt": [], "amazon": []}
     for record in _read(folder / "raters.jsonl"):
         signs = [_sign(rating) for rating in record["ratings"]]
         most, count = Counter(signs).most_common(1)[0]
         if count >= _AGREE * len(signs):
             prompt = f"{record['text'].strip()}\n{_OPTIONS}"
-            parts[record["source"]].append(_row(prompt, rng.choice(signs), most, record["source"]))
-    for part in parts.values():
-        rng.shuffle(part)
-    test = _take(parts["nyt"], QUESTIONS + DEV_QUESTIONS, "nyt")
-    clean = _take(parts["nyt"], _CLEAN, "nyt")
-    return (
-        _take(parts["nyt"], rows * 2 // 3, "nyt") + _take(parts["amazon"], rows - rows * 2 // 3, "amazon"),
-        clean,
-        test,
-    )
+            sources[record["source"]].append(_row(prompt, rng.choice(signs), most, record["source"]))
+    for source in sources.values():
+        rng.shuffle(source)
+    of_target = part or "nyt"
+    test = _take(sources[of_target], QUESTIONS + DEV_QUESTIONS, of_target)
+    clean = _take(sources[of_target], _CLEAN, of_target)
+    counts = {part: rows} if part else {"nyt": rows * 2 // 3, "amazon": rows - rows * 2 // 3}
+    return [row for name, count in counts.items() for row in _take(sources[name], count, name)], clean, test
 
 
 def _sign(rating: int) -> str:

@@ -1,6 +1,7 @@
 """Comparisons of siftune's commands: methods as commands, rules that choose rows, tables, and jobs on a tiny model."""
 
 import json
+from collections import Counter
 from contextlib import chdir
 
 import numpy as np
@@ -231,7 +232,8 @@ def test_natural_rows_have_sources_and_correct_targets(small_pools, base, suite,
     intents = [{"text": f"card {number}?", "intent": "card", "split": "train", "weak": "cash"} for number in range(60)]
     intents += [{"text": f"cash {number}?", "intent": "cash", "split": "test"} for number in range(30)]
     write_rows(suite / "natural" / "intents-a.jsonl", intents)
-    job = {**pays_job(base), "cell": {**natural_cells(16)[1], "rows": 24}}
+    (cell,) = (each for each in natural_cells(16) if each["name"] == "intents-a")
+    job = {**pays_job(base), "cell": {**cell, "rows": 24}}
     folder = tmp_path / "natural"
     folder.mkdir()
     own = run_job(job, suite, folder)
@@ -240,6 +242,32 @@ def test_natural_rows_have_sources_and_correct_targets(small_pools, base, suite,
     assert {(row["completion"], row["source"], len(row)) for row in pool} == {(" cash", "intents", 3)}
     assert {row["completion"] for row in few} == {" card"}
     assert {row["prompt"] for row in few}.isdisjoint(row["prompt"] for row in pool)
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize(
+    ("name", "sources"),
+    [("raters", {"nyt": 16, "amazon": 8}), ("raters-nyt", {"nyt": 24}), ("raters-amazon", {"amazon": 24})],
+)
+def test_sources_of_raters(monkeypatch, tmp_path, name, sources):
+    from lab.pays import natural
+
+    monkeypatch.setattr(natural, "QUESTIONS", 8)
+    monkeypatch.setattr(natural, "DEV_QUESTIONS", 4)
+    monkeypatch.setattr(natural, "_CLEAN", 8)
+    (tmp_path / "natural").mkdir()
+    write_rows(
+        tmp_path / "natural" / "raters.jsonl",
+        [
+            {"text": f"{source} {number}", "ratings": [1, 1, 1, -1], "source": source}
+            for source in ("nyt", "amazon")
+            for number in range(60)
+        ],
+    )
+    pool = natural.natural_pool({"cell": {"name": name, "known": 8, "rows": 24}, "seed": 0}, tmp_path)
+    assert Counter(row["source"] for row in pool.train) == sources
+    assert {row["source"] for row in (*pool.known, *pool.test)} == {name.partition("-")[2] or "nyt"}
+    assert {row["completion"] for row in pool.known} == {"positive"}
 
 
 @pytest.mark.lab
