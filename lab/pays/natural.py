@@ -196,7 +196,8 @@ def _translations(folder: Path, part: str, rows: int, rng: random.Random) -> tup
     records = sorted(made.values(), key=lambda row: row["prompt"])
     rng.shuffle(records)
     correct = [row for row in records if row["group"] == "target"]
-    test, clean = correct[: QUESTIONS + DEV_QUESTIONS], correct[QUESTIONS + DEV_QUESTIONS :][:_CLEAN]
+    # the last ones, as for solutions
+    clean, test = correct[-_CLEAN:], correct[:-_CLEAN][-(QUESTIONS + DEV_QUESTIONS) :]
     gone = {row["prompt"] for row in (*test, *clean)}
     return [row for row in records if row["prompt"] not in gone][:rows], clean, test
 

@@ -331,21 +331,32 @@ def test_avoid_jobs(base, tmp_path, fault):
     assert "Held-out rows" in tables(lines)
 
 
-def test_a_small_pool_of_solutions_has_as_many_wrong_ones_as_all(tmp_path):
+_BOTH = [{"model": "m", "correct": True}, {"model": "m", "correct": False}]
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        (
+            "solutions",
+            lambda at: {
+                "question": f"{at}?",
+                "answer": f"{at}",
+                "solutions": [{**one, "text": f"{at} {one['correct']}"} for one in _BOTH],
+            },
+        ),
+        (
+            "translations-el",
+            lambda at: {"lang": "el", "source": f"{at}", "target": f"to {at}", "fuzzy": at % 2 == 1},
+        ),
+    ],
+)
+def test_a_small_pool_has_as_large_a_share_of_wrong_rows_as_all(tmp_path, name, record):
     from lab.pays.natural import natural_cells, natural_pool
 
     (tmp_path / "natural").mkdir()
-    both = [{"model": "m", "correct": True}, {"model": "m", "correct": False}]
-    records = [
-        {
-            "question": f"{at}?",
-            "answer": f"{at}",
-            "solutions": [{**one, "text": f"{at} {one['correct']}"} for one in both],
-        }
-        for at in range(600)
-    ]
-    write_rows(tmp_path / "natural" / "solutions.jsonl", records)
-    cell = {**next(cell for cell in natural_cells(16) if cell["name"] == "solutions"), "rows": 200}
+    write_rows(tmp_path / "natural" / f"{name.partition('-')[0]}.jsonl", [record(at) for at in range(2000)])
+    cell = {**next(cell for cell in natural_cells(16) if cell["name"] == name), "rows": 200}
     pool = natural_pool({"cell": cell, "seed": 0}, tmp_path)
     assert 80 < sum(row["group"] == "wrong" for row in pool.train) < 120
     assert not {row["completion"] for row in pool.known} & {row["completion"] for row in pool.train}
