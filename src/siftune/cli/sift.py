@@ -106,12 +106,18 @@ def run(options: Options) -> dict[str, Any]:
 
 def _next(options: Options, sifted: "Sifted") -> str:
     """The command that trains on the selected rows, with the settings by which they were scored."""
+    from siftune.sifting.tuning import SHAPE
+
     words = ["siftune", "train"]
+    adapter = sifted.adapter and sifted.adapter.parent
+    own = (*_OWN, *SHAPE) if adapter else _OWN
     for field in fields(options):
         value = getattr(options, field.name)
-        if field.name not in _OWN and value != field.default:
+        if field.name not in own and value != field.default:
             words += _as_flag(field.name.replace("_", "-"), value)
-    return shlex.join([*words, *([] if sifted.dropped is None else ["--drop-rows", str(sifted.dropped)])])
+    for name, path in (("drop-rows", sifted.dropped), ("from-adapter", adapter)):
+        words += [] if path is None else [f"--{name}", str(path)]
+    return shlex.join(words)
 
 
 def _as_flag(name: str, value: Any) -> list[str]:

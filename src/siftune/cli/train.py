@@ -109,6 +109,8 @@ def _sifted(
     )
     if not launch_rank():
         console.print(text_of(sifted), markup=False)
+        if options.from_adapter is None and recipe.from_adapter is not None:
+            console.print(f"the training continues with the adapter in {recipe.from_adapter}", markup=False)
     return recipe, read
 
 

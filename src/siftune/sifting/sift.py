@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from siftune.base.environment import launch_rank
-from siftune.base.errors import DataError, RecipeError
+from siftune.base.errors import AdapterError, DataError, RecipeError
 from siftune.base.files import only_process
 from siftune.base.ranks import (
     first_rank_first,
@@ -52,7 +52,7 @@ from siftune.sifting.choose import NO_LIMITS, Floats, Limits
 from siftune.sifting.files import DROPPED, SIFTED, copied_records, write_dropped, write_scores, write_selected
 from siftune.sifting.pool import PARTS, Rows, count_of, read_all
 from siftune.sifting.scoring import choose_by_bad_rows, choose_by_target
-from siftune.sifting.tuning import AVOID, POOL, prefix
+from siftune.sifting.tuning import AVOID, POOL, from_run, prefix
 from siftune.sifting.work import LOSSES, PROMPTS, SIMILAR, TUNING, Work
 from siftune.train.folder.run_folder import SIFT, RunFolder
 from siftune.train.prepare import NAMED, Prepared, bad_lines, prepare
@@ -116,6 +116,12 @@ class Sifted:
     def dropped(self) -> Path | None:
         """Decision file of the other rows, for the recipe's `drop_rows`; None if there are none."""
         path = self.folder / DROPPED
+        return path if path.exists() else None
+
+    @property
+    def adapter(self) -> Path | None:
+        """LoRA in PEFT's format that was tuned to score rows, to continue training from; None without a target."""
+        path = RunFolder(self.folder / TUNING, create=False).adapter
         return path if path.exists() else None
 
 
@@ -240,7 +246,7 @@ def sift_first(
     avoid: str | None = None,
     by_target: bool = True,
 ) -> tuple[Recipe, Sifted, Read]:
-    """Sift the pool of a recipe into the folder `sift` of its run.
+    """Sift the pool of a recipe into the folder `sift` of its run, whose training continues with that of the sifting.
 
     Args:
         recipe: The recipe.
@@ -251,9 +257,9 @@ def sift_first(
         by_target: Whether the recipe's target sifts too.
 
     Returns:
-        The recipe without the rows that were not selected, the sifted pool, and the rows of the recipe as they were
-        when the pool was read. If the run was interrupted while sifting, the recipe does not resume, since there is
-        nothing to resume.
+        The recipe without the rows that were not selected and with the adapter to continue with; the sifted pool; and
+        the rows of the recipe as they were when the pool was read. If the run was interrupted while sifting, the recipe
+        does not resume, since there is nothing to resume.
 
     Raises:
         InputError: As `sift`, or the recipe cannot be used, or its folder holds a run.
@@ -278,7 +284,32 @@ def sift_first(
         sifted = sift_pool(pool, Asked(avoid, share, STEPS), console, source_of, reader)
         if sifted.dropped is not None:
             recipe = replace(recipe, drop_rows=str(sifted.dropped))
+        if sifted.adapter is not None and _continues(recipe):
+            recipe = replace(recipe, **from_first(partial(_tuned, sifted)))
         return recipe, sifted, read_rows(resolve_recipe(recipe), reader)
+
+
+def _continues(recipe: Recipe) -> bool:
+    """Whether a training can continue with the adapter of its sifting: LoRA without dropout, from the base (ours).
+
+    That adapter has learned the task already, from the pool and from the target. With `keep` the training begins with
+    the base, from which it must not depart.
+    """
+    return recipe.adapter == "lora" and not recipe.dropout and recipe.from_adapter is None and recipe.keep is None
+
+
+def _tuned(sifted: Sifted) -> dict[str, Any]:
+    """Settings that continue with the adapter of a sifting.
+
+    Raises:
+        AdapterError: Its weights have changed.
+    """
+    run = RunFolder(sifted.folder / TUNING, create=False)
+    if changed := run.changed_weights():
+        raise AdapterError(
+            f"{run.adapter / changed[0]} is not what was trained: remove {sifted.folder}, and run the command again"
+        )
+    return from_run(run.path)
 
 
 def _dense(recipe: Recipe) -> Recipe:

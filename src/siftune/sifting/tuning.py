@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 AVOID = "avoid"  # folder of what the bad rows score, and their name in `rows.PARTS`
 POOL = "pool"  # run folder of the training on the pool, which precedes that on the few rows
+SHAPE = ("rank", "alpha", "targets", "layers")  # settings of an adapter
 _SEEN, _UNSEEN = "seen.jsonl", "unseen.jsonl"
 _FURTHER = 20  # steps on the bad rows, after those on the pool (ours)
 _AFTER = 0.5  # of the steps, at most, for the target's rows after those on the pool (ours)
@@ -140,9 +141,13 @@ def _scoring(work: Work) -> dict[str, Any]:
 
 
 def _further(work: Work, folder: Path) -> dict[str, Any]:
-    """Settings of a training that continues with the adapter of a run folder, which has its own shape."""
-    shape = {name: getattr(Recipe, name) for name in ("rank", "alpha", "targets", "layers")}
-    return {**_scoring(work), **shape, "from_adapter": str(folder)}
+    """Settings of a training that continues with the adapter of a run folder."""
+    return {**_scoring(work), **from_run(folder)}
+
+
+def from_run(folder: Path) -> dict[str, Any]:
+    """Settings by which a recipe continues with the adapter of a run folder, which has its own shape."""
+    return {**{name: getattr(Recipe, name) for name in SHAPE}, "from_adapter": str(folder)}
 
 
 def _loaded(work: Work, folder: Path) -> Any:
