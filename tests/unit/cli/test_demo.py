@@ -74,7 +74,8 @@ def test_the_runs_differ_in_the_target_and_in_the_rows_that_are_left_out(finishe
     assert "of 32 rows of the pool were selected" in page
     drop = {None, str(out / "sifted" / "sift" / "dropped.csv")}
     assert sifted.drop_rows in drop
-    assert replace(sifted, out=target.out, drop_rows=None) == target
+    assert sifted.from_adapter == str(out / "sifted" / "sift" / "tuning")
+    assert replace(sifted, out=target.out, drop_rows=None, from_adapter=None) == target
 
 
 def test_its_figures_are_those_of_siftune_eval(finished, capsys):

@@ -7,11 +7,15 @@ import re
 import shlex
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 from support.commands import error_of, siftune
 from support.tiny_kit import save_kit
 from support.trainers import At
@@ -24,13 +28,16 @@ from siftune.cli.options import parse
 from siftune.cli.sift import Options, _next
 from siftune.cli.train import Options as Train
 from siftune.data.decisions import read_decisions
+from siftune.recipe.checks import check
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import SCORING, Recipe, resolve_recipe
 from siftune.recipe.training_rows import read_rows
 from siftune.sifting import scoring, tuning
 from siftune.sifting import sift as module
 from siftune.sifting.choose import Choice
+from siftune.sifting.sift import Sifted
 
+QUIET = Console(quiet=True)
 SETTINGS = "{template: none, max_length: 64, rank: 2, batch_size: 4, lr: 0.01, log_every: 9}"
 
 
@@ -114,6 +121,47 @@ def test_the_rows_of_the_run_are_the_selected_ones_and_the_target(sifted, task, 
     assert not set(pool) & {*read_decisions(recipe.drop_rows).selected}
     tuning = load_recipe(sifted / "sift" / "tuning" / "recipe.yaml")
     assert (tuning.steps, tuning.rank, tuning.lr, tuning.template) == (3, 2, 0.01, "none")
+
+
+def test_the_run_continues_with_the_adapter_of_the_sifting(words, sifted, out, capsys):
+    """A single step of warm-up has a learning rate of 0."""
+    assert load_recipe(sifted / "recipe.yaml").from_adapter == str(sifted / "sift" / "tuning")
+    _, said = siftune(capsys, *words[:-1], "1", "--warmup", "1", "--out", out, "--sift")
+    assert f"the training continues with the adapter in {out}/sift/tuning" in said
+    tuned, trained = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (out / "sift/tuning", out))
+    assert any(tensor.any() for name, tensor in tuned.items() if "lora_B" in name)
+    assert all(torch.equal(trained[name], tensor) for name, tensor in tuned.items())
+    assert trained.keys() == tuned.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "continues"),
+    [
+        ({}, True), ({"method": "ist"}, True), ({"targets": ("q_proj",), "layers": (0,)}, True),
+        ({"keep": "own"}, False), ({"dropout": 0.1}, False), ({"adapter": "dora"}, False),
+        ({"from_adapter": "own"}, False),
+    ],
+)  # fmt: skip
+def test_which_runs_continue(base, task, sifted, tmp_path, monkeypatch, settings, continues):
+    """The folder of the sifting is that of another run: of a sifting only what follows it counts here."""
+    done = Sifted(sifted / "sift", [0], ["pool.jsonl:1"], *[None] * 5, {}, {}, "", [], 1.0)
+    monkeypatch.setattr(module, "sift_pool", lambda *_: done)
+    monkeypatch.setattr(module, "find_checkpoint", None)
+    own = {"train": str(task / "pool.jsonl"), "target": str(task / "few.jsonl"), "out": str(tmp_path / "run")}
+    recipe, _, _ = module.sift_first(Recipe(model=str(base), template="none", **own, **settings), None, QUIET)
+    if continues:
+        assert recipe.from_adapter == str(sifted / "sift" / "tuning")
+        assert (recipe.targets, recipe.layers, recipe.rank) == (None, None, None)
+    else:
+        assert recipe.from_adapter == settings.get("from_adapter")
+    check(recipe)
+
+
+def test_an_adapter_of_a_sifting_that_has_changed_is_refused(words, out, capsys):
+    path = out / "sift" / "tuning" / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+    said = error_of(capsys, *words, "--out", out, "--sift")
+    assert f"{path} is not what was trained: remove {out / 'sift'}, and run the command again" in said
 
 
 def test_a_run_resumes_without_sifting_in_another_folder(sifted, tmp_path, monkeypatch):
@@ -287,8 +335,8 @@ def test_settings_of_a_recipe_have_its_type_and_default():
 
 
 def test_the_training_that_follows_has_all_settings_that_scored():
-    """One setting is given in each case, then all, none with its default."""
-    sifted = SimpleNamespace(dropped=None)
+    """One setting is given in each case, then all, none with its default. An adapter to continue with has its shape."""
+    sifted, tuned = (SimpleNamespace(dropped=None, adapter=path) for path in (None, Path("s/tuning/adapter")))
     for names in [*([name] for name in GIVEN), [*GIVEN]]:
         given = [word for name in names for word in flags(name)]
         options = parse(Options, [*given, "--steps", "7", "--share", "0.5", "--out", "here"], "siftune sift")
@@ -297,7 +345,10 @@ def test_the_training_that_follows_has_all_settings_that_scored():
         train = parse(Train, words, "siftune train")
         for name in names:
             assert getattr(train, name) == getattr(options, name) != getattr(Recipe, name), name
-        assert (train.steps, train.sift, train.out) == (None, False, None)
+        assert (train.steps, train.sift, train.out, train.from_adapter) == (None, False, None, None)
+        further = parse(Train, shlex.split(_next(options, tuned))[2:], "siftune train")
+        shape = {name: getattr(Recipe, name) for name in ("rank", "alpha", "targets", "layers")}
+        assert further == replace(train, **shape, from_adapter="s/tuning")
 
 
 def test_the_trainings_that_score_have_the_settings_of_the_command(base, task, tmp_path, first_training):
@@ -315,7 +366,7 @@ def test_the_command_names_the_training_that_follows(base, task, tmp_path, capsy
     shutil.copy(task / "pool.jsonl", "first.jsonl")
     Path("second pool.jsonl").write_text("".join(reversed((task / "pool.jsonl").read_text().splitlines(True))))
     pool = ["--train", "first.jsonl", "second pool.jsonl", "--limit", "12", "--target", task / "few.jsonl"]
-    settings = ["--model", base, "--template", "none", "--max-length", "64", "--batch-size", "4"]
+    settings = ["--model", base, "--template", "none", "--max-length", "64", "--batch-size", "4", "--rank", "2"]
     again = []
     for share in ("0.5", "24"):
         result, said = siftune(capsys, "sift", *pool, *settings, "--steps", "2", "--share", share, *again)
@@ -326,8 +377,9 @@ def test_the_command_names_the_training_that_follows(base, task, tmp_path, capsy
         assert (result["dropped"] is None) == (share == "24")
         command = re.search(r"next: `siftune (.*)`", said)
         assert command is not None, said
-        train = [*shlex.split(command[1]), "--steps", "1", "--rank", "2", "--batch-size", "4", "--out", f"run {share}"]
+        train = [*shlex.split(command[1]), "--steps", "1", "--batch-size", "4", "--out", f"run {share}"]
         assert main(train) == 0
+        assert load_recipe(f"run {share}/recipe.yaml").from_adapter == str(folder / "tuning")
         rows = read_rows(load_recipe(f"run {share}/recipe.yaml")).parts["train"]
         assert sum("few" not in row.origin for row in rows) == result["selected"]
         again = ["--out", folder]
