@@ -65,7 +65,8 @@ def words_of(job: Job) -> list[str]:
     """The command that trains by a job's method."""
     method = job["method"]
     rows = method.get("rows", "pool")
-    words = ["train", "--train", "chosen.jsonl" if rows in RULES else f"{rows}.jsonl"]
+    files = {"sifted": "sifted/sifted.jsonl", **dict.fromkeys(RULES, "chosen.jsonl")}
+    words = ["train", "--train", files.get(rows, f"{rows}.jsonl")]
     words += ["--target", "few.jsonl"] if method.get("target") else []
     words += flags({"sift": method["sift"]}) if "sift" in method else []
     words += [*settings_of(job, _TEMPLATE), *flags({"steps": job["steps"], **method.get("flags", {})})]
@@ -95,6 +96,8 @@ class _Work:
     def _train(self, seconds: float) -> Record:
         commands = self.commands
         before, commands.sifted = commands.seconds, None
+        if self.method.get("rows") == "sifted":
+            self._sift()
         with self._engine():
             commands.run(*words_of(self.job))
         summary = summary_of("run")
@@ -135,10 +138,13 @@ class _Work:
             method = line["job"]["method"]
             if same and line.get("commit") == code and method.get("sift") is True and "flags" not in method:
                 return int(line["selected"])
-        rows = ("--train", "pool.jsonl", "--target", "few.jsonl")
-        self.commands.run("sift", *rows, *settings_of(self.job, _TEMPLATE), "--out", "sifted")
+        self._sift()
         assert self.commands.sifted is not None
         return len(self.commands.sifted.selected)
+
+    def _sift(self) -> None:
+        rows = ("--train", "pool.jsonl", "--target", "few.jsonl")
+        self.commands.run("sift", *rows, *settings_of(self.job, _TEMPLATE), "--out", "sifted")
 
     def _groups(self, numbers: Sequence[int]) -> Record:
         """Number of selected rows, and for each group of the pool its rows and the selected ones."""

@@ -186,10 +186,11 @@ def line_of(base, words, suite, folder, lines=(), **changes):
 
 @pytest.mark.lab
 def test_jobs_run_commands(small_pools, base, suite, tmp_path):
-    lines = [line_of(base, name, suite, tmp_path / name) for name in ("untrained", "few", "dense", "oracle", "sifted")]
-    assert len({tuple(own["nll"]) for own in lines}) == 5
-    assert [own["steps"] for own in lines] == [0, 3, 3, 3, 3]
-    untrained, _, dense, oracle, sifted = lines
+    names = ("untrained", "few", "dense", "oracle", "sifted", "sifted-base")
+    lines = [line_of(base, name, suite, tmp_path / name) for name in names]
+    assert len({tuple(own["nll"]) for own in lines}) == 6
+    assert [own["steps"] for own in lines] == [0, 3, 3, 3, 3, 3]
+    untrained, _, dense, oracle, sifted, from_base = lines
     assert untrained["commands"] == []
     settings = "--model base --template none --lr 0.01 --batch-size 4 --seed 0 --steps 3 --out run"
     assert dense["commands"] == [f"siftune train --train pool.jsonl {settings}"]
@@ -200,6 +201,8 @@ def test_jobs_run_commands(small_pools, base, suite, tmp_path):
     assert sifted["selected"] == len(selected) == sum(chosen for _, chosen in sifted["groups"].values())
     assert sifted["reason"]
     assert 0 < sifted["sift_seconds"] < sifted["processor_seconds"]
+    assert (from_base["groups"], from_base["reason"]) == (sifted["groups"], sifted["reason"])
+    assert from_base["commands"][1] == f"siftune train --train sifted.jsonl --target few.jsonl {settings}"
     assert "| sifted |" in report.report(lines)
 
 
