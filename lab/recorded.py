@@ -73,14 +73,17 @@ python -m lab.lira_epsilon --epsilons none,100,8,1 --models 16 --steps 30 --out 
 """,
     "natural.jsonl": """
 run="python -m lab.pays.run N --data FOLDER --out natural.jsonl --cells"
-$run intents-a,intents-b,intents-c --methods few target sifted --steps 90 --seeds 0,1,2
-$run raters,tasks-intents --methods few sifted --steps 90
+$run intents-a,intents-b,intents-c --methods few target sifted-base --steps 90 --seeds 0,1,2
+$run intents-a,intents-b,intents-c --methods sifted --steps 45 --seeds 0,1,2
+$run intents-a,intents-b,intents-c --methods target --steps 210
+$run raters --methods sifted --steps 45
+$run raters,tasks-intents --methods few sifted-base --steps 90
 $run raters --methods target --steps 90
 $run intents-a,intents-b,intents-c,raters,tasks-intents --methods untrained --steps 90
 $run intents-a,raters --methods oracle --steps 90
-$run intents-b --methods target sifted --steps 180
+$run intents-b --methods target sifted-base --steps 180
 $run intents-b --methods target --steps 360
-$run intents-a --rows 720 --models qwen0.5b --methods few target sifted --steps 45
+$run intents-a --rows 720 --models qwen0.5b --methods few target sifted-base --steps 45
 python -m lab.pays.report natural.jsonl
 """,
     "offsite.jsonl": rf"""{_OFFSITE}

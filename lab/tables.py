@@ -63,17 +63,17 @@ def _natural(path: Path) -> str:
     parts = [pays.report(lines)]
     intents = [_of_one_cell(line, "intents") for line in lines if _is_plain_intents(line["job"])]
     parts.append("# All intents: a run of a pool and a seed counts as a seed")
-    parts += [pays.differences(intents, name) for name in ("few", "target")]
-    for name in ("few", "target, 180 steps", "target, 360 steps"):
+    parts += [pays.differences(intents, name) for name in ("few", "target", "target, 210 steps", "sifted-base")]
+    for name in ("few", "sifted-base", "target, 180 steps", "target, 210 steps", "target, 360 steps"):
         parts.append(f"# Differences to {name}\n\n{pays.differences(lines, name)}")
     return "\n\n".join(parts)
 
 
 def _is_plain_intents(job: dict[str, Any]) -> bool:
     """Whether a job is of the usual model and length, with 100 known rows."""
-    name, known = job["cell"]["name"], job["cell"]["known"]
-    usual = (job["model"], job["steps"]) == ("smollm2", 90) and known == 100
-    return usual and name.startswith("intents-") and job["method"]["name"] in ("few", "target", "sifted")
+    name, known, method = job["cell"]["name"], job["cell"]["known"], job["method"]["name"]
+    steps = {"few": (90,), "target": (90, 210), "sifted": (45,), "sifted-base": (90,)}.get(method, ())
+    return job["model"] == "smollm2" and known == 100 and name.startswith("intents-") and job["steps"] in steps
 
 
 def _of_one_cell(line: dict[str, Any], name: str) -> dict[str, Any]:

@@ -6,7 +6,9 @@ much (ours). If rows do not share answers, the usual loss of an answer is known 
 must also be ten times as likely (ours). docs/rows.md has the share of suspects that were wrong.
 
 Correct rows of a task that the model has not learned lose by chance. None is suspect if the model prefers the other
-answer in more than half of the rows, or if fewer than 3 % of the rows would be suspect (ours).
+answer in more than half of the rows, or if fewer than 3 % of the rows would be suspect (ours). Nor is any if rows do
+not share answers and the typical one has a probability below one in a thousand, as in translations: with so many
+possible answers, probabilities of two correct ones differ by more than ten times (ours).
 
 Wrong matches are found by competition with decoys in mass spectrometry (Elias and Gygi, Nature Methods 2007), and wrong
 labels by out-of-sample probabilities in confident learning (Northcutt, Jiang and Chuang, JAIR 2021). The comparison
@@ -26,6 +28,7 @@ Floats = NDArray[np.floating]
 TIMES = 10  # as likely (ours)
 _LEAST = 0.03  # share of suspects; fewer cannot be told from correct rows that lose by chance (ours)
 _MOST = 0.5  # share of rows that lose (ours)
+_RARE = 1000  # one over the least probability of the typical answer (ours; measured: 7, or above 10**10)
 COMPARED = 30  # rows with a decoy, at least (ours)
 
 
@@ -73,6 +76,11 @@ def judge(loss_R: Floats, other_R: Floats, usual_R: Floats, other_usual_R: Float
     elif lost > _MOST * compared:
         preferred = f"{lost / compared:.0%} of the rows"
         doubt = f"the model prefers an answer of another row in {preferred}, so it has learned too little"
+    elif not shared and np.median(loss_R[compared_R]) > np.log(_RARE):
+        doubt = (
+            f"the typical answer has a probability below 1 in {_RARE:,} under the model: with so many possible answers, "
+            f"one that fits {TIMES} times as well says little"
+        )
     elif suspect < _LEAST * compared:
         doubt = f"an answer of another row fits {TIMES} times as well as the own one in only {suspect / compared:.1%}"
     if doubt:

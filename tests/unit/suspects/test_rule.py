@@ -82,6 +82,13 @@ def test_few_or_most_rows_are_no_suspects(suspects, count):
     assert verdict.order[:suspects].tolist() == [*range(suspects)]
 
 
+@pytest.mark.parametrize(("typical", "shared", "count"), [(999, False, 20), (1001, False, 0), (1001, True, 20)])
+def test_rows_with_answers_of_their_own_with_tiny_probabilities_do_not_tell(typical, shared, count):
+    loss = np.repeat([12.0, np.log(typical)], [20, 80])
+    verdict = judge(loss, np.full(100, 8.0), np.full(100, 20.0), np.full(100, 20.0), shared)
+    assert (verdict.count, "below 1 in 1,000" in verdict.doubt) == (count, count == 0)
+
+
 def test_the_limit_is_ten_times():
     loss, other, usual = np.repeat([2 + np.log(9.9), 2 + np.log(10.1), 0.0], [20, 20, 60]), *np.full((2, 100), 2.0)
     verdict = judge(loss, other, usual, usual, shared=False)
