@@ -78,8 +78,8 @@ def judge(loss_R: Floats, other_R: Floats, usual_R: Floats, other_usual_R: Float
         doubt = f"the model prefers an answer of another row in {preferred}, so it has learned too little"
     elif not shared and np.median(loss_R[compared_R]) > np.log(_RARE):
         doubt = (
-            f"the typical answer has a probability below 1 in {_RARE:,} under the model: with so many possible answers, "
-            f"one that fits {TIMES} times as well says little"
+            f"the typical answer has a probability below 1 in {_RARE:,} under the model: with so many possible "
+            f"answers, one that fits {TIMES} times as well says little"
         )
     elif suspect < _LEAST * compared:
         doubt = f"an answer of another row fits {TIMES} times as well as the own one in only {suspect / compared:.1%}"
