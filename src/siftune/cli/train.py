@@ -43,7 +43,7 @@ class Options(Recipe):
 
     sift: bool | PoolShare = False
     """Before training, select the rows of the pool that are like the target's, as siftune sift does. A number: the
-    share of the pool to select, or how many rows."""
+    share of the pool to select, or how many rows. LoRA then continues with the adapter that scored the rows."""
     avoid: str | None = None
     """Before training, leave out the rows of the pool that are like these, at least 8 rows with answers that the model
     must not give: a file or hub id."""

@@ -292,8 +292,8 @@ def sift_first(
 def _continues(recipe: Recipe) -> bool:
     """Whether a training can continue with the adapter of its sifting: LoRA without dropout, from the base (ours).
 
-    That adapter has learned the task already, from the pool and from the target. With `keep` the training begins with
-    the base, from which it must not depart.
+    That adapter has learned the task already, from the pool and from the target, so that fewer steps remain. With
+    `keep` the training begins with the base, from which it must not depart.
     """
     return recipe.adapter == "lora" and not recipe.dropout and recipe.from_adapter is None and recipe.keep is None
 
