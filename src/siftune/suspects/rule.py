@@ -7,7 +7,7 @@ must also be ten times as likely (ours). docs/rows.md has the share of suspects 
 
 Correct rows of a task that the model has not learned lose by chance. None is suspect if the model prefers the other
 answer in more than half of the rows, or if fewer than 3 % of the rows would be suspect (ours). Nor is any if rows do
-not share answers and the typical one has a probability below one in a thousand, as in translations: with so many
+not share answers and the typical one has a probability below one in a thousand, as in translations: with many
 possible answers, probabilities of two correct ones differ by more than ten times (ours).
 
 Wrong matches are found by competition with decoys in mass spectrometry (Elias and Gygi, Nature Methods 2007), and wrong
@@ -78,7 +78,7 @@ def judge(loss_R: Floats, other_R: Floats, usual_R: Floats, other_usual_R: Float
         doubt = f"the model prefers an answer of another row in {preferred}, so it has learned too little"
     elif not shared and np.median(loss_R[compared_R]) > np.log(_RARE):
         doubt = (
-            f"the typical answer has a probability below 1 in {_RARE:,} under the model: with so many possible "
+            f"the typical answer has a probability below 1 in {_RARE:,} under the model: with many possible "
             f"answers, one that fits {TIMES} times as well says little"
         )
     elif suspect < _LEAST * compared:
