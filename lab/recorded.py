@@ -187,7 +187,7 @@ python -m lab.pays.scores intents-a --data FOLDER --out scores.jsonl    # simila
     "rows.jsonl": """
 python -m lab.rows.run --cells mixed-25 --rows 920 --lr 1e-3 --data FOLDER --out rows.jsonl
 run="python -m lab.rows.run --data FOLDER --out rows.jsonl --epochs 1 --cells"
-$run intents-a,intents-b,intents-c,raters,raters-nyt --rows 960
+$run intents-a,intents-b,intents-c,raters,raters-nyt,raters-amazon --rows 960
 $run solutions --rows 240
 $run translations-el --rows 240 --models gemma3
 python -m lab.rows.run --cells intents-a --rows 960 --epochs 3 --data FOLDER --out rows.jsonl
