@@ -199,7 +199,8 @@ python -m lab.rows.report lab/results/rows.jsonl
 NOTES: dict[str, str] = {
     "audit.json": "Recorded from the table that `siftune audit` printed.",
     "bench.json": "Recorded from the tables that `siftune bench` printed.",
-    "natural.jsonl": "It supports docs/sifting.md, which README.md and docs/which_method.md quote.",
+    "natural.jsonl": "It supports docs/sifting.md, which README.md and docs/which_method.md quote. Lines "
+    "of `sifted-base` were recorded by `siftune train --sift` when it began with the base.",
     "avoid.jsonl": "Lines without `commit` are of earlier code, which had a second implementation of `--avoid`; their "
     "methods other than `dense`, `oracle` and `right late` are scores. They support docs/avoid.md, which is quoted in "
     "README.md and docs/which_method.md.",

@@ -284,7 +284,7 @@ def sift_first(
         sifted = sift_pool(pool, Asked(avoid, share, STEPS), console, source_of, reader)
         if sifted.dropped is not None:
             recipe = replace(recipe, drop_rows=str(sifted.dropped))
-        if sifted.adapter is not None and _continues(recipe):
+        if pool.target is not None and _continues(recipe):
             recipe = replace(recipe, **from_first(partial(_tuned, sifted)))
         return recipe, sifted, read_rows(resolve_recipe(recipe), reader)
 
@@ -302,12 +302,12 @@ def _tuned(sifted: Sifted) -> dict[str, Any]:
     """Settings that continue with the adapter of a sifting.
 
     Raises:
-        AdapterError: Its weights have changed.
+        AdapterError: It is gone, or its weights have changed.
     """
     run = RunFolder(sifted.folder / TUNING, create=False)
-    if changed := run.changed_weights():
+    if sifted.adapter is None or run.changed_weights():
         raise AdapterError(
-            f"{run.adapter / changed[0]} is not what was trained: remove {sifted.folder}, and run the command again"
+            f"{run.adapter} is not what was trained, or is gone: remove {sifted.folder}, and run the command again"
         )
     return from_run(run.path)
 

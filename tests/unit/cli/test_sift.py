@@ -157,11 +157,15 @@ def test_which_runs_continue(base, task, sifted, tmp_path, monkeypatch, settings
     check(recipe)
 
 
-def test_an_adapter_of_a_sifting_that_has_changed_is_refused(words, out, capsys):
+@pytest.mark.parametrize("gone", ["sift/tuning", "sift/tuning/adapter", None])
+def test_an_adapter_of_a_sifting_that_has_changed_or_is_gone_is_refused(words, out, capsys, gone):
     path = out / "sift" / "tuning" / "adapter" / "adapter_model.safetensors"
-    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+    if gone is None:
+        save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+    else:
+        shutil.rmtree(out / gone)
     said = error_of(capsys, *words, "--out", out, "--sift")
-    assert f"{path} is not what was trained: remove {out / 'sift'}, and run the command again" in said
+    assert f"{path.parent} is not what was trained, or is gone: remove {out / 'sift'}, and run the command" in said
 
 
 def test_a_run_resumes_without_sifting_in_another_folder(sifted, tmp_path, monkeypatch):
