@@ -3,7 +3,9 @@
 A cell is a plain dictionary, so that a job can be written down and read again:
 
     name     what tables call it
-    target   the task that is measured: "arithmetic", "arc", "openbookqa", "boolq", "options" (ARC and OpenBookQA)
+    target   the task that is measured: "arithmetic", "arc", "openbookqa", "boolq", "options" (ARC and OpenBookQA), or
+             "letters" (ARC-Challenge and OpenBookQA, as many questions of each, with the options listed and a letter as
+             the answer)
     share    share of the pool that are right rows of the target
     wrong    share of the pool that are rows of the target with a wrong completion
     near     wrong numbers are near misses; else they are drawn evenly from 0 to 198
@@ -62,9 +64,10 @@ def _noises(known: int) -> list[Cell]:
 
 def _clean(known: int) -> list[Cell]:
     """S5: correct rows of one task."""
-    others = {"arithmetic": ["openbookqa", "boolq"], "options": ["boolq"], "boolq": ["openbookqa"]}
+    others = {"arithmetic": ["openbookqa", "boolq"], "options": ["boolq"], "boolq": ["openbookqa"], "letters": []}
     names = {task: "clean" if task == "arithmetic" else f"clean-{task}" for task in others}
-    return [_cell(names[task], known, rows=2400, target=task, others=other) for task, other in others.items()]
+    cells = [_cell(names[task], known, rows=2400, target=task, others=other) for task, other in others.items()]
+    return [cell | {"longest": 64, "rows": 1200} if cell["target"] == "letters" else cell for cell in cells]
 
 
 def _rates(known: int) -> list[Cell]:

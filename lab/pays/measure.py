@@ -23,15 +23,19 @@ _BATCH = 64
 Floats = NDArray[np.float64]
 
 
-def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def token_losses(
+    model: nn.Module, batch: Mapping[str, Tensor], letters: Sequence[int] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of every labelled token, without gradients.
 
     Args:
         model: A causal language model.
         batch: (B, T) `input_ids`, `attention_mask` and `labels`.
+        letters: Tokens of the letters that options have, if answers are letters.
 
     Returns:
-        nll (N,) float32 or float64, right (N,) bool: the token is the most likely one, row (N,) int64.
+        nll (N,) float32 or float64, right (N,) bool: the token is the most likely one, or of all letters if letters are
+        given; row (N,) int64.
     """
     mask_BT = label_positions(batch["labels"])
     with evaluating(model), logits_at(model, mask_BT):
@@ -41,10 +45,17 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
     targets_N = next_labels(batch["labels"])
     wide_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
     nll_N = nn.functional.cross_entropy(wide_NV, targets_N, reduction="none")
-    return nll_N, wide_NV.argmax(1) == targets_N, mask_BT.nonzero()[:, 0]
+    right_N = wide_NV.argmax(1) == targets_N
+    if letters:
+        letters_L = torch.tensor(letters, device=targets_N.device)
+        likeliest_N = letters_L[wide_NV[:, letters_L].argmax(1)]
+        right_N = (likeliest_N == targets_N) | ~torch.isin(targets_N, letters_L)  # the end of the answer is no letter
+    return nll_N, right_N, mask_BT.nonzero()[:, 0]
 
 
-def measure_rows(model: nn.Module, data: Any, collate: Any, batch_size: int = _BATCH) -> dict[str, list[float]]:
+def measure_rows(
+    model: nn.Module, data: Any, collate: Any, batch_size: int = _BATCH, letters: Sequence[int] = ()
+) -> dict[str, list[float]]:
     """Measure held-out rows with the right answer given, so that nothing is generated.
 
     Args:
@@ -52,15 +63,16 @@ def measure_rows(model: nn.Module, data: Any, collate: Any, batch_size: int = _B
         data: Tokenised rows.
         collate: Makes a batch of rows.
         batch_size: Rows per forward pass.
+        letters: As in `token_losses`.
 
     Returns:
-        Per row, in their order: `right`, 1 where every token of the answer with its end is the most likely one;
-        `nll`, of the answer with its end, in nats; `tokens`, how many these are.
+        Per row, in their order: `right`, 1 where every token of the answer with its end is the most likely one, or the
+        letter is the most likely letter; `nll`, of the answer with its end, in nats; `tokens`, how many these are.
     """
     found: dict[str, Floats] = {name: np.zeros(len(data)) for name in ("right", "nll", "tokens")}
     for places in by_length(list(data["length"]), batch_size):
         batch = {k: v.to(model_device(model)) for k, v in collate([data[place] for place in places]).items()}
-        nll_N, right_N, row_N = (part.cpu() for part in token_losses(model, batch))
+        nll_N, right_N, row_N = (part.cpu() for part in token_losses(model, batch, letters))
         wide = torch.zeros(len(places), dtype=torch.float64)
         counts_B = wide.index_add(0, row_N, torch.ones(len(row_N), dtype=torch.float64))
         found["nll"][places] = wide.index_add(0, row_N, nll_N.double()).numpy()
@@ -78,10 +90,14 @@ def tokens_of_file(file: str, tokenizer: Any, template: str) -> Any:
     return tokenize_rows(load_rows(file), tokenizer, Recipe.max_length, template)
 
 
-def measure_file(model: nn.Module, tokenizer: Any, file: str, template: str) -> dict[str, list[float]]:
-    """Measure the rows of a file, as `measure_rows`."""
+def measure_file(
+    model: nn.Module, tokenizer: Any, file: str, template: str, letters: str = ""
+) -> dict[str, list[float]]:
+    """Measure the rows of a file, as `measure_rows`; `letters` are those of the options."""
+    data, collate = tokens_of_file(file, tokenizer, template), Collator(tokenizer.pad_token_id)
+    tokens = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1] for letter in letters]
     with short_rows():
-        return measure_rows(model, tokens_of_file(file, tokenizer, template), Collator(tokenizer.pad_token_id))
+        return measure_rows(model, data, collate, letters=tokens)
 
 
 def nats_per_token(measured: Mapping[str, Sequence[float]]) -> float:

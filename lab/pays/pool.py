@@ -28,7 +28,10 @@ _FILES = {
     "openbookqa": ("openbookqa",),
     "boolq": ("boolq",),
     "options": ("ARC-Easy", "ARC-Challenge", "openbookqa"),
+    "letters": ("ARC-Challenge", "openbookqa"),
 }
+LETTERS = "ABCDE"
+_ANSWER = "\nAnswer:"
 _QUESTION = re.compile(r"^Please .*?question: (?P<text>.*?)\n\n(?:(?P<options>Answer1:.*?)\n\n)?Answer format:", re.S)
 TASKS = ("arithmetic", *_FILES)
 
@@ -66,12 +69,16 @@ class Deck:
     def __init__(self, name: str, train: list[Record], test: list[Record]) -> None:
         self.name, self._rows = name, {"train": train, "test": test}
 
-    def deal(self, count: int, part: str, group: str) -> list[Record]:
-        """Take `count` rows of the part "train" or "test" off the deck."""
-        rows = self._rows[part]
-        if count > len(rows):
-            raise DataError(f"{self.name} has {len(rows)} {part} rows left, too few for {count}; make the pool smaller")
-        dealt, self._rows[part] = rows[:count], rows[count:]
+    def deal(self, count: int, part: str, group: str, kind: str | None = None) -> list[Record]:
+        """Take `count` rows of the part "train" or "test", all of one kind if it is named, off the deck."""
+        dealt: list[Record] = []
+        left: list[Record] = []
+        for row in self._rows[part]:
+            (dealt if len(dealt) < count and kind in (None, row["kind"]) else left).append(row)
+        if len(dealt) < count:
+            what = f"{part} rows of {kind}" if kind else f"{part} rows"
+            raise DataError(f"{self.name} has {len(dealt)} {what} left, too few for {count}; make the pool smaller")
+        self._rows[part] = left
         return [{**row, "group": group} for row in dealt]
 
 
@@ -99,10 +106,12 @@ def make_pool(job: Job, folder: Path, length: Length) -> Pool:
     names = dict.fromkeys([cell["target"], *cell["rest"], *cell["others"]])
     decks = {name: _deck(name, folder, seed, fits) for name in names}
     target = decks[cell["target"]]
-    test, dev = (target.deal(count, "test", "target") for count in (QUESTIONS, DEV_QUESTIONS))
+    kinds: Sequence[str | None] = _FILES["letters"] if cell["target"] == "letters" else [None]
+    test = [row for kind in kinds for row in target.deal(QUESTIONS, "test", "target", kind)]
+    dev = target.deal(DEV_QUESTIONS, "test", "target")
     count = cell["rows"] or job["steps"] * job["batch"]
     right, wrong = round(cell["share"] * count), round(cell["wrong"] * count)
-    rows = target.deal(right, "train", "target")
+    rows = [row for kind in kinds for row in target.deal(right // len(kinds), "train", "target", kind)]
     rows += [spoiled(row, cell["near"], rng) for row in target.deal(wrong, "train", "wrong")]
     rows += _rest(cell["rest"], decks, count - right - wrong)
     rng.shuffle(rows)
@@ -136,6 +145,7 @@ def _deck(name: str, folder: Path, seed: int, fits: Callable[[Record], bool]) ->
 def _read(name: str, part: str, folder: Path, fits: Callable[[Record], bool]) -> list[Record]:
     """Read a task's questions that fit with any of their options, each question once."""
     rows = {row["prompt"]: row for kind in _FILES[name] for row in read_options(folder / f"{kind}.{part}.json", kind)}
+    rows = {prompt: lettered(row) if name == "letters" else row for prompt, row in rows.items()}
     return [row for row in rows.values() if fits({**row, "completion": max(row["choices"], key=len)})]
 
 
@@ -153,10 +163,19 @@ def read_options(path: Path, kind: str) -> list[Record]:
         names = [f"answer{number}" for number in range(1, len(listed) + 1)] or ["true", "false"]
         answer = texts[names.index(record["answer"])]
         if len(set(texts)) == len(texts):
-            question = f"Question: {found['text'].strip()}\nAnswer:"
+            question = f"Question: {found['text'].strip()}{_ANSWER}"
             row = {"prompt": question, "completion": answer, "choices": texts, "answer": answer}
             rows.append({**row, "kind": kind, "wrong": False})
     return rows
+
+
+def lettered(row: Record) -> Record:
+    """Turn a question into one that lists its options, and is answered by a letter, as MMLU is asked."""
+    letters = LETTERS[: len(row["choices"])]
+    listed = "\n".join(f"{letter}.{text}" for letter, text in zip(letters, row["choices"], strict=True))
+    prompt = f"{row['prompt'].removesuffix(_ANSWER)}\n{listed}"  # `asked` adds the rest
+    answer = letters[row["choices"].index(row["answer"])]
+    return {**row, "prompt": prompt, "completion": answer, "choices": list(letters), "answer": answer}
 
 
 def spoiled(row: Record, near: bool, rng: random.Random) -> Record:

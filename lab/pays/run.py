@@ -14,7 +14,8 @@ Scenarios:
     S1  a target in a pool: cells mix and reverse, and TASK-SHARE or TASK-SHARE-wrong of real text, such as boolq-25
     S2  wrong labels, nothing known: uniform-15 to near-45, in one pass; with -400 after it, 400 rows passed over often
     S3  learning rates: mix, reverse, clean
-    S5  layers and privacy: clean arithmetic, options of ARC and OpenBookQA (clean-options), and BoolQ (clean-boolq)
+    S5  layers and privacy: clean arithmetic, options of ARC and OpenBookQA by text (clean-options) and by letter
+        (clean-letters), and BoolQ (clean-boolq)
     N   errors of people, programs and models: raters, intents-a, tasks-slots and the others of natural.py
 """
 
