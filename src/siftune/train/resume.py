@@ -62,7 +62,7 @@ def refuse_other_source(checkpoint: Path, identity: Mapping[str, str]) -> None:
         )
 
 
-def digest_of(data: Dataset) -> str:
+def digest_of_tokens(data: Dataset) -> str:
     """Hash of tokenised rows: token ids, labels and weights."""
     digest = hashlib.sha256()
     for column in ("input_ids", "labels"):
@@ -80,7 +80,7 @@ def has_ended(checkpoint: Path, recipe: Recipe, digest: str, trainer: SiftTraine
     Args:
         checkpoint: Folder of a complete checkpoint.
         recipe: Resolved settings.
-        digest: `digest_of` the training rows.
+        digest: `digest_of_tokens` of the training rows.
         trainer: The Trainer of the run that resumes.
         folder: Its folder.
 

@@ -39,7 +39,7 @@ from siftune.train.guards.non_finite import BrokenSteps, refuse_broken_end
 from siftune.train.guards.signals import Interrupts, held_back
 from siftune.train.prepare import NAMED, bad_lines, rows_line, steps_text
 from siftune.train.results import FollowedShares, Results
-from siftune.train.resume import digest_of, find_checkpoint, has_ended, refuse_other_source
+from siftune.train.resume import digest_of_tokens, find_checkpoint, has_ended, refuse_other_source
 from siftune.train.session import Session, open_session, settled
 from siftune.train.source import ModelSource, Source
 from siftune.train.source_losses import SourceLosses
@@ -123,7 +123,7 @@ def _train(recipe: Recipe, source: Source, folder: RunFolder, console: Console, 
     if selections is not None:
         _record_choices(built, selections, followed)
 
-    digest = digest_of(data["train"])
+    digest = digest_of_tokens(data["train"])
     ended = checkpoint is not None and has_ended(checkpoint, recipe, digest, trainer, folder)
     begun = 0 if checkpoint is None else step_of(checkpoint)
     recorded = anchored(replace(recipe, resume=False))

@@ -18,7 +18,7 @@ from siftune.cli.demo_rows import arithmetic_rows
 from siftune.cli.main import main
 from siftune.recipe.read import load_recipe, recipe_to_yaml
 from siftune.train.folder.checkpoints import SEAL
-from siftune.train.resume import digest_of
+from siftune.train.resume import digest_of_tokens
 from siftune.train.run import train
 from siftune.train.trainer import SiftTrainer
 
@@ -182,7 +182,7 @@ def test_an_edited_recipe_does_not_change_the_adapter_of_a_checkpoint(copied):
 
 def test_rows_are_told_apart_by_their_tokens_labels_and_weights():
     def digest(ids=((1, 2), (3,)), labels=((-100, 2), (3,)), **more):
-        return digest_of(Dataset.from_dict({"input_ids": ids, "labels": labels, **more}))
+        return digest_of_tokens(Dataset.from_dict({"input_ids": ids, "labels": labels, **more}))
 
     others = {
         digest(ids=((1, 2), (4,))), digest(labels=((1, 2), (3,))), digest(((1,), (2, 3)), ((-100,), (2, 3))),
