@@ -57,6 +57,11 @@ def read_json(path: Path, form: type[T], advice: str = _ADVICE, most: int = MOST
         raise _unreadable(path, fault_of(error), advice) from None
 
 
+def hash_of_json(value: Any) -> str:
+    """SHA-256 in hexadecimal of a value as JSON; the order of keys counts."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object with a SHA-256 of its other values, by which `unsealed` notices damage, not malice.
 
@@ -64,7 +69,7 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
         >>> unsealed(sealed({"loss": 1.5}))
         {'loss': 1.5}
     """
-    return {**content, _DIGEST: hashlib.sha256(json.dumps(content).encode()).hexdigest()}
+    return {**content, _DIGEST: hash_of_json(content)}
 
 
 def unsealed(content: Mapping[str, Any]) -> dict[str, Any] | None:

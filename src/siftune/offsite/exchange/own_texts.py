@@ -8,7 +8,6 @@ The texts stay in siftune's cache folder, so that an interrupted command and a s
 folder is closed to other users, and each file has a SHA-256, by which damage is noticed *(ours)*.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.base.errors import DataError, InputError
 from siftune.base.files import Progress, write_beside
-from siftune.base.json_files import read_json
+from siftune.base.json_files import hash_of_json, read_json
 from siftune.data.encode import Encoder, writes_chat
 from siftune.data.rows import Row
 from siftune.data.sampled_texts import TokenRow, sample_texts
@@ -72,7 +71,7 @@ def own_texts(
         UnsupportedError: There are no prompts, and the model's config has no first token.
     """
     facts = [_RULE, fingerprint(model), str(model.dtype), count, length, seed, prompts]
-    path = cache_root() / "own_texts" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.json"
+    path = cache_root() / "own_texts" / f"{hash_of_json(facts)[:32]}.json"
     if (known := _read(path)) is not None:
         logger.info("%d texts that the model wrote are in %s", count, path)
         return known
@@ -183,7 +182,7 @@ def _write(path: Path, texts: Sequence[TokenRow]) -> None:
 
 def _digest(path: Path, texts: Sequence[TokenRow]) -> str:
     """SHA-256 of texts and of their file's name, which depends on all that they follow from."""
-    return hashlib.sha256(json.dumps([path.stem, texts]).encode()).hexdigest()
+    return hash_of_json([path.stem, texts])
 
 
 def _is_private(folder: Path) -> bool:
