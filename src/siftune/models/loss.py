@@ -219,7 +219,7 @@ def weighed(losses_N: Tensor, labels_BT: Tensor, weights_B: Tensor | None) -> Te
     """
     if weights_B is None:
         return losses_N
-    weights_N = weights_B.float().index_select(0, places(label_positions(labels_BT)) // labels_BT.shape[1])
+    weights_N = weights_B.float().index_select(0, _rows_of_labels(labels_BT))
     return losses_N * weights_N.to(losses_N.device)
 
 
@@ -317,8 +317,35 @@ def by_row(losses_N: Tensor, labels_BT: Tensor) -> Tensor:
     Returns:
         (2, B) float32: each row's mean loss, NaN where it has no label; and its label tokens.
     """
-    row_N = (places(label_positions(labels_BT)) // labels_BT.shape[1]).to(losses_N.device)
-    wide_N = losses_N.detach().float()
-    sums_2B = wide_N.new_zeros(2, len(labels_BT))
-    sums_2B.index_add_(1, row_N, torch.stack([wide_N, torch.ones_like(wide_N)]))
-    return torch.stack([sums_2B[0] / sums_2B[1], sums_2B[1]])
+    sums_B, counts_B = _sums_by_row(losses_N.detach().float(), labels_BT)
+    return torch.stack([sums_B / counts_B, counts_B])
+
+
+def row_losses(logits_1NV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Each row's mean token loss, for gradients of single rows.
+
+    A mean over the tokens of a batch is unsuitable: a row's weight in it depends on the length of the others, so that
+    one row changes the gradients of all, and clipping bounds nothing.
+
+    Args:
+        logits_1NV: (1, N, V) logits at `label_positions(labels_BT)`, any floating dtype.
+        labels_BT: (B, T) int64, -100 at tokens without loss.
+
+    Returns:
+        (B,) float32, or float64 if the logits are float64; 0 for rows without labels.
+    """
+    losses_N = cross_entropy(logits_1NV.squeeze(0), next_labels(labels_BT).to(logits_1NV.device))
+    sums_B, counts_B = _sums_by_row(losses_N, labels_BT)
+    return sums_B / counts_B.clamp(min=1)
+
+
+def _sums_by_row(losses_N: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of each row's losses, and number of its label tokens; both (B,), of the losses' dtype."""
+    row_N = _rows_of_labels(labels_BT).to(losses_N.device)
+    sums_B = losses_N.new_zeros(len(labels_BT)).index_add(0, row_N, losses_N)
+    return sums_B, label_positions(labels_BT).sum(1).to(losses_N)
+
+
+def _rows_of_labels(labels_BT: Tensor) -> Tensor:
+    """Row of each label in the batch, in the labels' order; (N,) int64."""
+    return places(label_positions(labels_BT)) // labels_BT.shape[1]

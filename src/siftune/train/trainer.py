@@ -26,7 +26,7 @@ from siftune.base.ranks import mean_over_ranks
 from siftune.data.batches import AIMED, ROW, TargetLast
 from siftune.data.rows import WEIGHT
 from siftune.methods.dp.callback import DP
-from siftune.methods.dp.driver import finite_sum, row_losses
+from siftune.methods.dp.driver import finite_sum
 from siftune.methods.host.spread import average_adapters
 from siftune.models import attention
 from siftune.models.adapters.full import OpenLayers
@@ -37,6 +37,7 @@ from siftune.models.loss import (
     logits_at,
     losses_agree,
     mean_loss,
+    row_losses,
     token_losses,
     weighed,
 )

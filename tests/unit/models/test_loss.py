@@ -24,6 +24,7 @@ from siftune.base.errors import AdapterError, LayerError
 from siftune.models import loss
 from siftune.models.loss import (
     IGNORED,
+    by_row,
     contiguous_head_input,
     cross_entropy,
     difference_from_model,
@@ -31,7 +32,9 @@ from siftune.models.loss import (
     label_positions,
     logits_at,
     next_labels,
+    row_losses,
     token_loss,
+    token_losses,
 )
 
 
@@ -297,3 +300,22 @@ def test_memory_is_of_a_few_labels_at_a_time():
     with Watched():
         cross_entropy(logits, torch.zeros(64, dtype=torch.int64)).sum().backward()
     assert max(sizes) == 2**18  # of 2**22
+
+
+def test_rows_have_the_means_of_their_labels():
+    logits = torch.randn(1, 4, 50, generator=torch.Generator().manual_seed(0)).double()
+    labels = torch.tensor([[5, 1, 2, 9], [-100, -100, -100, -100], [7, -100, 3, -100]])
+    own = functional.cross_entropy(logits[0], torch.tensor([1, 2, 9, 3]), reduction="none")
+    first, last = own[:3].mean(), own[3]
+    torch.testing.assert_close(row_losses(logits, labels), torch.stack([first, torch.zeros_like(first), last]))
+    means, counts = by_row(token_losses(logits, labels), labels)
+    torch.testing.assert_close(means, torch.stack([first, first * math.nan, last]).float(), equal_nan=True)
+    assert counts.tolist() == [3, 0, 1]
+
+
+def test_half_precision_is_widened():
+    logits = torch.randn(1, 3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    labels = torch.tensor([[-100, 1, 2], [-100, 3, -100]])
+    losses = row_losses(logits, labels)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, row_losses(logits.double(), labels).float())

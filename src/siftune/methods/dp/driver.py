@@ -15,29 +15,8 @@ from siftune.engine.tape import Gradients, SampleGradients, Tape
 from siftune.methods.dp import maths
 from siftune.methods.dp.accounting import Mechanism
 from siftune.methods.dp.secret import Secret
-from siftune.models.loss import cross_entropy, label_positions, next_labels, places
 
 _AT_A_TIME = 2**25  # values to which noise is added at a time: 256 MB in float64 on the CPU
-
-
-def row_losses(logits_1NV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Each row's mean token loss, in float32.
-
-    A mean over the tokens of a batch is unsuitable: a row's weight in it depends on the length of the others, so that
-    one row changes the gradients of all, and clipping bounds nothing.
-
-    Args:
-        logits_1NV: (1, N, V) logits at `label_positions(labels_BT)`, any floating dtype.
-        labels_BT: (B, T) int64, -100 at tokens without loss.
-
-    Returns:
-        (B,) float32, or float64 if the logits are float64; 0 for rows without labels.
-    """
-    positions_BT = label_positions(labels_BT)
-    losses_N = cross_entropy(logits_1NV.squeeze(0), next_labels(labels_BT).to(logits_1NV.device))
-    row_N = (places(positions_BT) // labels_BT.shape[1]).to(losses_N.device)
-    counts_B = positions_BT.sum(1).clamp(min=1).to(losses_N)
-    return losses_N.new_zeros(len(labels_BT)).index_add(0, row_N, losses_N) / counts_B
 
 
 def finite_sum(losses_B: Tensor) -> Tensor:
@@ -48,9 +27,9 @@ def finite_sum(losses_B: Tensor) -> Tensor:
 class PrivateGradients:
     """Clips the rows' contributions to the gradients of a model, and adds noise to the sum, until `remove()`.
 
-    The loss must be a sum over rows, such as the `finite_sum` of `row_losses`. Every backward pass adds the clipped
-    gradients of its rows to the parameters' `grad`; a gradient that is not finite adds nothing. `release` turns these
-    into the private gradients for the optimizer. Attach methods that choose layers first.
+    The loss must be a sum over rows, such as the `finite_sum` of `models.loss.row_losses`. Every backward pass adds the
+    clipped gradients of its rows to the parameters' `grad`; a gradient that is not finite adds nothing. `release` turns
+    these into the private gradients for the optimizer. Attach methods that choose layers first.
 
     Args:
         model: Causal LM with adapters in its layers, or with layers that train themselves; nothing else may train.
