@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from siftune.base.errors import DataError, RecipeError
-from siftune.models.loss import Batch
+from siftune.models.loss import IGNORED, Batch
 
 
 class Draws(Protocol):
@@ -156,6 +156,6 @@ def label_weight(batch: Batch) -> float:
     """Weight of a batch in a mean over tokens: its predicted labels; its rows if it has no labels."""
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.ndim == 2:
-        return float((labels[:, 1:] != -100).sum())
+        return float((labels[:, 1:] != IGNORED).sum())
     sized = [value for value in batch.values() if hasattr(value, "__len__")]
     return float(len(sized[0]) if sized else 1)
