@@ -20,7 +20,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import AllowInfNan, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
@@ -219,6 +219,8 @@ def described(hint: Any) -> str:
             bounds = f"each {each}" if (each := bounds_of(own)) else ""
             description = next((mark.description for mark in own if getattr(mark, "description", None)), None)
             parts.append(f"a list of {description or many.get(item) or 'names, each ' + described(item)}")
+        elif AllowInfNan(False) in marks:
+            parts.append("a finite number")
         elif leaf is not type(None):
             parts.append(names.get(leaf, getattr(leaf, "__name__", str(leaf))))
         if bounds:

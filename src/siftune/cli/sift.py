@@ -3,18 +3,18 @@
 import shlex
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, FiniteFloat
+from pydantic import FiniteFloat
 from pydantic.dataclasses import dataclass
 
 from siftune.base.environment import launch_rank
-from siftune.base.settings import CONFIG, Count, Positive, Validated
+from siftune.base.settings import CONFIG, Chance, Count, Positive, Validated
 from siftune.base.text import one_line
 from siftune.base.work_folder import WorkFolder
 from siftune.cli.sources import source_of
 from siftune.recipe.schema import SCORING, Recipe, with_settings
-from siftune.sifting.checks import RECORD, STEPS, check_sifting
+from siftune.sifting.checks import RECORD, STEPS, Similarity, check_sifting
 from siftune.sifting.choose import Limits
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _MOST = 12  # sources that a message names
 _LOWEST = 5  # completions that a message names
 
-PoolShare = Count | Annotated[float, Field(gt=0, lt=1)]
+PoolShare = Count | Chance
 
 
 @with_settings("limit", *SCORING)
@@ -50,7 +50,7 @@ class Options(Validated):
     max_score: FiniteFloat | None = None
     """Select rows of the task up to this score. Default: if rows share answers, 1, and two in five rows of each answer
     in any case; otherwise that of the target's held-out rows."""
-    min_similarity: Annotated[float, Field(ge=-1, le=1)] | None = None
+    min_similarity: Similarity | None = None
     """Rows are of the task from this similarity of their prompts. Default: the limit of the target's own prompts."""
     steps: Count = STEPS
     """At most N optimizer steps on the pool, and half of them on the target's rows, of which some determine the end."""

@@ -1,14 +1,29 @@
 """Checks of the settings of a sifting. Nothing here imports torch, so that errors come at once."""
 
-import math
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, FiniteFloat
+from pydantic.dataclasses import dataclass
 
 from siftune.base.errors import RecipeError
+from siftune.base.settings import CONFIG, Chance, Count, Validated
 from siftune.recipe.schema import Recipe, train_files
 from siftune.sifting.choose import NO_LIMITS, Limits
 
 STEPS = 60  # of the training on the pool, at most (ours: docs/sifting.md)
 RECORD = "sift.json"  # in the folder of a sifted pool
+
+Similarity = Annotated[float, Field(ge=-1, le=1)]
+
+
+@dataclass(kw_only=True, config=CONFIG)
+class _Ranges(Validated):
+    """Ranges of what selects rows, for the command line and callers alike."""
+
+    share: Count | Chance | None  # a number of rows, or a share of the pool
+    max_score: FiniteFloat | None
+    min_similarity: Similarity | None
 
 
 def check_sifting(
@@ -19,8 +34,7 @@ def check_sifting(
     Raises:
         RecipeError: With one sentence on the first.
     """
-    # of YAML, the command line and callers alike: True is no number here
-    number = (type(share) is int and share >= 1) or (type(share) is float and 0 < share < 1)
+    _Ranges(share=share, max_score=limits.score, min_similarity=limits.similarity)
     names = [*train_files(recipe), *filter(None, (recipe.target, avoid))]
     files = [Path(name).expanduser().resolve() if Path(name).expanduser().exists() else name for name in names]
     twice = next((name for place, name in enumerate(names) if files[place] in files[:place]), "")
@@ -41,10 +55,6 @@ def check_sifting(
             "sifting computes losses with the complete model in each process: leave out sift, avoid or sharding",
         ),
         (
-            share is not None and not number,
-            f"share is {share!r}, but must be a share of the pool, above 0 and below 1, or a number of rows",
-        ),
-        (
             share is not None and not recipe.target,
             "share is that of the rows most like the target: give --target FILE, or leave share out",
         ),
@@ -57,23 +67,7 @@ def check_sifting(
             "share selects a number of rows, and max_score and min_similarity all rows within limits: leave out "
             "share, or the limits",
         ),
-        (
-            not _is_number(limits.score, -math.inf, math.inf),
-            f"max_score is {limits.score!r}, but must be a score as in scores.csv",
-        ),
-        (
-            not _is_number(limits.similarity, -1, 1),
-            f"min_similarity is {limits.similarity!r}, but must be from -1 to 1",
-        ),
     )
     for is_wrong, sentence in faults:
         if is_wrong:
             raise RecipeError(sentence)
-
-
-def _is_number(value: float | None, least: float, most: float) -> bool:
-    """Whether a limit is missing, or a finite number in a range."""
-    if value is None:
-        return True
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and least <= value <= most

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import pytest
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 from pydantic.dataclasses import dataclass
 
 from siftune import GAST, IST
@@ -131,6 +131,7 @@ def test_values_as_they_are_written(value, hint, result):
     ("hint", "words"),
     [
         (Annotated[float, Field(gt=0, lt=1)] | None, "a number, above 0 and below 1"),
+        (FiniteFloat | None, "a finite number"),
         (Literal["a", "b"], "one of a, b"),
         (bool | str, "true or false or text"),
         (tuple[Share, ...], "a list of numbers, each above 0 and at most 1"),
