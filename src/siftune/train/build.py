@@ -84,6 +84,7 @@ def build(
     output_dir: Path,
     callbacks: Sequence[TrainerCallback] = (),
     broken: BrokenSteps | None = None,
+    on_select: Callable[[Any], None] | None = None,
 ) -> Built:
     """Attach adapter and methods to a model, in place, and create the Trainer.
 
@@ -100,6 +101,7 @@ def build(
         output_dir: Folder of the checkpoints; nothing else is written.
         callbacks: Further callbacks, called before the methods.
         broken: Guard against non-finite steps, which private runs do not use.
+        on_select: Callback for each choice of the methods.
 
     Raises:
         InputError: The recipe does not fit the model.
@@ -114,7 +116,7 @@ def build(
         model.to(arguments.device)  # now, since some accelerators replace the parameters of a model that moves
     set_seed(recipe.seed)  # initial values of the adapter, dropout, order of the rows
     tuned, opened = _tuned(recipe, model)
-    methods = methods_of(recipe, data.get("support"))
+    methods = methods_of(recipe, data.get("support"), on_select)
     keeps = [] if recipe.keep is None else [keep_of(recipe, data.get("keep"))]
     parts = _compiled(recipe, model, privacy)
     trainer = _trainer(
@@ -177,20 +179,20 @@ def _with_adapter(recipe: Recipe, model: nn.Module) -> PeftModel:
         return attach_adapter(model, recipe.adapter, **vars(shape_of(recipe)))
 
 
-def methods_of(recipe: Recipe, support_rows: Dataset | None) -> list[Any]:
+def methods_of(
+    recipe: Recipe, support_rows: Dataset | None, on_select: Callable[[Any], None] | None = None
+) -> list[Any]:
     """Create the callbacks of a recipe's method, those that choose layers before those that choose samples.
 
     Args:
         recipe: Resolved settings.
         support_rows: Tokenised rows of a support set.
+        on_select: Callback for each choice of layers or samples.
     """
     methods = []
     for part, settings in zip(method_of(recipe).parts, settings_of(recipe), strict=True):
-        others = {"support_set": support_rows} if part.rows else {}
-        method = part.build(settings, seed=recipe.seed, **others)
-        if part.rows:
-            method.select_until = select_until(recipe)
-        methods.append(method)
+        others = {"support_set": support_rows, "select_until": select_until(recipe)} if part.rows else {}
+        methods.append(part.build(settings, seed=recipe.seed, on_select=on_select, **others))
     return methods
 
 
