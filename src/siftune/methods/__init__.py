@@ -25,7 +25,12 @@ class Part:
     by_data: bool = False  # its choice depends on the rows, so that noise on gradients does not make it private
 
     def build(self, settings: Settings, **others: Any) -> Any:
-        """Make the callback; `others` are its further arguments: `seed`, and `support_set` if it selects rows."""
+        """Make the callback.
+
+        Args:
+            settings: Of its method.
+            others: Its further arguments: `seed`, `on_select`, and `support_set` and `select_until` if it selects rows.
+        """
         return self.make(**settings.to_dict(), **others)
 
     def make(self, **options: Any) -> Any:

@@ -36,10 +36,10 @@ class RST(LayerCallback, RSTSettings):
     Args:
         seed: Seed of RST's own generator.
         layers: Path of the decoder layers, if their structure does not identify them.
+        on_select: Callback for each step's choice, optional.
 
     Attributes:
         last: The `LayerChoice` of the current step; its `layers` are the numbers of the layers that train.
-        on_select: Callback for each step's choice, optional.
 
     Raises:
         RecipeError: A setting is out of its range.

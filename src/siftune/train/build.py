@@ -26,6 +26,7 @@ from siftune.engine.compiled import CompiledParts
 from siftune.engine.groups import group_by_layer
 from siftune.engine.sharding import shard_base
 from siftune.engine.substitution import use_base_dtype
+from siftune.methods.dp.callback import DP
 from siftune.methods.drivers.layer_callback import LayerCallback
 from siftune.methods.keep.callback import Keep
 from siftune.methods.options import OWN
@@ -83,6 +84,7 @@ def build(
     output_dir: Path,
     callbacks: Sequence[TrainerCallback] = (),
     broken: BrokenSteps | None = None,
+    on_select: Callable[[Any], None] | None = None,
 ) -> Built:
     """Attach adapter and methods to a model, in place, and create the Trainer.
 
@@ -99,17 +101,13 @@ def build(
         output_dir: Folder of the checkpoints; nothing else is written.
         callbacks: Further callbacks, called before the methods.
         broken: Guard against non-finite steps, which private runs do not use.
+        on_select: Callback for each choice of the methods.
 
     Raises:
         InputError: The recipe does not fit the model.
     """
     refuse_all_weights(recipe)
-    if recipe.dp_epsilon is not None:
-        refuse_weights(data["train"].column_names)
-    privacy = privacy_of(recipe, len(data["train"]))
-    if privacy is not None:
-        # a batch is a step's, and the noise is calibrated for this number of steps
-        recipe = replace(recipe, accumulate=1, steps=privacy.mechanism.steps)
+    recipe, privacy = _with_privacy(recipe, data["train"])
     arguments = training_arguments(recipe, output_dir, fp16=next(model.parameters()).dtype == torch.float16)
     if privacy is not None:
         refuse_scaled_or_split(arguments)
@@ -117,22 +115,13 @@ def build(
     if recipe.quantize is None and recipe.sharding == "none":
         model.to(arguments.device)  # now, since some accelerators replace the parameters of a model that moves
     set_seed(recipe.seed)  # initial values of the adapter, dropout, order of the rows
-    tuned, opened = model, None
-    if recipe.adapter == "full":
-        originals = recipe.keep is not None or any(part.suppresses for part in method_of(recipe).parts)
-        opened = OpenLayers(model, recipe.layers, originals)
-    else:
-        tuned = _with_adapter(recipe, model, output_dir)
-    if recipe.sharding == "fsdp":
-        shard_base(tuned)
-    methods = methods_of(recipe, data.get("support"))
+    tuned, opened = _tuned(recipe, model)
+    methods = methods_of(recipe, data.get("support"), on_select)
     keeps = [] if recipe.keep is None else [keep_of(recipe, data.get("keep"))]
-    parts = None
-    if recipe.compile:  # methods that choose rows, and noise, look into every trainable module
-        by_row = privacy is not None or any(part.rows for part in method_of(recipe).parts)
-        parts = CompiledParts(find_layers(model).layers, frozen=by_row)
-    kind: Any = SiftTrainer if opened is None else partial(LayerTrainer, opened=opened, base=anchored(recipe).model)
-    trainer = kind(
+    parts = _compiled(recipe, model, privacy)
+    trainer = _trainer(
+        recipe,
+        opened,
         model=tuned,
         args=arguments,
         data_collator=Collator(tokenizer.pad_token_id),
@@ -140,48 +129,44 @@ def build(
         eval_dataset=data.get("eval"),
         processing_class=tokenizer,
         callbacks=[*callbacks, *methods, *keeps],
-        last=target_comes_last(recipe),
         privacy=privacy,
         broken=broken or BrokenSteps(),
-        short_rows=recipe.attention == "auto",
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
     groups = group_by_layer(tuned)
-    stack = ExitStack()  # the last one is removed first
-    stack.callback(end_checkpointing, tuned)
-    if opened is not None:
-        stack.callback(opened.close)
-    stack.callback(use_base_dtype(tuned, groups).remove)
-    for part in (parts, privacy, *methods, *keeps):
-        if part is not None:
-            stack.callback(part.remove)
-    return Built(trainer, methods, len(groups), stack.close, parts)
+    casts = use_base_dtype(tuned, groups)
+    release = _removal(tuned, opened, [casts, parts, privacy, *methods, *keeps])
+    return Built(trainer, methods, len(groups), release, parts)
 
 
-def methods_of(recipe: Recipe, support_rows: Dataset | None) -> list[Any]:
-    """Create the callbacks of a recipe's method, those that choose layers before those that choose samples.
+def _with_privacy(recipe: Recipe, rows: Dataset) -> tuple[Recipe, DP | None]:
+    """Return a recipe with the steps of its privacy, and the privacy; None if it asks for none."""
+    if recipe.dp_epsilon is not None:
+        refuse_weights(rows.column_names)
+    privacy = privacy_of(recipe, len(rows))
+    if privacy is None:
+        return recipe, None
+    # a batch is a step's, and the noise is calibrated for this number of steps
+    return replace(recipe, accumulate=1, steps=privacy.mechanism.steps), privacy
 
-    Args:
-        recipe: Resolved settings.
-        support_rows: Tokenised rows of a support set.
+
+def _tuned(recipe: Recipe, model: nn.Module) -> tuple[nn.Module, OpenLayers | None]:
+    """Attach the adapter, or open the layers of adapter "full"; then shard the base if the recipe asks for it.
+
+    Returns:
+        The model to train, and its open layers; None with an adapter.
     """
-    methods = []
-    for part, settings in zip(method_of(recipe).parts, settings_of(recipe), strict=True):
-        others = {"support_set": support_rows} if part.rows else {}
-        method = part.build(settings, seed=recipe.seed, **others)
-        if part.rows:
-            method.select_until = select_until(recipe)
-        methods.append(method)
-    return methods
+    tuned, opened = model, None
+    if recipe.adapter == "full":
+        originals = recipe.keep is not None or any(part.suppresses for part in method_of(recipe).parts)
+        opened = OpenLayers(model, recipe.layers, originals)
+    else:
+        tuned = _with_adapter(recipe, model)
+    if recipe.sharding == "fsdp":
+        shard_base(tuned)
+    return tuned, opened
 
 
-def keep_of(recipe: Recipe, rows: Dataset | None) -> Keep:
-    """Create the penalty of a recipe with `keep`; `rows` are tokenised, None for own texts."""
-    return Keep(OWN if rows is None else rows, weight=recipe.keep_weight, seed=recipe.seed)
-
-
-def _with_adapter(recipe: Recipe, model: nn.Module, output_dir: Path) -> PeftModel:
+def _with_adapter(recipe: Recipe, model: nn.Module) -> PeftModel:
     """Attach a new adapter, or that of `from_adapter`."""
     if recipe.from_adapter is not None:
         refuse_adapters(model)
@@ -192,6 +177,64 @@ def _with_adapter(recipe: Recipe, model: nn.Module, output_dir: Path) -> PeftMod
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # between PEFT and transformers
         return attach_adapter(model, recipe.adapter, **vars(shape_of(recipe)))
+
+
+def methods_of(
+    recipe: Recipe, support_rows: Dataset | None, on_select: Callable[[Any], None] | None = None
+) -> list[Any]:
+    """Create the callbacks of a recipe's method, those that choose layers before those that choose samples.
+
+    Args:
+        recipe: Resolved settings.
+        support_rows: Tokenised rows of a support set.
+        on_select: Callback for each choice of layers or samples.
+    """
+    methods = []
+    for part, settings in zip(method_of(recipe).parts, settings_of(recipe), strict=True):
+        others = {"support_set": support_rows, "select_until": select_until(recipe)} if part.rows else {}
+        methods.append(part.build(settings, seed=recipe.seed, on_select=on_select, **others))
+    return methods
+
+
+def keep_of(recipe: Recipe, rows: Dataset | None) -> Keep:
+    """Create the penalty of a recipe with `keep`; `rows` are tokenised, None for own texts."""
+    return Keep(OWN if rows is None else rows, weight=recipe.keep_weight, seed=recipe.seed)
+
+
+def _compiled(recipe: Recipe, model: nn.Module, privacy: DP | None) -> CompiledParts | None:
+    """Compile parts of the layers if the recipe asks for it."""
+    if not recipe.compile:
+        return None
+    # methods that choose rows, and noise, look into every trainable module
+    by_row = privacy is not None or any(part.rows for part in method_of(recipe).parts)
+    return CompiledParts(find_layers(model).layers, frozen=by_row)
+
+
+def _trainer(recipe: Recipe, opened: OpenLayers | None, **others: Any) -> SiftTrainer:
+    """Create the Trainer, which prints nothing; `others` are its further arguments."""
+    kind: Any = SiftTrainer if opened is None else partial(LayerTrainer, opened=opened, base=anchored(recipe).model)
+    trainer: SiftTrainer = kind(last=target_comes_last(recipe), short_rows=recipe.attention == "auto", **others)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def _removal(tuned: nn.Module, opened: OpenLayers | None, attached: Sequence[Any]) -> Callable[[], None]:
+    """Return the removal of all attachments from a model.
+
+    Args:
+        tuned: The model.
+        opened: Its open layers; None with an adapter.
+        attached: Further attachments with `remove()`, the first to be removed last; None for a missing one.
+    """
+    stack = ExitStack()  # the last one is removed first
+    stack.callback(end_checkpointing, tuned)
+    if opened is not None:
+        stack.callback(opened.close)
+    for part in attached:
+        if part is not None:
+            stack.callback(part.remove)
+    return stack.close
 
 
 def end_checkpointing(model: Any) -> None:

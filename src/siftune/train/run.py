@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,32 +97,25 @@ def train(
 
 def _train(recipe: Recipe, source: Source, folder: RunFolder, console: Console, read: Read | None) -> Run:
     """Train by a settled recipe into an existing folder."""
-    checkpoint = from_first(lambda: find_checkpoint(recipe, folder)) if recipe.resume else None
-    if checkpoint is not None:
-        from_first(folder.drop_half_written)  # so that no checkpoint is written into what a killed run left
-        refuse_other_source(checkpoint, source.identity)
+    checkpoint = _checkpoint(recipe, source, folder)
     folder.refuse_results(recipe.resume is not False)
     session = open_session(recipe, source, console, read)
     rows, data = session.prepared.rows["train"], session.data
 
-    view, signals = ProgressView(console), Interrupts()
-    selections = SelectionRecord(folder.path, sources(rows)) if rank() == 0 else None
-    records = [] if selections is None else [selections]
-    saving = [] if recipe.save_every else [RegularCheckpoints()]
-    stopping = [] if recipe.patience is None else [EarlyStop(recipe.patience)]
-    callbacks = [view, *saving, *stopping, *records, SourceNote(source.identity), signals]
-    flags = [signals.flag, *(callback.flag for callback in saving)]
-    broken = BrokenSteps(name=lambda row: rows[row].origin, flags=flags)
-    built = build(recipe, session.model, session.tokenizer, data, folder.checkpoints, callbacks, broken)
+    callbacks = _Callbacks(session, folder.path, console)
+    built = build(
+        recipe,
+        session.model,
+        session.tokenizer,
+        data,
+        folder.checkpoints,
+        callbacks.in_order,
+        callbacks.broken,
+        callbacks.on_select,
+    )
     trainer = built.trainer
     source.check_tuned(trainer.model)
-    # these extend a line of the log, so they come before trackers, which read it; the last one is the first
-    stand_first(trainer, Metrics(folder, built.active_layers, built.compiling))
-    if recipe.dp_epsilon is None:  # no noise covers the losses of single rows
-        stand_first(trainer, SourceLosses(trainer, session.prepared.rows))
-    followed = FollowedShares(sources(rows))
-    if selections is not None:
-        _record_choices(built, selections, followed)
+    _extend_log(built, session, folder)
 
     digest = digest_of_tokens(data["train"])
     ended = checkpoint is not None and has_ended(checkpoint, recipe, digest, trainer, folder)
@@ -129,31 +123,96 @@ def _train(recipe: Recipe, source: Source, folder: RunFolder, console: Console, 
     recorded = anchored(replace(recipe, resume=False))
     console.print(_summary_lines(session, built, folder.path), markup=False)
     if rank() == 0:
-        folder.write_lines(BAD_ROWS, [*bad_row_lines(session.prepared.bad)])
-        folder.write(RECIPE, recipe_to_yaml(recorded))
-        note_recipe(folder.path)
-        folder.write(ROWS, f"{digest}\n")
-        if not ended:
-            for name in (LOSSES, EVALS):  # of the training before
-                folder.write_lines(name, [])
-            shutil.rmtree(folder.path / HALVES, ignore_errors=True)
-        folder.cut_records(begun)  # of a run that ended before its next checkpoint
+        _write_start(folder, session, recorded, digest)
+        _drop_old_records(folder, begun, ended)
 
     def release() -> None:
-        view.close()
+        callbacks.view.close()
         built.release()
-        for record in records:
-            record.leave()
+        callbacks.leave()
 
-    def fit() -> None:
-        _fit(trainer, signals, checkpoint, ended, best=recipe.patience is not None)
-
+    fit = partial(_fit, trainer, callbacks.signals, checkpoint, ended, best=recipe.patience is not None)
     digest_of_rows = None if recipe.dp_epsilon is not None else digest_of_texts(rows)
-    results = Results(trainer, folder, recorded, source, followed, begun, digest_of_rows)
+    results = Results(trainer, folder, recorded, source, callbacks.followed, begun, digest_of_rows)
     summary = _run(results, fit, release)
     if world_size() > 1:
         let_go(trainer)
     return Run(folder, trainer.model, session.tokenizer, summary)
+
+
+def _checkpoint(recipe: Recipe, source: Source, folder: RunFolder) -> Path | None:
+    """Return the checkpoint of a run that resumes, None for a new run, and remove incomplete ones."""
+    if not recipe.resume:
+        return None
+    checkpoint = from_first(lambda: find_checkpoint(recipe, folder))
+    from_first(folder.drop_half_written)  # so that no checkpoint is written into what a killed run left
+    refuse_other_source(checkpoint, source.identity)
+    return checkpoint
+
+
+class _Callbacks:
+    """Callbacks of a run besides its methods, and what they collect.
+
+    Args:
+        session: Settings and rows of the run.
+        folder: The run folder.
+        console: Console for progress.
+    """
+
+    def __init__(self, session: Session, folder: Path, console: Console) -> None:
+        recipe, rows = session.recipe, session.prepared.rows["train"]
+        self.view, self.signals = ProgressView(console), Interrupts()
+        self.followed = FollowedShares(sources(rows))
+        self._records = [SelectionRecord(folder, sources(rows))] if rank() == 0 else []
+        saving = [] if recipe.save_every else [RegularCheckpoints()]
+        stopping = [] if recipe.patience is None else [EarlyStop(recipe.patience)]
+        note = SourceNote(session.source.identity)
+        self.in_order = [self.view, *saving, *stopping, *self._records, note, self.signals]
+        flags = [self.signals.flag, *(callback.flag for callback in saving)]
+        self.broken = BrokenSteps(name=lambda row: rows[row].origin, flags=flags)
+        # None on other ranks, since a method waits for the device if its choices are read at once
+        self.on_select = self._record if rank() == 0 else None
+
+    def _record(self, choice: Any) -> None:
+        """Record a choice of layers or rows."""
+        for record in self._records:
+            if isinstance(choice, SampleChoice):
+                assert choice.rows is not None  # siftune's own batches are numbered
+                numbers = choice.rows.tolist()
+                record.rows(choice, numbers)
+                self.followed.add(choice, numbers)
+            else:
+                record.layers(choice)
+
+    def leave(self) -> None:
+        """Write the choices that are not written yet."""
+        for record in self._records:
+            record.leave()
+
+
+def _extend_log(built: Built, session: Session, folder: RunFolder) -> None:
+    """Have callbacks extend the lines of the log; trackers read these lines, so they come later."""
+    trainer = built.trainer
+    stand_first(trainer, Metrics(folder, built.active_layers, built.compiling))
+    if session.recipe.dp_epsilon is None:  # no noise covers the losses of single rows
+        stand_first(trainer, SourceLosses(trainer, session.prepared.rows))  # before the metrics, which write the line
+
+
+def _write_start(folder: RunFolder, session: Session, recorded: Recipe, digest: str) -> None:
+    """Write recipe, bad rows and the digest of the tokenised rows."""
+    folder.write_lines(BAD_ROWS, [*bad_row_lines(session.prepared.bad)])
+    folder.write(RECIPE, recipe_to_yaml(recorded))
+    note_recipe(folder.path)
+    folder.write(ROWS, f"{digest}\n")
+
+
+def _drop_old_records(folder: RunFolder, begun: int, ended: bool) -> None:
+    """Remove records of an earlier training: those after the step `begun`, and its results unless it has `ended`."""
+    if not ended:
+        for name in (LOSSES, EVALS):
+            folder.write_lines(name, [])
+        shutil.rmtree(folder.path / HALVES, ignore_errors=True)
+    folder.cut_records(begun)  # of a run that ended before its next checkpoint
 
 
 def _fit(trainer: SiftTrainer, signals: Interrupts, checkpoint: Path | None, ended: bool, best: bool) -> None:
@@ -202,20 +261,6 @@ def _run(results: Results, fit: Callable[[], None], release: Callable[[], None])
     if signals:
         raise KeyboardInterrupt
     return summary
-
-
-def _record_choices(built: Built, selections: SelectionRecord, followed: FollowedShares) -> None:
-    """Have every method report its choices."""
-
-    def on_select(choice: Any) -> None:
-        if isinstance(choice, SampleChoice):
-            selections.rows(choice, built.trainer.rows)
-            followed.add(choice, built.trainer.rows)
-        else:
-            selections.layers(choice)
-
-    for method in built.methods:
-        method.on_select = on_select
 
 
 def _summary_lines(session: Session, built: Built, folder: Path) -> str:

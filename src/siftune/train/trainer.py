@@ -85,7 +85,6 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         guards, private = ([self.broken], []) if privacy is None else ([], [privacy])
         own = [*guards, *(callbacks or []), *private, Sealing()]
         super().__init__(*args, callbacks=own, **kwargs)
-        self.broken.log = self.log
         average_adapters(self)  # unless a method has done so
         self.privacy = privacy
         self._last = last

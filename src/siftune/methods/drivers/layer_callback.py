@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -32,11 +32,11 @@ class LayerCallback(SelectionCallback[LayerSelection]):
     adds `GROUP/importance_spread`, the highest minus the lowest.
     """
 
+    on_select: Callable[[LayerChoice], None] | None = field(default=None, repr=False, kw_only=True)
     _chooses_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.on_select: Callable[[LayerChoice], None] | None = None
         self._step: int | None = None
 
     def _figures(self) -> dict[str, float]:

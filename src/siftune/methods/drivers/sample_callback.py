@@ -45,21 +45,17 @@ class SampleCallback(SelectionCallback[SampleSelection]):
     Choices are per forward pass: with gradient accumulation per micro-batch, with several ranks per rank's part of the
     batch. Parameters outside of the decoder layers follow all samples. The choices' `figures` are added to the
     Trainer's log as `GROUP/followed` and so on, means over this rank's batches.
-
-    Attributes:
-        select_until: Share of the Trainer's steps, the first ones, in which samples are selected. `siftune train` sets
-            it to the point where a target's rows begin.
     """
 
     support_set: Any = field(default=None, repr=False)
     pairs: bool | None = None
     keep: bool = False
+    select_until: float = field(default=1.0, kw_only=True)
+    on_select: Callable[[SampleChoice], None] | None = field(default=None, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.select_until = 1.0
         self.history: list[SampleChoice] = []
-        self.on_select: Callable[[SampleChoice], None] | None = None
         self._numbers: RowNumbers | None = None
         self._waiting: list[Choosing] = []
 

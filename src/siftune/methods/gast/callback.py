@@ -76,11 +76,12 @@ class GAST(SampleCallback, GASTSettings):
         pairs: Row i and row i + B/2 are one sample, as in TRL's preference trainers; None: decided by the Trainer's
             collator.
         keep: Keep the choices of all batches in `history`.
+        select_until: Share of the Trainer's steps, the first ones, in which samples are selected.
+        on_select: Callback for each batch's choice, optional.
 
     Attributes:
         last: The `SampleChoice` in the last batch: `scores` (layers, samples) float32, `selected` (layers, K) int64.
         history: The choices of all batches, if `keep` is set.
-        on_select: Callback for each batch's choice, optional.
 
     Raises:
         RecipeError: A setting is out of its range.

@@ -151,7 +151,7 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
                 other.remove()
 
     def state(self) -> dict[str, Any]:
-        """State for the Trainer's checkpoints: the constructor's arguments except rows, and the selection's state."""
+        """State for the Trainer's checkpoints: arguments except rows and functions, and the selection's state."""
         selection = self._selection.state_dict() if self._selection else None
         arguments = {field.name: getattr(self, field.name) for field in fields(self) if field.repr}
         return {"args": arguments, "attributes": {"_resumed": selection}}

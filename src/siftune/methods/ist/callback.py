@@ -75,11 +75,11 @@ class IST(LayerCallback, ISTSettings):
     Args:
         seed: Seed of IST's own generator.
         layers: Path of the decoder layers, if their structure does not identify them.
+        on_select: Callback for each step's choice, optional.
 
     Attributes:
         last: The `LayerChoice` of the current step.
         importance: (L,) float64 importance logits, high = important.
-        on_select: Callback for each step's choice, optional.
 
     Raises:
         RecipeError: A setting is out of its range.

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from siftune.base.errors import TrainingError
 from siftune.base.numerics import side_by_side
+from siftune.methods.host.callback import calling_trainer
 from siftune.models.loss import label_positions
 from siftune.train.guards.flags import Flag, exchange
 
@@ -44,7 +45,6 @@ class BrokenSteps(TrainerCallback):  # type: ignore[misc]
         self._finite = True
         self._broken = Flag(lambda: not self._finite)
         self._flags = [self._broken, *flags]
-        self.log: Callable[[dict[str, float]], None] = lambda _: None  # the Trainer's
         self._batches: list[_Batch] = []  # of this step
         self._skipped = False
 
@@ -84,9 +84,10 @@ class BrokenSteps(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log a skipped step."""
-        if self._skipped:
-            self._skipped = False
-            self.log({SKIPPED: skipped_steps(state) + 1})
+        trainer = calling_trainer(self) if self._skipped else None
+        self._skipped = False
+        if trainer is not None:
+            trainer.log({SKIPPED: skipped_steps(state) + 1})
 
     def _what(self, batches: "Sequence[_Batch]") -> str:
         losses = [loss for batch in batches if not math.isfinite(loss := float(batch.loss))]

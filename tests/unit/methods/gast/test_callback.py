@@ -94,8 +94,7 @@ def test_support_passes_run_in_training_mode_also_after_an_evaluation(tmp_path, 
     model.register_forward_pre_hook(note)
     settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
     data = {"train_dataset": rows(), "eval_dataset": rows(4, seed=8)}
-    method = GAST(2, "sample", support_size=3)
-    method.select_until = select_until
+    method = GAST(2, "sample", support_size=3, select_until=select_until)
     Trainer(model, arguments(tmp_path, **settings), **data, callbacks=[method]).train()
     assert modes == [True] * passes  # that of the batch in every step, and a support pass while rows are selected
 
