@@ -267,7 +267,7 @@ def sift_first(
     Raises:
         InputError: As `sift`, or the recipe cannot be used, or its folder holds a run.
     """
-    check(recipe)
+    check(recipe)  # `siftune train` has done so before torch is imported; other callers need not
     check_sifting(recipe, share, avoid)
     recipe = replace(recipe, out=from_first(lambda: resolve_recipe(recipe).out))
     folder = from_first(lambda: RunFolder(str(recipe.out)))

@@ -57,9 +57,10 @@ def settled(recipe: Recipe, source_of: Callable[[str], Source] = ModelSource) ->
     """
     check(recipe)
     check_trackers(recipe.report_to)
-    recipe = from_first(lambda: adopted(recipe))
-    check(recipe)  # also for the type of an adapter that was trained before
-    recipe = from_first(lambda: resolve_recipe(recipe))
+    with_adapter = from_first(lambda: adopted(recipe))
+    if with_adapter != recipe:  # type and shape of an adapter that was trained before are checked too
+        check(with_adapter)
+    recipe = from_first(lambda: resolve_recipe(with_adapter))
     source = source_of(recipe.model)
     return source.settle(recipe), source
 
