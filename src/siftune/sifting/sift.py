@@ -213,9 +213,12 @@ def sift_pool(
     with in_launch(), ExitStack() as stack:
         console = console or text_console(stderr=True)
         console = Console(quiet=True) if rank() else console
-        recipe = from_first(lambda: _dense(recipe))  # without `settled`: it is checked, and has options of its method
+        # not by `settled`: the recipe is checked already, and has options of a method that is not run here
+        recipe = from_first(lambda: _dense(recipe))
         source = source_of(recipe.model)
         recipe = source.settle(recipe)
+        # not by `read_session` and `open_session`: bad rows of all files are reported together, and the model is loaded
+        # later, if losses are missing
         rows = read_all(recipe, asked.avoid, source, reader)
         with first_rank_first(), stages(console) as progress:
             parts = Read({"train": rows.pool, **{PARTS[few.name]: few.rows for few in rows.few}}, rows.bad)
@@ -264,7 +267,7 @@ def sift_first(
     Raises:
         InputError: As `sift`, or the recipe cannot be used, or its folder holds a run.
     """
-    check(recipe)
+    check(recipe)  # `siftune train` has done so before torch is imported; other callers need not
     check_sifting(recipe, share, avoid)
     recipe = replace(recipe, out=from_first(lambda: resolve_recipe(recipe).out))
     folder = from_first(lambda: RunFolder(str(recipe.out)))

@@ -76,14 +76,15 @@ def tuned_on_target(work: Work, few: Few, number: int, trained: Sequence[Row]) -
     folder = top / (TUNING if number == 0 else f"{TUNING}-{number}")
     seen, unseen = (of_training(number, name) for name in (_SEEN, _UNSEEN))
     origins = {row.origin for row in few.unseen[number]}
-    _write_records(work, few, seen, [row for row in few.rows if row.origin not in origins])
-    _write_records(work, few, unseen, few.unseen[number])
+    rows = [row for row in few.rows if row.origin not in origins]
+    again = _write_records(work, few, {seen: rows, unseen: few.unseen[number]})
     own = _further(work, top / POOL) if trained else _scoring(work)
     steps = math.ceil(_AFTER * work.steps) if trained else work.steps
     own |= {"train": str(top / seen), "eval": str(top / unseen), "steps": steps}
     if steps >= _MEASURED:
         own |= {"eval_every": min(_EVERY, steps // _MEASURED), "patience": _PATIENCE}
-    _tune(work, folder, own, f"{counted(len(few.rows) - len(origins), 'row')} of the target")
+    read = Read({"train": again[seen], "eval": again[unseen]})
+    _tune(work, folder, own, f"{counted(len(rows), 'row')} of the target", read)
     return _loaded(work, folder)
 
 
@@ -92,34 +93,51 @@ def of_training(number: int, name: str) -> str:
     return f"{number}-{name}" if number else name
 
 
-def _write_records(work: Work, few: Few, name: str, rows: Sequence[Row]) -> None:
-    """Write rows as they are in their file, as JSON lines.
+def _write_records(work: Work, few: Few, parts: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
+    """Write rows as they are in their file, as JSON lines, and read them again, to train on them.
+
+    Args:
+        work: The sifting.
+        few: The target, or the bad rows.
+        parts: Rows to write, by file.
+
+    Returns:
+        The rows of each file, with their places there.
 
     Raises:
         DataError: They would be read as other rows: the columns of a file's first row determine its format. Or the file
             has changed.
     """
     if rank() == 0:
-        places = {row.origin for row in rows}
-        records = (record for place, record in placed_records(few.file) if place in places)
-        work.folder.write(name, "".join(json.dumps(record, default=str) + "\n" for record in records))
+        names = {row.origin: name for name, rows in parts.items() for row in rows}
+        lines: dict[str, list[str]] = {name: [] for name in parts}
+        for place, record in placed_records(few.file):
+            if place in names:
+                lines[names[place]].append(json.dumps(record, default=str) + "\n")
+        for name, own in lines.items():
+            work.folder.write(name, "".join(own))
     wait_for_all()
-    again = load_rows(str(work.folder.path / name), columns=work.recipe.columns)
-    if [*row_texts(again)] != [*row_texts(rows)]:
-        raise DataError(
-            f"the rows of {few.file} have different columns, or have changed since they were read: give all of them "
-            "the same columns, or run the command again"
-        )
+    again = {}
+    for name, rows in parts.items():
+        again[name] = load_rows(str(work.folder.path / name), columns=work.recipe.columns)
+        if [*row_texts(again[name])] != [*row_texts(rows)]:
+            raise DataError(
+                f"the rows of {few.file} have different columns, or have changed since they were read: give all of "
+                "them the same columns, or run the command again"
+            )
+    return again
 
 
 def tuned_on_bad_rows(work: Work, few: Few) -> Any:
     """Tune a model that was tuned on the pool further on the bad rows, and load both adapters."""
     folder = work.folder.path / AVOID
     _tune_on_pool(work, AVOID, work.rows.pool, work.steps)
-    unseen = {row.origin for row in few.unseen[0]}
-    _write_records(work, few, f"{AVOID}/{_SEEN}", [row for row in few.rows if row.origin not in unseen])
-    own = _further(work, folder / POOL) | {"steps": _FURTHER, "train": str(folder / _SEEN)}
-    _tune(work, folder / TUNING, own, f"{counted(len(few.rows) - len(few.unseen[0]), 'row')} of the bad rows")
+    unseen, seen = {row.origin for row in few.unseen[0]}, f"{AVOID}/{_SEEN}"
+    rows = [row for row in few.rows if row.origin not in unseen]
+    again = _write_records(work, few, {seen: rows})
+    own = _further(work, folder / POOL) | {"steps": _FURTHER, "train": str(work.folder.path / seen)}
+    read = Read({"train": again[seen]})
+    _tune(work, folder / TUNING, own, f"{counted(len(rows), 'row')} of the bad rows", read)
     tuned = _loaded(work, folder / TUNING)
     tuned.load_adapter(str(folder / POOL / "adapter"), adapter_name=POOL, autocast_adapter_dtype=False)
     return tuned

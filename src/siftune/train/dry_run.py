@@ -32,7 +32,7 @@ from siftune.recipe.checks import NO_TRACKER
 from siftune.recipe.schema import Recipe, method_of, settings_of
 from siftune.train.build import Built, build, trainable
 from siftune.train.prepare import Lengths, Prepared, lengths_of, row_lengths, trained_and_held_out
-from siftune.train.session import Session, open_session, settled
+from siftune.train.session import Session, open_session, read_session, settled
 from siftune.train.source import ModelSource, Source
 from siftune.train.trainer import planned_steps
 
@@ -110,7 +110,9 @@ def dry_run(recipe: Recipe, console: Console, source_of: Callable[[str], Source]
     if recipe.resume:
         raise RecipeError("a dry run is of a complete run: leave resume out")
     recipe, source = settled(recipe, source_of)
-    session = open_session(replace(recipe, bad_rows="drop"), source, console)
+    trial = replace(recipe, bad_rows="drop")  # bad rows are reported
+    read = read_session(trial, source)
+    session = open_session(trial, source, read, stages(console))
     with stages(console) as progress:
         progress("trying some steps", 0, 0)
         estimate = _estimate(session)

@@ -18,7 +18,7 @@ from siftune.base.environment import quiet, unsaid
 from siftune.base.errors import TrainingError
 from siftune.base.files import disk_faults, only_process
 from siftune.base.ranks import from_first, join_launch, leave_launch, let_go, rank, world_size
-from siftune.base.stages import text_console
+from siftune.base.stages import stages, text_console
 from siftune.base.text import counted
 from siftune.data.target import sources
 from siftune.methods.drivers.sample_choice import SampleChoice
@@ -41,7 +41,7 @@ from siftune.train.guards.signals import Interrupts, held_back
 from siftune.train.prepare import NAMED, bad_lines, rows_line, steps_text
 from siftune.train.results import FollowedShares, Results
 from siftune.train.resume import digest_of_tokens, find_checkpoint, has_ended, refuse_other_source
-from siftune.train.session import Session, open_session, settled
+from siftune.train.session import Session, open_session, read_session, settled
 from siftune.train.source import ModelSource, Source
 from siftune.train.source_losses import SourceLosses
 from siftune.train.trainer import SiftTrainer, planned_steps
@@ -99,7 +99,8 @@ def _train(recipe: Recipe, source: Source, folder: RunFolder, console: Console, 
     """Train by a settled recipe into an existing folder."""
     checkpoint = _checkpoint(recipe, source, folder)
     folder.refuse_results(recipe.resume is not False)
-    session = open_session(recipe, source, console, read)
+    read = read_session(recipe, source, read)
+    session = open_session(recipe, source, read, stages(console))
     rows, data = session.prepared.rows["train"], session.data
 
     callbacks = _Callbacks(session, folder.path, console)

@@ -16,6 +16,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,13 +35,13 @@ from siftune.evaluate.likelihood import perplexity
 from siftune.recipe.checks import NO_TRACKER
 from siftune.recipe.read import anchored, recipe_to_yaml
 from siftune.recipe.schema import Recipe, compares, rate_of
-from siftune.recipe.training_rows import Read, digest_of, read_rows
+from siftune.recipe.training_rows import Read, digest_of
 from siftune.train.build import build
 from siftune.train.callbacks import StepProgress
 from siftune.train.guards.non_finite import BrokenSteps
-from siftune.train.prepare import NAMED, bad_lines, prepare, refuse_long, refuse_read, trained_and_held_out
+from siftune.train.prepare import NAMED, bad_lines, trained_and_held_out
 from siftune.train.rates.grid import RECORD, Grid, LRRun, facts_of, rate_text, recipes_of
-from siftune.train.session import settled
+from siftune.train.session import open_session, read_session, settled
 from siftune.train.source import ModelSource, Source
 
 logger = logging.getLogger(__name__)
@@ -96,8 +97,7 @@ def open_sweep(
     recipes = {method: replace(anchored(one), out=None) for method, (one, _) in sessions.items()}
     _, source = sessions[grid.methods[0]]
     widest = next(filter(compares, recipes.values()), recipes[grid.methods[0]])
-    read = read_rows(widest)
-    refuse_read(widest, read, source.tokenizer)
+    read = read_session(widest, source)
     rows = read.parts
     if both := trained_and_held_out(rows):
         logger.warning(
@@ -140,12 +140,10 @@ def _begin(sweep: LRSweep, progress: Progress) -> Mapping[str, Dataset]:
     """Tokenise the rows, and evaluate the base model if that has not been done."""
     recipe = sweep.recipes[sweep.grid.methods[0]]
     progress("loading the model", 0, 0)
-    model, tokenizer = sweep.source.load(recipe.dtype, recipe.quantize)
-    prepared = prepare(recipe, tokenizer, Read(sweep.rows, sweep.bad), progress)
-    for line in bad_lines(prepared, NAMED):
+    session = open_session(recipe, sweep.source, Read(sweep.rows, sweep.bad), nullcontext(progress))
+    for line in bad_lines(session.prepared, NAMED):
         logger.warning("%s", line)
-    data = prepared.data
-    refuse_long(model, data)
+    model, data = session.model, session.data
     if _BASE_LOSS in sweep.folder.state:
         return data
     progress("evaluating the base model", 0, 0)
