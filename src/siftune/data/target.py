@@ -19,13 +19,14 @@ from siftune.data.rows import Row, row_texts
 SOURCE = "source"  # optional column with the origin of a row
 TARGET = "target"  # its value in rows of a target
 OTHER = "other"  # its value if a row has none
-_MOST = 30  # repetitions of a row of the target (ours)
+# repetitions of a row of the target (ours): more of them cost correct answers if there are few rows
+_MOST = 7
 
 
 def with_target(rows: Sequence[Row], target: Sequence[Row], share: float) -> list[Row]:
     """Put a target's rows after the others, repeated until they are a share of all rows.
 
-    Each comes 1 to 30 times, all equally often up to one. Their column `source` is "target".
+    Each comes 1 to 7 times, all equally often up to one. Their column `source` is "target".
 
     Args:
         rows: The other training rows.
