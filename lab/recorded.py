@@ -167,6 +167,11 @@ python -m lab.pays.report lab/results/pays.jsonl --lr 5e-4 \
     --methods dense,dense+known-weighted,late-known    # mix: also ceiling
 python -m lab.pays.report lab/results/pays.jsonl --lr 5e-4 --against late-known    # layers: --lr 1e-3
 """,
+    "letters.jsonl": """
+run="python -m lab.pays.run S5 --data FOLDER --out letters.jsonl --cells clean-letters --models qwen1.5b --steps 40"
+$run --methods untrained ist gast half=gast,gast.select:0.5 --lrs 2e-4
+$run --methods dense --lrs 2e-4,5e-4
+""",
     "private.jsonl": """
 run="python -m lab.pays.run S5 --data FOLDER --out private.jsonl --cells"
 $run clean,clean-options,clean-boolq --lrs 2e-3 --seeds 0,1,2 --methods dp opacus
@@ -210,6 +215,8 @@ NOTES: dict[str, str] = {
     "`upper-three-quarters` used. They support target rows and layers in docs/measured_target.md and "
     "docs/measured_layers.md; docs/which_method.md; rates in docs/guide.md; and the table of README.md, but no figure "
     "of sifting.",
+    "letters.jsonl": "Answers are right if their letter is the likeliest of A to E. It supports "
+    "docs/measured_quality.md, which other pages quote.",
     "scores.json": "Recorded with an earlier script, whose model was trained on the target alone.",
     "private.jsonl": "Lines without `commit` are of an earlier script on the same training path. They support "
     "docs/measured_privacy.md.",

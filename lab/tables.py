@@ -18,6 +18,7 @@ from lab.keep import report as keep
 from lab.lines import key, read
 from lab.pays import report as pays
 from lab.pays import scores
+from lab.pays.pool import FILES, QUESTIONS
 from lab.recorded import COMMANDS, NOTES
 from lab.rows import report as rows
 from siftune.report.table import Table, markdown_table
@@ -76,6 +77,23 @@ def _is_plain_intents(job: dict[str, Any]) -> bool:
     return job["model"] == "smollm2" and known == 100 and name.startswith("intents-") and job["steps"] in steps
 
 
+def _letters(path: Path) -> str:
+    """Questions of all tasks together, then of each."""
+    lines = read(path)
+    parts = [pays.report(lines), f"# Differences to dense\n\n{pays.differences(lines, 'dense')}"]
+    for number, task in enumerate(FILES["letters"]):
+        parts.append(f"# {task}\n\n{pays.report([_of_task(line, number, task) for line in lines])}")
+    return "\n\n".join(parts)
+
+
+def _of_task(line: dict[str, Any], number: int, task: str) -> dict[str, Any]:
+    """A line with the questions of one task, which are in the order of the tasks."""
+    own = slice(number * QUESTIONS, (number + 1) * QUESTIONS)
+    cell = {**line["job"]["cell"], "name": task}
+    answers = {name: line[name][own] for name in ("right", "nll", "tokens")}
+    return {**line, **answers, "job": {**line["job"], "cell": cell}}
+
+
 def _of_one_cell(line: dict[str, Any], name: str) -> dict[str, Any]:
     """A line as of a cell that has the runs of several."""
     job = line["job"]
@@ -109,6 +127,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gast_cost_epyc.jsonl": _costs,
     "keep.jsonl": lambda path: keep.report(read(path)),
     "keep_epyc.jsonl": lambda path: keep.report(read(path)),
+    "letters.jsonl": _letters,
     "natural.jsonl": _natural,
     "lira_epsilon.jsonl": lambda path: lira_epsilon.report(read(path)),
     **dict.fromkeys(_OFFSITE, lambda path: offsite.report(read(path))),

@@ -23,7 +23,7 @@ QUESTIONS = 300  # held-out rows of the target
 DEV_QUESTIONS = 100  # further ones, by which learning rates are chosen
 OTHER_QUESTIONS = 40  # held-out rows of each other task, to see what is forgotten
 _PROBLEMS = 8000  # arithmetic rows that are dealt from
-_FILES = {
+FILES = {
     "arc": ("ARC-Easy", "ARC-Challenge"),
     "openbookqa": ("openbookqa",),
     "boolq": ("boolq",),
@@ -33,7 +33,7 @@ _FILES = {
 LETTERS = "ABCDE"
 _ANSWER = "\nAnswer:"
 _QUESTION = re.compile(r"^Please .*?question: (?P<text>.*?)\n\n(?:(?P<options>Answer1:.*?)\n\n)?Answer format:", re.S)
-TASKS = ("arithmetic", *_FILES)
+TASKS = ("arithmetic", *FILES)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def make_pool(job: Job, folder: Path, length: Length) -> Pool:
     names = dict.fromkeys([cell["target"], *cell["rest"], *cell["others"]])
     decks = {name: _deck(name, folder, seed, fits) for name in names}
     target = decks[cell["target"]]
-    kinds: Sequence[str | None] = _FILES["letters"] if cell["target"] == "letters" else [None]
+    kinds: Sequence[str | None] = FILES["letters"] if cell["target"] == "letters" else [None]
     test = [row for kind in kinds for row in target.deal(QUESTIONS, "test", "target", kind)]
     dev = target.deal(DEV_QUESTIONS, "test", "target")
     count = cell["rows"] or job["steps"] * job["batch"]
@@ -133,7 +133,7 @@ def _deck(name: str, folder: Path, seed: int, fits: Callable[[Record], bool]) ->
     if name == "arithmetic":
         rows = arithmetic_rows(_PROBLEMS, seed)
         return Deck(name, rows[_PROBLEMS // 8 :], rows[: _PROBLEMS // 8])
-    if name not in _FILES:
+    if name not in FILES:
         raise DataError(f"there is no task {name!r}; use one of {', '.join(TASKS)}")
     held_out = _read(name, "test", folder, fits)
     asked = {row["prompt"] for row in held_out}
@@ -144,7 +144,7 @@ def _deck(name: str, folder: Path, seed: int, fits: Callable[[Record], bool]) ->
 
 def _read(name: str, part: str, folder: Path, fits: Callable[[Record], bool]) -> list[Record]:
     """Read a task's questions that fit with any of their options, each question once."""
-    rows = {row["prompt"]: row for kind in _FILES[name] for row in read_options(folder / f"{kind}.{part}.json", kind)}
+    rows = {row["prompt"]: row for kind in FILES[name] for row in read_options(folder / f"{kind}.{part}.json", kind)}
     rows = {prompt: lettered(row) if name == "letters" else row for prompt, row in rows.items()}
     return [row for row in rows.values() if fits({**row, "completion": max(row["choices"], key=len)})]
 
