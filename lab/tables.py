@@ -82,7 +82,7 @@ def _letters(path: Path) -> str:
     lines = read(path)
     parts = [pays.report(lines), f"# Differences to dense\n\n{pays.differences(lines, 'dense')}"]
     for number, task in enumerate(FILES["letters"]):
-        parts.append(f"# {task}\n\n{pays.report([_of_task(line, number, task) for line in lines])}")
+        parts.append(pays.report([_of_task(line, number, task) for line in lines]))
     return "\n\n".join(parts)
 
 

@@ -9,12 +9,12 @@ from pydantic import FiniteFloat
 from pydantic.dataclasses import dataclass
 
 from siftune.base.environment import launch_rank
-from siftune.base.settings import CONFIG, Chance, Count, Positive, Validated
+from siftune.base.settings import CONFIG, Count, Positive, Validated
 from siftune.base.text import one_line
 from siftune.base.work_folder import WorkFolder
 from siftune.cli.sources import source_of
 from siftune.recipe.schema import SCORING, Recipe, with_settings
-from siftune.sifting.checks import RECORD, STEPS, Similarity, check_sifting
+from siftune.sifting.checks import RECORD, STEPS, PoolShare, Similarity, check_sifting
 from siftune.sifting.choose import Limits
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 _MOST = 12  # sources that a message names
 _LOWEST = 5  # completions that a message names
-
-PoolShare = Count | Chance
 
 
 @with_settings("limit", *SCORING)

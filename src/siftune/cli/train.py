@@ -12,11 +12,10 @@ from siftune.base.environment import launch_rank, launch_size
 from siftune.base.errors import RecipeError
 from siftune.base.settings import CONFIG
 from siftune.base.text import visible
-from siftune.cli.sift import PoolShare
 from siftune.cli.sources import kind_of, source_of
 from siftune.recipe.checks import check
 from siftune.recipe.schema import Recipe
-from siftune.sifting.checks import check_sifting
+from siftune.sifting.checks import PoolShare, check_sifting
 from siftune.train.folder.checkpoints import named_checkpoint
 from siftune.train.folder.run_folder import RunFolder
 

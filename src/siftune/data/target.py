@@ -19,8 +19,7 @@ from siftune.data.rows import Row, row_texts
 SOURCE = "source"  # optional column with the origin of a row
 TARGET = "target"  # its value in rows of a target
 OTHER = "other"  # its value if a row has none
-# repetitions of a row of the target (ours): more of them cost correct answers if there are few rows
-_MOST = 7
+_MOST = 7  # repetitions of a row of the target (ours)
 
 
 def with_target(rows: Sequence[Row], target: Sequence[Row], share: float) -> list[Row]:

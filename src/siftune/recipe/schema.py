@@ -121,7 +121,7 @@ class Recipe(Validated):
     """File or hub id of a few clean rows of the target task. They are added to the training rows; gast also compares
     the other rows with them."""
     target_share: BelowOne = 0.25
-    """Share of the training rows that the target's rows make up, by at most 7 repeats of each; 0: compare only."""
+    """Share of the training rows that the target's rows make up, each at most 7 times; 0: compare only."""
     target_last: Share | None = None
     """Share of the steps, at the end, that holds all of the target's rows; 1: all steps. Default: a third."""
 

@@ -14,6 +14,7 @@ from siftune.sifting.choose import NO_LIMITS, Limits
 STEPS = 60  # of the training on the pool, at most (ours: docs/sifting.md)
 RECORD = "sift.json"  # in the folder of a sifted pool
 
+PoolShare = Count | Chance  # a number of rows, or a share of the pool
 Similarity = Annotated[float, Field(ge=-1, le=1)]
 
 
@@ -21,7 +22,7 @@ Similarity = Annotated[float, Field(ge=-1, le=1)]
 class _Ranges(Validated):
     """Ranges of what selects rows, for the command line and callers alike."""
 
-    share: Count | Chance | None  # a number of rows, or a share of the pool
+    share: PoolShare | None
     max_score: FiniteFloat | None
     min_similarity: Similarity | None
 

@@ -115,10 +115,10 @@ def build(
     if recipe.quantize is None and recipe.sharding == "none":
         model.to(arguments.device)  # now, since some accelerators replace the parameters of a model that moves
     set_seed(recipe.seed)  # initial values of the adapter, dropout, order of the rows
-    tuned, opened = _tuned(recipe, model)
+    tuned, opened = _model_to_train(recipe, model)
     methods = methods_of(recipe, data.get("support"), on_select)
     keeps = [] if recipe.keep is None else [keep_of(recipe, data.get("keep"))]
-    parts = _compiled(recipe, model, privacy)
+    parts = _compiled_parts(recipe, model, privacy)
     trainer = _trainer(
         recipe,
         opened,
@@ -149,7 +149,7 @@ def _with_privacy(recipe: Recipe, rows: Dataset) -> tuple[Recipe, DP | None]:
     return replace(recipe, accumulate=1, steps=privacy.mechanism.steps), privacy
 
 
-def _tuned(recipe: Recipe, model: nn.Module) -> tuple[nn.Module, OpenLayers | None]:
+def _model_to_train(recipe: Recipe, model: nn.Module) -> tuple[nn.Module, OpenLayers | None]:
     """Attach the adapter, or open the layers of adapter "full"; then shard the base if the recipe asks for it.
 
     Returns:
@@ -201,7 +201,7 @@ def keep_of(recipe: Recipe, rows: Dataset | None) -> Keep:
     return Keep(OWN if rows is None else rows, weight=recipe.keep_weight, seed=recipe.seed)
 
 
-def _compiled(recipe: Recipe, model: nn.Module, privacy: DP | None) -> CompiledParts | None:
+def _compiled_parts(recipe: Recipe, model: nn.Module, privacy: DP | None) -> CompiledParts | None:
     """Compile parts of the layers if the recipe asks for it."""
     if not recipe.compile:
         return None

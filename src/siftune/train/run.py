@@ -142,7 +142,7 @@ def _train(recipe: Recipe, source: Source, folder: RunFolder, console: Console, 
 
 
 def _checkpoint(recipe: Recipe, source: Source, folder: RunFolder) -> Path | None:
-    """Return the checkpoint of a run that resumes, None for a new run, and remove incomplete ones."""
+    """Find the checkpoint to resume from, and remove incomplete ones; None for a new run."""
     if not recipe.resume:
         return None
     checkpoint = from_first(lambda: find_checkpoint(recipe, folder))

@@ -45,6 +45,12 @@ def test_a_value_out_of_range_is_refused(option, value):
         settings(**{name: value})
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.5, math.nan])
+def test_selection_ends_within_the_training(share):
+    with pytest.raises(RecipeError, match="select_until"):
+        GAST(select_until=share)
+
+
 def test_a_mean_of_support_gradients_needs_support_rows():
     for settings in ({"support": "rest"}, {"choice": "random"}):
         with pytest.raises(RecipeError, match="support_every"):

@@ -55,6 +55,8 @@ class SampleCallback(SelectionCallback[SampleSelection]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.select_until <= 1:
+            raise RecipeError(f"select_until is {self.select_until!r}, but must be from 0 to 1")
         self.history: list[SampleChoice] = []
         self._numbers: RowNumbers | None = None
         self._waiting: list[Choosing] = []
