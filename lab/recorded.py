@@ -77,6 +77,8 @@ $run intents-a,intents-b,intents-c --methods few target sifted-base --steps 90 -
 $run intents-a,intents-b,intents-c --methods sifted --steps 45 --seeds 0,1,2
 $run intents-a,intents-b,intents-c --methods target --steps 210
 $run raters --methods sifted --steps 45
+$run intents-a,intents-b,intents-c --known 16 --methods few target --steps 90
+$run intents-a,intents-b,intents-c --known 16 --methods sifted --steps 45
 $run raters,tasks-intents --methods few sifted-base --steps 90
 $run raters --methods target --steps 90
 $run intents-a,intents-b,intents-c,raters,tasks-intents --methods untrained --steps 90
