@@ -67,10 +67,15 @@
       now = number;
       items[now].setAttribute("aria-current", "true");
     };
+    // rows get their real heights in the frames after they come into view
+    const reveal = (frames) => {
+      items[now].scrollIntoView({ block: "nearest", behavior: "instant" });
+      if (frames) requestAnimationFrame(() => reveal(frames - 1));
+    };
     const go = (number) => {
       mark(number);
       items[now].focus({ preventScroll: true });
-      items[now].scrollIntoView({ block: "nearest", behavior: "instant" });
+      reveal(5);
     };
     const move = (step) => {
       let next = now + step;
