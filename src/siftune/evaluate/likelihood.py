@@ -273,7 +273,7 @@ def score_choices(
         Log-likelihoods, lengths and predictions in the order of `items`.
     """
     rows = [_as_row(item, choice) for item in items for choice in item.choices_ids]
-    nll = shared_nll(model, rows, batch_size, progress, "scoring choices")
+    nll = row_nll(model, rows, batch_size, progress, "scoring choices")
     bounds = np.cumsum([len(item.choices_ids) for item in items])[:-1]
     return ChoiceResult(
         loglik=list(np.split(-nll.nll, bounds)) if items else [],
