@@ -171,8 +171,9 @@ python -m lab.pays.report lab/results/pays.jsonl --lr 5e-4 --against late-known 
 """,
     "letters.jsonl": """
 run="python -m lab.pays.run S5 --data FOLDER --out letters.jsonl --cells clean-letters --models qwen1.5b --steps 40"
-$run --methods untrained ist gast half=gast,gast.select:0.5 --lrs 2e-4
-$run --methods dense --lrs 2e-4,5e-4
+$run --methods dense ist gast --lrs 2e-4 --seeds 0,1
+$run --methods untrained half=gast,gast.select:0.5 --lrs 2e-4
+$run --methods dense --lrs 5e-4
 """,
     "private.jsonl": """
 run="python -m lab.pays.run S5 --data FOLDER --out private.jsonl --cells"
