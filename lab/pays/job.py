@@ -19,7 +19,7 @@ from lab.lines import commit, read, work_off
 from lab.models import source
 from lab.pays.measure import measure_file, nats_per_token
 from lab.pays.natural import natural_pool
-from lab.pays.pool import LETTERS, Pool, asked, make_pool
+from lab.pays.pool import ASKED, Pool, asked, make_pool
 from lab.pays.rivals import RULES, Candidates, choose
 from siftune.methods.dp import callback as dp
 from siftune.methods.dp.secret import Secret
@@ -155,7 +155,7 @@ class _Work:
     def _measure(self, name: str) -> Record:
         """Quality of a run, or of a base model, on the held-out rows."""
         model, tokenizer = load_tuned(name)
-        letters = LETTERS if self.job["cell"].get("target") == "letters" else ""
+        letters = ASKED if self.job["cell"].get("target") == "letters" else ""
         test, dev = (measure_file(model, tokenizer, f"{part}.jsonl", _TEMPLATE, letters) for part in ("test", "dev"))
         dtype = str(model.dtype).removeprefix("torch.")
         return {**test, "dev_nats": round(nats_per_token(dev), 5), "dtype": dtype}

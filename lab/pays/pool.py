@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lab.reproduce.questions import LETTERS, listed
 from siftune.base.errors import DataError
 from siftune.cli.demo_rows import arithmetic_rows
 
@@ -30,7 +31,7 @@ FILES = {
     "options": ("ARC-Easy", "ARC-Challenge", "openbookqa"),
     "letters": ("ARC-Challenge", "openbookqa"),
 }
-LETTERS = "ABCDE"
+ASKED = LETTERS[:5]  # of the options of a question, at most
 _ANSWER = "\nAnswer:"
 _QUESTION = re.compile(r"^Please .*?question: (?P<text>.*?)\n\n(?:(?P<options>Answer1:.*?)\n\n)?Answer format:", re.S)
 TASKS = ("arithmetic", *FILES)
@@ -171,9 +172,8 @@ def read_options(path: Path, kind: str) -> list[Record]:
 
 def lettered(row: Record) -> Record:
     """Turn a question into one that lists its options, and is answered by a letter, as MMLU is asked."""
-    letters = LETTERS[: len(row["choices"])]
-    listed = "\n".join(f"{letter}.{text}" for letter, text in zip(letters, row["choices"], strict=True))
-    prompt = f"{row['prompt'].removesuffix(_ANSWER)}\n{listed}"  # `asked` adds the rest
+    letters = ASKED[: len(row["choices"])]
+    prompt = f"{row['prompt'].removesuffix(_ANSWER)}\n{listed(row['choices'])}"  # `asked` adds the rest
     answer = letters[row["choices"].index(row["answer"])]
     return {**row, "prompt": prompt, "completion": answer, "choices": list(letters), "answer": answer}
 

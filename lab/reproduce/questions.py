@@ -36,7 +36,7 @@ _PROMPT = (
 # ours: an answer's text follows, as lm-evaluation-harness asks ARC, or its letter, as it asks MMLU
 _CLOZE = "Question: {}\nAnswer:"
 _LISTED = "Question: {}\n{}\nAnswer:"
-_LETTERS = "ABCDEFGH"
+LETTERS = "ABCDEFGH"
 
 Record = dict[str, Any]
 Wording = Literal["names", "letters", "texts"]
@@ -116,6 +116,11 @@ def texts_of(instruction: str) -> tuple[str, list[str]]:
     return _without_lead(question), [*texts, rest.strip()]
 
 
+def listed(texts: Sequence[str]) -> str:
+    """Texts of options, each after its letter on a line of its own; a text begins with a space."""
+    return "\n".join(f"{letter}.{text}" for letter, text in zip(LETTERS, texts, strict=False))
+
+
 def _without_lead(asked: str) -> str:
     """A question without "Please choose the correct answer to the question:"."""
     lead, colon, question = asked.partition(": ")
@@ -153,8 +158,7 @@ def _row(row: Row, answers: Wording) -> Record:
         question, texts, right = _question_and_texts(row)
         if answers == "texts":
             return {"prompt": _CLOZE.format(question), "completion": texts[right]}
-        listed = "\n".join(f"{letter}.{text}" for letter, text in zip(_LETTERS, texts, strict=False))
-        return {"prompt": _LISTED.format(question, listed), "completion": f" {_LETTERS[right]}"}
+        return {"prompt": _LISTED.format(question, listed(texts)), "completion": f" {LETTERS[right]}"}
     return {"prompt": _PROMPT.format(row.prompt[0].content), "completion": row.completion}
 
 
@@ -163,7 +167,7 @@ def _question(row: Row, answers: Wording) -> Record:
     options, right = _options(row)
     choices = [f"the correct answer is {option}" for option in options]
     if answers == "letters":
-        choices = [f" {letter}" for letter in _LETTERS[: len(options)]]
+        choices = [f" {letter}" for letter in LETTERS[: len(options)]]
     if answers == "texts":
         choices = _question_and_texts(row)[1]
         if len(set(choices)) < len(choices) or not all(choice.strip() for choice in choices):

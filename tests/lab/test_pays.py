@@ -176,6 +176,37 @@ def test_pools_hold_what_their_cells_say(small_pools, suite):
     assert sum(map(len, parts)) == len(set().union(*parts)) == 40 + 16 + 12 + 6
 
 
+def test_questions_by_letter_are_as_many_of_each_task(small_pools, suite):
+    from lab.pays.pool import asked, make_pool
+
+    job = pays_job("none", "dense", "clean-letters", "S5")
+    job["cell"] |= {"rows": 40, "known": 0}
+    pool = make_pool(job, suite, lambda row: 1)
+    assert [row["kind"] for row in pool.test] == ["ARC-Challenge"] * 12 + ["openbookqa"] * 12
+    assert Counter(row["kind"] for row in pool.train) == {"ARC-Challenge": 20, "openbookqa": 20}
+    number = pool.test[0]["prompt"].partition("?")[0].removeprefix("Question: ARC-Ctest")
+    wanted = {"prompt": f"Question: ARC-Ctest{number}?\nA. a{number}\nB. b{number}\nAnswer:", "completion": " A"}
+    assert asked(pool.test[0]) == wanted
+
+
+def test_a_letter_is_right_if_it_is_the_likeliest_of_all(base, tmp_path):
+    """Against a loop over rows; each prompt has both answers, of which one is right."""
+    from lab.pays.measure import measure_file, tokens_of_file
+
+    rows = [{"prompt": f"What is {n}?", "completion": f" {letter}"} for n in range(4) for letter in "AB"]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    model, tokenizer = load_tuned(base)
+    found = measure_file(model, tokenizer, str(tmp_path / "rows.jsonl"), "none", "AB")
+    letters, expected = [tokenizer(f" {letter}")["input_ids"][-1] for letter in "AB"], []
+    for row in tokens_of_file(str(tmp_path / "rows.jsonl"), tokenizer, "none"):
+        (place,) = [at for at, label in enumerate(row["labels"]) if label in letters]
+        with torch.no_grad():
+            logits = model.eval()(torch.tensor([row["input_ids"]])).logits[0, place - 1]
+        expected.append(int(row["labels"][place] == letters[int(logits[letters].argmax())]))
+    assert found["right"] == expected
+    assert sum(expected) == 4
+
+
 def line_of(base, words, suite, folder, lines=(), **changes):
     """The line of a job."""
     folder.mkdir()
