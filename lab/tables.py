@@ -79,11 +79,21 @@ def _is_plain_intents(job: dict[str, Any]) -> bool:
 
 def _letters(path: Path) -> str:
     """Questions of all tasks together, then of each."""
-    lines = read(path)
-    parts = [pays.report(lines), f"# Differences to dense\n\n{pays.differences(lines, 'dense')}"]
+    lines = [part for line in read(path) for part in _with_emulator(line)]
+    parts = [pays.report(lines)]
+    parts += [f"# Differences to {name}\n\n{pays.differences(lines, name)}" for name in ("dense", "outer")]
     for number, task in enumerate(FILES["letters"]):
         parts.append(pays.report([_of_task(line, number, task) for line in lines]))
     return "\n\n".join(parts)
+
+
+def _with_emulator(line: dict[str, Any]) -> list[dict[str, Any]]:
+    """A line, and one for the emulator that was tuned, if there is one."""
+    if "emulator" not in line:
+        return [line]
+    job = line["job"]
+    method = {**job["method"], "name": f"{job['method']['name']}, the emulator"}
+    return [line, {**line, **line["emulator"], "job": {**job, "method": method}}]
 
 
 def _of_task(line: dict[str, Any], number: int, task: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ method in their folder, and measures the tuned model on the held-out rows.
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import chdir, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,19 @@ from lab.lines import commit, read, work_off
 from lab.models import source
 from lab.pays.measure import measure_file, nats_per_token
 from lab.pays.natural import natural_pool
-from lab.pays.pool import ASKED, Pool, asked, make_pool
+from lab.pays.pool import ASKED, Pool, asked, make_pool, public_rows
 from lab.pays.rivals import RULES, Candidates, choose
+from siftune.base.json_files import hash_of_json
 from siftune.methods.dp import callback as dp
 from siftune.methods.dp.secret import Secret
 from siftune.models.load import load_tokenizer
+from siftune.models.smollm2 import cache_root
 
 Record = dict[str, Any]
 Job = dict[str, Any]
 
 _TEMPLATE = "none"  # rows are questions as `asked` writes them
+_PUBLIC = 1024  # rows that the owner of a model has for a kit
 _FIXED = ("scenario", "cell", "model", "lr", "seed", "steps", "batch")  # the same in jobs with the same sifted pool
 
 
@@ -45,15 +48,20 @@ def run_job(job: Job, data: Path, folder: Path, lines: Sequence[Record] = ()) ->
     with chdir(folder):
         for name, rows in (("pool", pool.train), ("few", pool.known), ("test", pool.test), ("dev", pool.dev)):
             write_rows(f"{name}.jsonl", [_record(job, row) for row in rows])
+        if "kit" in job["method"]:
+            public = public_rows(data, _length_of(job), job["cell"]["longest"], _PUBLIC)
+            write_rows("public.jsonl", [asked(row) for row in public])
         return _Work(job, pool, lines).run()
 
 
 def draw(job: Job, data: Path) -> Pool:
     """The rows of a job."""
-    if job["cell"].get("natural"):
-        return natural_pool(job, data)
+    return natural_pool(job, data) if job["cell"].get("natural") else make_pool(job, data, _length_of(job))
+
+
+def _length_of(job: Job) -> Callable[[Record], int]:
     tokenizer = load_tokenizer(source(job["model"]))
-    return make_pool(job, data, lambda row: len(tokenizer("".join(asked(row).values()))["input_ids"]) + 1)
+    return lambda row: len(tokenizer("".join(asked(row).values()))["input_ids"]) + 1
 
 
 def _record(job: Job, row: Record) -> Record:
@@ -69,8 +77,15 @@ def words_of(job: Job) -> list[str]:
     words = ["train", "--train", files.get(rows, f"{rows}.jsonl")]
     words += ["--target", "few.jsonl"] if method.get("target") else []
     words += flags({"sift": method["sift"]}) if "sift" in method else []
-    words += [*settings_of(job, _TEMPLATE), *flags({"steps": job["steps"], **method.get("flags", {})})]
+    model = {"model": str(_kit_of(job))} if "kit" in method else {}
+    words += [*settings_of({**job, **model}, _TEMPLATE), *flags({"steps": job["steps"], **method.get("flags", {})})]
     return [*words, "--out", "run"]
+
+
+def _kit_of(job: Job) -> Path:
+    """Folder of a job's kit, which other jobs with the same kit use too."""
+    kit = {"model": job["model"], "longest": job["cell"]["longest"], **job["method"]["kit"]}
+    return cache_root() / "kits" / hash_of_json(kit)[:16]
 
 
 class _Work:
@@ -88,10 +103,31 @@ class _Work:
             numbers, seconds = self._choose()
             write_rows("chosen.jsonl", [_record(self.job, self.pool.train[number]) for number in numbers])
             line |= {**self._groups(numbers), "sift_seconds": round(seconds, 1)}
+        if "kit" in self.method:
+            line |= self._emulate()
         if not self.method.get("untrained"):
             line |= self._train(seconds)
         name = source(self.job["model"]) if self.method.get("untrained") else "run"
+        if "kit" in self.method:
+            line["emulator"] = self._measure(name)
+            name = self._plug()
         return {**line, **self._measure(name), "commands": self.commands.texts}
+
+    def _emulate(self) -> Record:
+        """Make the kit, if there is none yet; processor seconds of it."""
+        kit, settings = _kit_of(self.job), self.method["kit"]
+        if (kit / "manifest.json").is_file():
+            return {}
+        prompts = {} if "calibration" in settings else {"calibration-prompts": "public.jsonl"}
+        words = flags({"model": source(self.job["model"]), "template": _TEMPLATE, **prompts, **settings})
+        self.commands.run("emulate", *words, "--out", str(kit))
+        return {"kit_seconds": round(self.commands.seconds, 1)}
+
+    def _plug(self) -> str:
+        """Plug the return in; folder of the tuned model."""
+        words = flags({"model": source(self.job["model"]), "kit": str(_kit_of(self.job)), "return": "run/return"})
+        self.commands.run("plug", *words, "--out", "tuned")
+        return "tuned"
 
     def _train(self, seconds: float) -> Record:
         commands = self.commands

@@ -8,6 +8,7 @@ sift       give --sift; a number is its value
 flags      further flags of `siftune train`, by name
 untrained  measure the base model
 engine     for a private run: what clips and noises in place of siftune, "opacus" or "opacus-ghost"
+kit        train a kit in place of the model, and plug the return in; flags of `siftune emulate` for this kit
 """
 
 import copy
@@ -39,6 +40,9 @@ METHODS: dict[str, Method] = {
     **{name: {"flags": {"method": name}} for name in ("ist", "rst")},
     "dp": {"flags": _PRIVATE},
     "opacus": {"flags": _PRIVATE, "engine": "opacus"},
+    "outer": {"flags": {"layers": [0, 1, -2, -1]}},  # what a kit lets train, on the model itself
+    "kit": {"kit": {}},
+    "kit-paper": {"kit": {"allot": "uniform", "basis": "svd", "mlp": "channels"}},
 }
 
 _OWN = ("rows", "share", "target", "sift", "untrained", "engine")  # other options are flags of `siftune train`
@@ -47,7 +51,8 @@ _OWN = ("rows", "share", "target", "sift", "untrained", "engine")  # other optio
 def method_of(words: str) -> Method:
     """Read `gast`, or a variant `wide=target-gast,gast.select:0.5,rank:8`.
 
-    After the equals sign come the method that it varies, if any, and options: the keys above, or flags.
+    After the equals sign come the method that it varies, if any, and options: the keys above, flags, or `kit.` and
+    flags of `siftune emulate`.
 
     Returns:
         The method with its `name`.
@@ -65,6 +70,8 @@ def method_of(words: str) -> Method:
             method |= _named(key)
         elif key in _OWN:
             method[key] = _value(text)
+        elif key.startswith("kit."):
+            method.setdefault("kit", {})[key.removeprefix("kit.").replace("_", "-")] = _value(text)
         else:
             method.setdefault("flags", {})[key.replace("_", "-")] = _value(text)
     return method

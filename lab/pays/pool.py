@@ -30,7 +30,9 @@ FILES = {
     "boolq": ("boolq",),
     "options": ("ARC-Easy", "ARC-Challenge", "openbookqa"),
     "letters": ("ARC-Challenge", "openbookqa"),
+    "public": ("ARC-Easy",),
 }
+_LETTERED = ("letters", "public")  # tasks whose questions are answered by a letter
 ASKED = LETTERS[:5]  # of the options of a question, at most
 _ANSWER = "\nAnswer:"
 _QUESTION = re.compile(r"^Please .*?question: (?P<text>.*?)\n\n(?:(?P<options>Answer1:.*?)\n\n)?Answer format:", re.S)
@@ -122,6 +124,11 @@ def make_pool(job: Job, folder: Path, length: Length) -> Pool:
     return Pool(rows, target.deal(cell["known"], "train", "known"), test, dev, other, text)
 
 
+def public_rows(folder: Path, length: Length, longest: int, count: int) -> list[Record]:
+    """Questions of a further task in the form of the letters, for the owner of a model: the same for all seeds."""
+    return _deck("public", folder, 0, lambda row: length(row) <= longest).deal(count, "train", "public")
+
+
 def _rest(names: Sequence[str], decks: dict[str, Deck], count: int) -> list[Record]:
     """Deal rows of other tasks in equal parts, as far as they go."""
     if count and not names:
@@ -146,7 +153,7 @@ def _deck(name: str, folder: Path, seed: int, fits: Callable[[Record], bool]) ->
 def _read(name: str, part: str, folder: Path, fits: Callable[[Record], bool]) -> list[Record]:
     """Read a task's questions that fit with any of their options, each question once."""
     rows = {row["prompt"]: row for kind in FILES[name] for row in read_options(folder / f"{kind}.{part}.json", kind)}
-    rows = {prompt: lettered(row) if name == "letters" else row for prompt, row in rows.items()}
+    rows = {prompt: lettered(row) if name in _LETTERED else row for prompt, row in rows.items()}
     return [row for row in rows.values() if fits({**row, "completion": max(row["choices"], key=len)})]
 
 

@@ -1,6 +1,7 @@
 """Comparisons of siftune's commands: methods as commands, rules that choose rows, tables, and jobs on a tiny model."""
 
 import json
+import shlex
 from collections import Counter
 from contextlib import chdir
 
@@ -13,7 +14,9 @@ from torch import nn
 
 from lab.commands import CommandError, Commands, flags, load_tuned, write_rows
 from lab.lines import commit, read
+from lab.pays import job as job_module
 from lab.pays import report, run
+from lab.pays.cells import cells_of
 from lab.pays.job import run_job, words_of
 from lab.pays.methods import METHODS
 from lab.pays.rivals import RULES, Candidates, choose, hardest, in_turn, weighted_states
@@ -27,6 +30,7 @@ def test_methods_are_commands(suite):
         "train --train pool.jsonl --target few.jsonl --sift --model smollm2 --template none"
     )
     assert words["few"].startswith("train --train few.jsonl --model")
+    assert words["outer"].endswith("--layers 0 1 -2 -1 --out run")
     assert all(words[name].startswith("train --train chosen.jsonl --target few.jsonl --model") for name in RULES)
     with pytest.raises(SystemExit, match="no-such-flag"):
         run.check([pays_job("smollm2", "dense=dense,no-such-flag:1")], suite)
@@ -213,6 +217,22 @@ def line_of(base, words, suite, folder, lines=(), **changes):
     job = pays_job(base, words)
     job["cell"] = {**job["cell"], "rows": 48, **changes}
     return {"job": job, **run_job(job, suite, folder, lines), "commit": commit()}
+
+
+@pytest.mark.lab
+def test_kits_are_made_once_and_plugged_in(small_pools, base, suite, tmp_path, monkeypatch):
+    monkeypatch.setenv("SIFTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(job_module, "_PUBLIC", 24)
+    words = ("dense", "kit=kit,kit.first:1,kit.last:1", "again=kit,kit.first:1,kit.last:1")
+    changes = {**cells_of("S5", ["clean-letters"])[0], "rows": 48}
+    dense, kit, again = [line_of(base, name, suite, tmp_path / name[:5], **changes) for name in words]
+    assert [shlex.split(text)[1] for text in kit["commands"]] == ["emulate", "train", "plug"]
+    assert [shlex.split(text)[1] for text in again["commands"]] == ["train", "plug"]
+    assert "--first 1 --last 1 --out" in kit["commands"][0]
+    assert kit["kit_seconds"] > 0
+    assert again["nll"] == kit["nll"] != kit["emulator"]["nll"]
+    assert dense["nll"] != kit["nll"]
+    assert len(kit["emulator"]["right"]) == len(kit["right"])
 
 
 @pytest.mark.lab
