@@ -31,7 +31,7 @@ rows = load_dataset("json", data_files=rows_file, split="train")
 method = IST(active=0.25)
 trainer = Trainer(
     model,
-    TrainingArguments("runs/trainer_ist", max_steps=int(steps), learning_rate=2e-3, logging_steps=5, report_to="none"),
+    TrainingArguments("runs/trainer_ist", max_steps=int(steps), learning_rate=1e-3, logging_steps=5, report_to="none"),
     train_dataset=rows.map(tokenize, remove_columns=rows.column_names),
     data_collator=DataCollatorForSeq2Seq(tokenizer),
     callbacks=[method],

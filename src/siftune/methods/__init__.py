@@ -56,9 +56,9 @@ _GAST = Part(GASTSettings, "siftune.methods.gast.callback:GAST", rows=True, by_d
 METHODS = {
     "dense": Method("all layers follow all rows"),
     "rst": Method("layers drawn at random in every step (IST's ablation)", (_RST,), lr=1e-3),
-    "ist": Method("layers drawn by importance in every step (arXiv 2410.11772)", (_IST,), lr=2e-3),
+    "ist": Method("layers drawn by importance in every step (arXiv 2410.11772)", (_IST,), lr=1e-3),
     "gast": Method("every layer follows the rows that align with a support set (arXiv 2603.09865)", (_GAST,)),
-    "ist+gast": Method("layers drawn by importance, and per layer the rows that align with it", (_IST, _GAST), lr=2e-3),
+    "ist+gast": Method("layers drawn by importance, and per layer the rows that align with it", (_IST, _GAST), lr=1e-3),
 }
 
 

@@ -154,7 +154,7 @@ class Recipe(Validated):
     found in the model; both for series, mlp for parallel."""
 
     lr: Positive | None = None
-    """Peak learning rate; the method's if not given: 2e-3 for ist and ist+gast, 1e-3 for rst, else 5e-4."""
+    """Peak learning rate; the method's if not given: 1e-3 for rst, ist and ist+gast, else 5e-4."""
     batch_size: Count = 16
     """Rows per forward pass."""
     group_by_length: bool = False
