@@ -12,6 +12,7 @@ from support.lab_jobs import pays_job
 from support.tiny import tiny
 from torch import nn
 
+from lab import tables
 from lab.commands import CommandError, Commands, flags, load_tuned, write_rows
 from lab.lines import commit, read
 from lab.pays import job as job_module
@@ -217,6 +218,16 @@ def line_of(base, words, suite, folder, lines=(), **changes):
     job = pays_job(base, words)
     job["cell"] = {**job["cell"], "rows": 48, **changes}
     return {"job": job, **run_job(job, suite, folder, lines), "commit": commit()}
+
+
+def test_the_emulator_of_a_kit_has_a_line_of_its_own():
+    own, plugged = ({"right": [at], "nll": [1.0 + at], "tokens": [2]} for at in (0, 1))
+    line = {"job": pays_job("smollm2", "kit"), **plugged, "emulator": own}
+    first, second = tables._with_emulator(line)
+    assert first == line
+    assert second["job"]["method"]["name"] == "kit, the emulator"
+    assert {name: second[name] for name in own} == own
+    assert tables._with_emulator({"job": line["job"], **plugged}) == [{"job": line["job"], **plugged}]
 
 
 @pytest.mark.lab
