@@ -89,6 +89,7 @@ $run intents-a,raters --methods oracle --steps 90
 $run intents-b --methods target sifted-base --steps 180
 $run intents-b --methods target --steps 360
 $run intents-a --rows 720 --models qwen0.5b --methods few target sifted-base --steps 45
+$run tasks-intents --models qwen0.5b --methods few sifted --steps 45
 python -m lab.pays.report natural.jsonl
 """,
     "offsite.jsonl": rf"""{_OFFSITE}
