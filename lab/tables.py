@@ -77,11 +77,15 @@ def _is_plain_intents(job: dict[str, Any]) -> bool:
     return job["model"] == "smollm2" and known == 100 and name.startswith("intents-") and job["steps"] in steps
 
 
+_OF_LETTERS = ("dense, lr 0.0002", "outer, lr 0.0005")
+
+
 def _letters(path: Path) -> str:
     """Questions of all tasks together, then of each."""
     lines = [part for line in read(path) for part in _with_emulator(line)]
     parts = [pays.report(lines)]
-    parts += [f"# Differences to {name}\n\n{pays.differences(lines, name)}" for name in ("dense", "outer")]
+    each = [_named(line, f"{line['job']['method']['name']}, lr {line['job']['lr']:g}") for line in lines]
+    parts += [f"# Each rate: differences to {name}\n\n{pays.differences(each, name)}" for name in _OF_LETTERS]
     for number, task in enumerate(FILES["letters"]):
         parts.append(pays.report([_of_task(line, number, task) for line in lines]))
     return "\n\n".join(parts)
@@ -91,9 +95,13 @@ def _with_emulator(line: dict[str, Any]) -> list[dict[str, Any]]:
     """A line, and one for the emulator that was tuned, if there is one."""
     if "emulator" not in line:
         return [line]
+    return [line, _named({**line, **line["emulator"]}, f"{line['job']['method']['name']}, the emulator")]
+
+
+def _named(line: dict[str, Any], name: str) -> dict[str, Any]:
+    """A line whose method has another name."""
     job = line["job"]
-    method = {**job["method"], "name": f"{job['method']['name']}, the emulator"}
-    return [line, {**line, **line["emulator"], "job": {**job, "method": method}}]
+    return {**line, "job": {**job, "method": {**job["method"], "name": name}}}
 
 
 def _of_task(line: dict[str, Any], number: int, task: str) -> dict[str, Any]:
