@@ -82,6 +82,7 @@ $run intents-a,intents-b,intents-c --known 16 --methods sifted --steps 45
 $run tasks-intents,tasks-slots --methods few sifted --steps 90 --seeds 0,1,2
 $run tasks-intents,tasks-slots --methods target --steps 90
 $run tasks-slots --methods sifted --steps 45
+$run tasks-intents,tasks-slots --methods few --steps 180
 $run raters,tasks-intents --methods few sifted-base --steps 90
 $run raters --methods target --steps 90
 $run intents-a,intents-b,intents-c,raters,tasks-intents,tasks-slots --methods untrained --steps 90
