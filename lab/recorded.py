@@ -176,9 +176,12 @@ python -m lab.pays.report lab/results/pays.jsonl --lr 5e-4 --against late-known 
 """,
     "letters.jsonl": """
 run="python -m lab.pays.run S5 --data FOLDER --out letters.jsonl --cells clean-letters --models qwen1.5b --steps 40"
-$run --methods dense ist gast --lrs 2e-4 --seeds 0,1
+$run --methods dense ist gast --lrs 2e-4 --seeds 0,1    # also dense --seeds 2
+$run --methods ist --lrs 5e-4 --seeds 0,1,2
 $run --methods untrained half=gast,gast.select:0.5 --lrs 2e-4
-$run --methods dense --lrs 5e-4
+$run --methods dense outer kit-uniform=kit,kit.allot:uniform --lrs 5e-4
+$run --methods ist --lrs 1e-3
+$run --models qwen0.5b --methods outer --lrs 5e-4
 """,
     "private.jsonl": """
 run="python -m lab.pays.run S5 --data FOLDER --out private.jsonl --cells"
@@ -225,7 +228,8 @@ NOTES: dict[str, str] = {
     "docs/measured_layers.md; docs/which_method.md; rates in docs/guide.md; and the table of README.md, but no figure "
     "of sifting.",
     "letters.jsonl": "Answers are right if their letter is the likeliest of A to E. Of 1,668 held-out questions, 28 "
-    "begin like a training row that has other options. It supports docs/measured_quality.md, which other pages quote.",
+    "begin like a training row that has other options. `outer` tunes a kit's layers on the model itself. It supports "
+    "docs/measured_quality.md and docs/measured_kits.md, which other pages quote.",
     "scores.json": "Recorded with an earlier script, whose model was trained on the target alone.",
     "private.jsonl": "Lines without `commit` are of an earlier script on the same training path. They support "
     "docs/measured_privacy.md.",
