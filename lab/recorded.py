@@ -35,6 +35,9 @@ siftune bench --against trl --steps 5 --warmup 1 --rounds 2 --methods \
 siftune bench --methods dense,rst,ist,ist+gast --steps 10 --warmup 1 --rounds 2
 siftune bench --methods dense,gast-averaged,gast-rest,ist --steps 5 --warmup 1 \
     --rounds 1 --threads 2    # twice, in turns
+run="siftune bench --model QWEN --against trl --steps 3 --warmup 1 --threads 2"    # QWEN: lab.models qwen0.5b
+$run --batch-size 16 --length 64 --methods dense,gast-sample --rounds 2
+$run --batch-size 4 --length 256 --methods dense,gast-sample,trl-no-checkpointing --rounds 1
 siftune bench --batch-size 16 --length 24 --methods dense,gast-averaged,gast-rest,gast-sample,ist \
     --steps 10 --warmup 2 --rounds 2 --threads 2
 OMP_NUM_THREADS=2 python -m lab.floor --batch-size 16 --length 24    # and --length 128
@@ -181,7 +184,7 @@ $run --methods ist --lrs 5e-4 --seeds 0,1,2
 $run --methods untrained half=gast,gast.select:0.5 --lrs 2e-4
 $run --methods dense outer kit-uniform=kit,kit.allot:uniform --lrs 5e-4
 $run --methods ist --lrs 1e-3
-$run --models qwen0.5b --methods outer --lrs 5e-4
+$run --models qwen0.5b --methods untrained outer kit --lrs 5e-4
 """,
     "private.jsonl": """
 run="python -m lab.pays.run S5 --data FOLDER --out private.jsonl --cells"
