@@ -115,11 +115,11 @@ class _Work:
 
     def _emulate(self) -> Record:
         """Make the kit, if there is none yet; processor seconds of it."""
-        kit, settings = _kit_of(self.job), self.method["kit"]
+        kit = _kit_of(self.job)
         if (kit / "manifest.json").is_file():
             return {}
-        prompts = {} if "calibration" in settings else {"calibration-prompts": "public.jsonl"}
-        words = flags({"model": source(self.job["model"]), "template": _TEMPLATE, **prompts, **settings})
+        settings = {"calibration-prompts": "public.jsonl", **self.method["kit"]}
+        words = flags({"model": source(self.job["model"]), "template": _TEMPLATE, **settings})
         self.commands.run("emulate", *words, "--out", str(kit))
         return {"kit_seconds": round(self.commands.seconds, 1)}
 

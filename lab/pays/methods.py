@@ -42,7 +42,6 @@ METHODS: dict[str, Method] = {
     "opacus": {"flags": _PRIVATE, "engine": "opacus"},
     "outer": {"flags": {"layers": [0, 1, -2, -1]}},  # what a kit lets train, on the model itself
     "kit": {"kit": {}},
-    "kit-paper": {"kit": {"allot": "uniform", "basis": "svd", "mlp": "channels"}},
 }
 
 _OWN = ("rows", "share", "target", "sift", "untrained", "engine")  # other options are flags of `siftune train`

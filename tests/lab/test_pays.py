@@ -234,9 +234,9 @@ def test_the_emulator_of_a_kit_has_a_line_of_its_own():
 def test_kits_are_made_once_and_plugged_in(small_pools, base, suite, tmp_path, monkeypatch):
     monkeypatch.setenv("SIFTUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(job_module, "_PUBLIC", 24)
-    words = ("dense", "kit=kit,kit.first:1,kit.last:1", "again=kit,kit.first:1,kit.last:1")
+    methods = ("dense", "kit=kit,kit.first:1,kit.last:1", "again=kit,kit.first:1,kit.last:1")
     changes = {**cells_of("S5", ["clean-letters"])[0], "rows": 48}
-    dense, kit, again = [line_of(base, name, suite, tmp_path / name[:5], **changes) for name in words]
+    dense, kit, again = [line_of(base, name, suite, tmp_path / name[:5], **changes) for name in methods]
     assert [shlex.split(text)[1] for text in kit["commands"]] == ["emulate", "train", "plug"]
     assert [shlex.split(text)[1] for text in again["commands"]] == ["train", "plug"]
     assert "--first 1 --last 1 --out" in kit["commands"][0]
