@@ -26,7 +26,6 @@ from pydantic.dataclasses import dataclass
 from siftune.base.errors import InputError, RecipeError, SiftuneError
 from siftune.base.settings import CONFIG, AtLeastTwo, Count, Seed, Settings, Share, Validated, nearest
 from siftune.methods import METHODS
-from siftune.methods.options import OWN
 from siftune.recipe.schema import Recipe, resolve_recipe
 
 # the ways to draw GAST's support gradient, which differ in cost -> their settings
@@ -37,7 +36,7 @@ SUPPORTS: dict[str, dict[str, Any]] = {
 }
 _VARIANTS = (
     "dense-compiled",
-    "dense-keep",
+    "dense-checkpointing",
     "dense-dp",
     *(f"gast-{support}" for support in SUPPORTS),
     "trl",
@@ -46,7 +45,7 @@ _VARIANTS = (
 MEASURED = (*(name for name in METHODS if name != "gast"), *_VARIANTS)
 """Names of the methods to measure."""
 
-PLANNED = tuple(name for name in MEASURED if name not in ("dense-compiled", "dense-keep") and "trl" not in name)
+PLANNED = tuple(name for name in MEASURED if name not in ("dense-compiled", "dense-checkpointing") and "trl" not in name)
 """Those whose memory and operations can be computed without weights."""
 
 WORKER = (sys.executable, "-m", "siftune.bench.worker")
@@ -89,8 +88,8 @@ class Workload(Validated):
         fields |= {"train": "random tokens", "max_length": self.length, "steps": self.warmup + self.steps}
         if variant == "compiled":
             fields["compile"] = True
-        if variant == "keep":
-            fields["keep"] = OWN
+        if variant == "checkpointing":
+            fields["checkpointing"] = True
         if variant == "dp":
             fields |= {"dp_epsilon": 8.0, "dp_delta": 1e-6}
         options = {"active": self.active, "interval": self.interval, "select": 0.5}  # select: the papers' fraction

@@ -67,17 +67,14 @@ def run(options: Options) -> dict[str, Any]:
 
 def _refuse_unmergeable(model: Any, subject: "Subject") -> None:
     """Refuse a quantized base, and adapters on a matrix that the embeddings and the head share."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from siftune.models.adapters.attach import adapts_shared_ends, is_quantized
 
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(inner, "is_quantized", False):
+    if is_quantized(model):
         raise ModelError(
             f"{subject.base} is quantized, so that nothing can be merged into it: name the model that it was made from "
             "with --base"
         )
-    ends = [part for part in (inner.get_input_embeddings(), inner.get_output_embeddings()) if part is not None]
-    plain = [part.get_base_layer() if isinstance(part, BaseTunerLayer) else part for part in ends]
-    if plain != ends and len({id(getattr(part, "weight", part)) for part in plain}) < len(plain):
+    if adapts_shared_ends(model):
         raise AdapterError(
             f"the adapter in {subject.adapter} is on the embeddings or the head, which share a matrix in this model, "
             "so that no merged model does the same: use it beside its base"

@@ -85,6 +85,7 @@ def test_the_workload_reaches_the_settings_of_every_method(work, name):
     check(recipe)
     assert recipe.method == name.partition("-")[0]
     assert recipe.compile == (name == "dense-compiled")
+    assert recipe.checkpointing == (name == "dense-checkpointing")
     given = {"active": 0.5, "interval": 3, "select": 0.5}
     for settings in settings_of(recipe):
         options = settings.to_dict()

@@ -15,6 +15,7 @@ import torch
 from datasets import load_dataset
 from peft import PeftModel
 from rich.console import Console
+from support.tiny import tiny
 from support.tokenizer import byte_tokenizer
 from support.trainers import At
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -189,6 +190,20 @@ def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, 
         chosen = choose_by_losses(after, np.array(held_out), np.array(decoys), of_it)
     chosen = chosen.rows_R.nonzero()[0].tolist()
     assert sifted.selected == chosen == [n for n, line in enumerate(found) if line["selected"] == "yes"]
+
+
+def test_an_adapter_on_a_matrix_that_two_modules_share_is_scored_beside_its_base(given, tmp_path, task):
+    """Merged, it would change the other module too."""
+    tokenizer = byte_tokenizer()
+    tiny("llama", 2, vocab_size=len(tokenizer), tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    tokenizer.save_pretrained(tmp_path / "tied")
+    sifted = sift(**given | {"model": str(tmp_path / "tied"), "targets": ("lm_head", "q_proj")}, console=QUIET)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
+    tuned = PeftModel.from_pretrained(plain, sifted.folder / "tuning-1" / "adapter").eval()
+    line = json.loads((sifted.folder / "1-losses.jsonl").read_text().splitlines()[0])
+    rows = [task.pool[number] for number in line["rows"]]
+    expected = [loss(tuned, tokenizer, row) * (len(row["completion"]) + 1) for row in rows]
+    np.testing.assert_allclose(line["own"], expected, rtol=1e-4)
 
 
 def test_rows_with_answers_of_other_tasks_are_counted_and_may_be_all_rows(given, task):

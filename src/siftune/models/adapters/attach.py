@@ -4,6 +4,7 @@ import pickle
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
@@ -163,3 +164,20 @@ def refuse_adapters(model: nn.Module) -> None:
             f"{type(model).__name__} has adapters already; merge them or take them off "
             "(PEFT: merge_and_unload(), unload()), or continue with them"
         )
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether the model, or the base of its adapter, has quantized weights, into which nothing can be merged exactly."""
+    return bool(getattr(_base(model), "is_quantized", False))
+
+
+def adapts_shared_ends(model: nn.Module) -> bool:
+    """Whether an adapter is on embeddings or head, which share a matrix: no merged matrix does the same for both."""
+    base = _base(model)
+    ends = [part for part in (base.get_input_embeddings(), base.get_output_embeddings()) if part is not None]
+    plain = [part.get_base_layer() if isinstance(part, BaseTunerLayer) else part for part in ends]
+    return plain != ends and len({id(getattr(part, "weight", part)) for part in plain}) < len(plain)
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
