@@ -45,7 +45,8 @@ _VARIANTS = (
 MEASURED = (*(name for name in METHODS if name != "gast"), *_VARIANTS)
 """Names of the methods to measure."""
 
-PLANNED = tuple(name for name in MEASURED if name not in ("dense-compiled", "dense-checkpointing") and "trl" not in name)
+_TIMED = ("dense-compiled", "dense-checkpointing", "trl", "trl-no-checkpointing")
+PLANNED = tuple(name for name in MEASURED if name not in _TIMED)
 """Those whose memory and operations can be computed without weights."""
 
 WORKER = (sys.executable, "-m", "siftune.bench.worker")

@@ -167,7 +167,7 @@ def refuse_adapters(model: nn.Module) -> None:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether the model, or the base of its adapter, has quantized weights, into which nothing can be merged exactly."""
+    """Whether the model, or the base of its adapter, has quantized weights: merging would round them again."""
     return bool(getattr(_base(model), "is_quantized", False))
 
 
