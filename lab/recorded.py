@@ -35,12 +35,13 @@ siftune bench --against trl --steps 5 --warmup 1 --rounds 2 --methods \
 siftune bench --methods dense,rst,ist,ist+gast --steps 10 --warmup 1 --rounds 2
 siftune bench --methods dense,gast-averaged,gast-rest,ist --steps 5 --warmup 1 \
     --rounds 1 --threads 2    # twice, in turns
-run="siftune bench --model QWEN --against trl --steps 3 --warmup 1 --threads 2"    # QWEN: lab.models qwen0.5b
-$run --batch-size 16 --length 64 --methods dense,gast-sample --rounds 2
-$run --batch-size 4 --length 256 --methods dense,gast-sample,trl-no-checkpointing --rounds 1
+run="siftune bench --model QWEN --against trl --warmup 1 --threads 2 --rounds 1"    # QWEN: lab.models qwen0.5b
+$run --batch-size 16 --length 64 --steps 10 --methods dense,dense-checkpointing,ist,gast-sample
+$run --batch-size 4 --length 256 --steps 10 --methods dense,dense-checkpointing,ist,gast-sample
+$run --batch-size 4 --length 256 --steps 3 --methods dense,trl-no-checkpointing
 siftune bench --batch-size 16 --length 24 --methods dense,gast-averaged,gast-rest,gast-sample,ist \
     --steps 10 --warmup 2 --rounds 2 --threads 2
-OMP_NUM_THREADS=2 python -m lab.floor --batch-size 16 --length 24    # and --length 128
+OMP_NUM_THREADS=2 python -m lab.floor --batch-size 16 --length 24    # and --length 128; QWEN: --length 64
 """,
     "calibration_leak.jsonl": """
 python -m lab.calibration_leak --own ARC-Easy.train.json --public openbookqa.train.json --out leak.jsonl
