@@ -24,6 +24,7 @@ from siftune import sift
 from siftune.base.errors import DataError, InputError, RecipeError
 from siftune.data.decisions import read_decisions
 from siftune.data.rows import rows_from
+from siftune.models.load import load_model
 from siftune.recipe.schema import Recipe
 from siftune.recipe.training_rows import read_rows
 from siftune.sifting import prompts, scoring, tuning
@@ -192,13 +193,17 @@ def test_scores_and_selection_are_those_of_a_slow_oracle(given, base, tmp_path, 
     assert sifted.selected == chosen == [n for n, line in enumerate(found) if line["selected"] == "yes"]
 
 
-def test_an_adapter_on_a_matrix_that_two_modules_share_is_scored_beside_its_base(given, tmp_path, task):
-    """Merged, it would change the other module too."""
+@pytest.mark.parametrize("kind", ["shared", "quantized"])
+def test_an_adapter_that_cannot_be_merged_exactly_is_scored_beside_its_base(given, tmp_path, task, kind):
+    """On a matrix of two modules, it would change the other one too; quantized weights would be rounded again."""
+    if kind == "quantized":
+        pytest.importorskip("bitsandbytes")
     tokenizer = byte_tokenizer()
     tiny("llama", 2, vocab_size=len(tokenizer), tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     tokenizer.save_pretrained(tmp_path / "tied")
-    sifted = sift(**given | {"model": str(tmp_path / "tied"), "targets": ("lm_head", "q_proj")}, console=QUIET)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
+    own = {"quantize": "8bit"} if kind == "quantized" else {"targets": ("lm_head", "q_proj")}
+    sifted = sift(**given | {"model": str(tmp_path / "tied"), **own}, console=QUIET)
+    plain, _ = load_model(str(tmp_path / "tied"), quantize=own.get("quantize"))
     tuned = PeftModel.from_pretrained(plain, sifted.folder / "tuning-1" / "adapter").eval()
     line = json.loads((sifted.folder / "1-losses.jsonl").read_text().splitlines()[0])
     rows = [task.pool[number] for number in line["rows"]]
