@@ -208,9 +208,12 @@ def _name_of(dtype: Any) -> str:
 
 
 def _multiplies(dtype: Any) -> bool:
-    """Whether torch reports fast products in a dtype on this processor."""
+    """Whether this processor has fast products in a dtype."""
     import torch
 
+    # torch also reports bfloat16 where AVX-512 has no instructions for it, as on Intel's Ice Lake, and emulates it
+    if dtype == torch.bfloat16 and torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported():
+        return False
     name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
     built_in: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     ask = getattr(torch.ops.mkldnn, name, None) if name and built_in else None

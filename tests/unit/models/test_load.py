@@ -84,6 +84,26 @@ def test_auto_avoids_a_dtype_that_the_processor_cannot_multiply_in(saved, monkey
 
 
 @pytest.mark.parametrize(
+    ("reported", "avx512", "instructions", "wanted"),
+    [
+        (False, False, False, torch.float32),
+        (True, False, False, torch.bfloat16),  # other processors than x86
+        (True, True, False, torch.float32),
+        (True, True, True, torch.bfloat16),
+    ],
+)
+def test_bfloat16_needs_instructions_of_the_processor(monkeypatch, reported, avx512, instructions, wanted):
+    """With AVX-512 alone, torch reports bfloat16 and emulates it."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: reported)
+    monkeypatch.setattr("torch.cpu._is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: instructions)
+    assert load.usable_dtype(torch.bfloat16) == wanted
+    assert load.usable_dtype(torch.float32) == torch.float32
+
+
+@pytest.mark.parametrize(
     ("capable", "model_type", "wanted"),
     [(True, "llama", "bfloat16"), (False, "llama", "float16"), (False, "gemma3_text", "float32")],
 )
