@@ -42,7 +42,7 @@ $run --batch-size 4 --length 256 --steps 3 --methods dense,trl-no-checkpointing
 siftune bench --batch-size 16 --length 24 --methods dense,gast-averaged,gast-rest,gast-sample,ist \
     --steps 10 --warmup 2 --rounds 2 --threads 2
 run="siftune bench --methods dense --steps 2 --warmup 1 --rounds 1 --threads 2 --batch-size 16 --length 64 --dtype"
-for dtype in bfloat16 float32; do ONEDNN_MAX_CPU_ISA=AVX512_CORE $run $dtype; $run $dtype; done    # twice
+$run bfloat16    # and float32, in turns, twice; AVX-512 alone: with ONEDNN_MAX_CPU_ISA=AVX512_CORE
 OMP_NUM_THREADS=2 python -m lab.floor --batch-size 16 --length 24    # and --length 128; QWEN: --length 64
 """,
     "calibration_leak.jsonl": """
