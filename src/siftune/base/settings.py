@@ -25,6 +25,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
 from siftune.base.errors import RecipeError
+from siftune.base.text import counted
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Settings")
@@ -104,8 +105,14 @@ class Validated:
 
     @classmethod
     def _refusal(cls, values: Any, error: ValidationError) -> RecipeError:
-        problem = error.errors()[0]
-        name = str(problem["loc"][0])
+        problem, known = error.errors()[0], list(types_of(cls))
+        place = problem["loc"][0]  # of a positional argument, its number
+        if problem["type"] == "unexpected_positional_argument":
+            given = len(values.args)
+            return RecipeError(
+                f"{cls.__name__} has {counted(len(known), 'setting')}, but got {counted(given, 'value')}"
+            )
+        name = known[place] if isinstance(place, int) else place
         prefix = f"{cls.group}." if cls.group else ""
         if problem["type"] == "unexpected_keyword_argument":
             close = nearest(name, types_of(cls))

@@ -69,6 +69,15 @@ def test_an_integer_is_a_number_and_an_unknown_setting_is_refused():
         GASTSettings(selct=3)
 
 
+def test_values_without_names_are_named_by_their_places():
+    with pytest.raises(SettingError) as caught:
+        ISTSettings(0.5, "ten")
+    assert caught.value.field == "ist.interval"
+    assert str(caught.value).startswith("ist.interval is 'ten', but must be")
+    with pytest.raises(RecipeError, match="ISTSettings has 4 settings, but got 5 values"):
+        ISTSettings(0.5, 10, 16, 3, 0)
+
+
 def test_a_count_and_a_share_are_told_apart():
     assert [type(GASTSettings(select=value).select) for value in (1, 1.0)] == [int, float]
     with pytest.raises(SettingError):
