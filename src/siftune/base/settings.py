@@ -108,10 +108,8 @@ class Validated:
         problem, known = error.errors()[0], list(types_of(cls))
         place = problem["loc"][0]  # of a positional argument, its number
         if problem["type"] == "unexpected_positional_argument":
-            given = len(values.args)
-            return RecipeError(
-                f"{cls.__name__} has {counted(len(known), 'setting')}, but got {counted(given, 'value')}"
-            )
+            takes, given = counted(len(known), "setting"), counted(len(values.args), "value")
+            return RecipeError(f"{cls.__name__} has {takes}, but got {given}")
         name = known[place] if isinstance(place, int) else place
         prefix = f"{cls.group}." if cls.group else ""
         if problem["type"] == "unexpected_keyword_argument":
