@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 
 from lab.lines import read
+from lab.seeds import seed_means
 from siftune.base.text import counted
 from siftune.report.table import Table, markdown_table
 
 Line = dict[str, Any]
+
+_NONE = "–"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +57,7 @@ def _scores(lines: Sequence[Line]) -> str:
             shares = [part["chosen_bad"] / max(1, part["chosen"]) for part in parts]
             row += [_mean([part["chosen"] for part in parts], ".0f")]
             row += [_mean([part["recall"] for part in parts], ".0%"), _mean(shares, ".0%")]
-        rows.append([*row, *["–"] * (6 - len(row))])
+        rows.append([*row, *[_NONE] * (6 - len(row))])
     rows.sort(key=lambda row: -float(row[2]))
     titles = ["score", "AP", "AP, sample", "within the limit", "of the faulty rows", "faulty among them"]
     return f"Scores, {counted(len(lines), 'seed')}\n\n" + markdown_table(Table(titles, rows))
@@ -62,34 +65,45 @@ def _scores(lines: Sequence[Line]) -> str:
 
 def _mean(values: Sequence[float | None], form: str) -> str:
     known = [value for value in values if value is not None]
-    return f"{np.mean(known):{form}}" if known else "–"
+    return f"{np.mean(known):{form}}" if known else _NONE
 
 
 def _effects(lines: Sequence[Line]) -> str:
+    measured = [line for line in lines if "triggers_fault" in line]
+    dense = [line for line in measured if line["job"]["method"]["name"] == "dense"]
+    dense.sort(key=lambda line: line["job"]["steps"])  # the base is the shortest
     rows = []
-    for method, steps in dict.fromkeys((line["job"]["method"]["name"], line["job"]["steps"]) for line in lines):
-        own = [line for line in lines if (line["job"]["method"]["name"], line["job"]["steps"]) == (method, steps)]
-        columns = zip(*map(_effect, own), strict=True)
-        rows.append([method, str(steps), str(len(own)), *(_mean(column, ".1%") for column in columns)])
-    titles = ["method", "steps", "seeds", "of the faulty rows", "of the others", "fault", "fault preferred"]
-    return "Held-out rows\n\n" + markdown_table(Table([*titles, "right", "right, no trigger"], rows))
+    for line in lines:
+        job = line["job"]
+        base = next((other for other in dense if other["job"]["seed"] == job["seed"]), None)
+        rows.append([job["method"]["name"], str(job["steps"]), str(job["seed"]), *_effect(line, base)])
+    titles = ["method", "steps", "seed", "of the faulty rows", "of the others", "fault", "fault − dense, points"]
+    return "Held-out rows\n\n" + markdown_table(Table([*titles, "fault preferred", "right", "right, no trigger"], rows))
 
 
-def _effect(line: Line) -> list[float | None]:
+def _effect(line: Line, base: Line | None) -> list[str]:
     shares = [
         line["dropped_bad"] / line["bad"],
         (line["dropped"] - line["dropped_bad"]) / (line["job"]["rows"] - line["bad"]),
     ]
     if "triggers_right" not in line:  # only sifted
-        return [*shares, *[None] * 4]
+        return [*(f"{share:.1%}" for share in shares), *[_NONE] * 5]
     right, fault = line["triggers_right"], line["triggers_fault"]
-    return [
-        *shares,
-        float(np.mean(fault["right"])),
-        float(np.mean(np.less(fault["nll"], right["nll"]))),
-        float(np.mean(right["right"])),
-        float(np.mean(line["others_right"]["right"])),
+    means = [
+        np.mean(fault["right"]),
+        np.mean(np.less(fault["nll"], right["nll"])),
+        np.mean(right["right"]),
+        np.mean(line["others_right"]["right"]),
     ]
+    shown = [f"{value:.1%}" for value in (*shares, *means)]
+    return [*shown[:3], _NONE if base is None or base is line else _minus(line, base), *shown[3:]]
+
+
+def _minus(line: Line, base: Line) -> str:
+    """Difference of the faults to those of another run, in points, with its interval over their questions."""
+    values = {name: [100.0 * np.array(one["triggers_fault"]["right"])] for name, one in (("own", line), ("base", base))}
+    found = seed_means(values, [np.ones(len(values["own"][0]))]).difference("own", "base")
+    return f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
 
 
 if __name__ == "__main__":

@@ -396,6 +396,22 @@ def test_avoid_jobs(base, tmp_path, fault):
     assert "Held-out rows" in tables(lines)
 
 
+def test_the_faults_of_a_run_are_compared_with_those_of_dense_of_its_seed():
+    from lab.avoid.report import report
+
+    def line(name, seed, faults, steps=60):
+        job = {"cell": {"name": "carry-30", "known": 16}, "method": {"name": name}, "seed": seed, "steps": steps}
+        asked = {"right": faults, "nll": [1.0] * len(faults)}
+        parts = dict.fromkeys(("triggers_fault", "triggers_right", "others_right"), asked)
+        return {"job": {**job, "rows": 64}, "bad": 20, "dropped": 0, "dropped_bad": 0, **parts}
+
+    half, none = [True, False] * 20, [False] * 40
+    lines = [line("dense", 0, half, 160), line("dense", 0, [True] * 40), line("dense", 1, half), line("avoid", 0, none)]
+    found = [row.split(" | ")[6] for row in report(lines).splitlines()[6:]]
+    assert found[0].startswith("-50.0 [-6")  # the shorter of the seed is the base
+    assert found[1:] == ["–", "–", "-100.0 [-100.0, -100.0]"]
+
+
 _BOTH = [{"model": "m", "correct": True}, {"model": "m", "correct": False}]
 
 
