@@ -97,6 +97,9 @@ $run intents-b --methods target sifted-base --steps 180
 $run intents-b --methods target --steps 360
 $run intents-a --rows 720 --models qwen0.5b --methods few target sifted-base --steps 45
 $run tasks-intents --models qwen0.5b --methods few sifted --steps 45
+$run tasks-intents --methods retrieved=retrieved,share:0.171,dtype:float32 --steps 90 --seeds 0,1,2
+$run tasks-intents --methods rds=rds,share:0.171,dtype:float32 --steps 90
+$run tasks-slots --methods retrieved=retrieved,share:0.174,dtype:float32 --steps 90
 python -m lab.pays.report natural.jsonl
 """,
     "offsite.jsonl": rf"""{_OFFSITE}
@@ -222,7 +225,9 @@ NOTES: dict[str, str] = {
     "audit.json": "Recorded from the table that `siftune audit` printed.",
     "bench.json": "Recorded from the tables that `siftune bench` printed.",
     "natural.jsonl": "It supports docs/sifting.md, which README.md and docs/which_method.md quote. Lines "
-    "of `sifted-base` were recorded by `siftune train --sift` when it began with the base.",
+    "of `sifted-base` were recorded by `siftune train --sift` when it began with the base. `retrieved`, `rds` and 210 "
+    "steps of *intents-b* ran on a Xeon without AMX: their times do not compare with the others. Their rules choose as "
+    "many rows as sifting did on seed 0.",
     "avoid.jsonl": "Lines without `commit` are of earlier code, which had a second implementation of `--avoid`; their "
     "methods other than `dense`, `oracle` and `right late` are scores. They support docs/avoid.md, which is quoted in "
     "README.md and docs/which_method.md.",
