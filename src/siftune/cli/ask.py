@@ -27,7 +27,7 @@ _WIDE = 100  # columns of a terminal on which two answers stand side by side
 class Options(Validated):
     """Show the answers of a tuned model and of its base model to a prompt, with the likeliest token at each step.
 
-    The prompt stands behind the run, or comes from standard input; --file has several.
+    The prompt stands after the run, or comes from standard input; --file has several.
     """
 
     run: Annotated[str, Flag(positional=True)]
@@ -101,7 +101,7 @@ def _rows(options: Options) -> "list[Row]":
             raise DataError(f"standard input is not UTF-8 text: byte {error.start} is invalid; convert it.") from None
     if not text.strip():
         raise RecipeError(
-            "there is no prompt: give a text behind the run, in quotation marks, on standard input, or with --file FILE"
+            "there is no prompt: give a text after the run, in quotation marks, on standard input, or with --file FILE"
         )
     return [Row((Message("user", text),), "", origin)]
 

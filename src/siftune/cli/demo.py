@@ -124,7 +124,7 @@ def _check(options: Options) -> None:
     if needed > PROBLEMS - 4:  # the four kinds are asked for equally often
         raise RecipeError(
             f"--steps {options.steps} takes {needed} problems of arithmetic with --rows and --target-rows, but there "
-            f"are only {PROBLEMS}; lower --steps"
+            f"are only {PROBLEMS - 4}; lower one of them"
         )
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Options(Recipe):
     """Try learning rates: train with each method at each rate, and measure the loss on held-out rows.
 
-    Takes recipes and flags as siftune train does; eval must be given. Every run trains as siftune train would, with the
+    Takes recipes and flags of siftune train; eval or eval_share must be given. Every run trains as that would, with the
     recipe's steps or epochs, and leaves nothing but its figures: no adapter, no checkpoint, no tracker. An interrupted
     sweep continues if it is called again with the same --out. Further methods, rates and seeds can be added.
     """

@@ -46,12 +46,12 @@ class Options(Validated):
     share: PoolShare | None = None
     """Rows to select: a share of the pool below 1, or a number. Default: those of the task within the limits."""
     max_score: FiniteFloat | None = None
-    """Select rows of the task up to this score. Default: if rows share answers, 1, and two in five rows of each answer
-    in any case; otherwise that of the target's held-out rows."""
+    """Highest score of a selected row. Default: if rows share answers, 1, but at least two in five rows of each answer
+    stay; otherwise by the target's held-out rows."""
     min_similarity: Similarity | None = None
-    """Rows are of the task from this similarity of their prompts. Default: the limit of the target's own prompts."""
+    """Lowest similarity of the prompt of a row of the task. Default: from the target's own prompts."""
     steps: Count = STEPS
-    """At most N optimizer steps on the pool, and half of them on the target's rows, of which some determine the end."""
+    """At most N optimizer steps on the pool and N/2 on the target; without shared answers, N on the target alone."""
     lr: Positive | None = Recipe.lr
     """Peak learning rate of the training on the target's rows. Default: 5e-4."""
     batch_size: Count = Recipe.batch_size

@@ -173,7 +173,7 @@ def template_of(subject: Subject, template: str | Path | None) -> str | Path:
     recipe = subject.recipe or Recipe()
     if isinstance(recipe.template, Path) and not is_own(Path(subject.name).expanduser()):
         raise RecipeError(
-            f"{subject.name} was not trained on this machine, so the chat template that its recipe names is not read: "
+            f"{subject.name} is not your own run here, so the chat template that its recipe names is not read: "
             "give --template auto, chat, none or FILE"
         )
     return recipe.template
@@ -204,7 +204,7 @@ def _trained_in(run: Path) -> Path:
     elif kind_of(returned) is not None:
         trained = returned
     else:
-        raise ModelError(f"the run folder {run} has no adapter yet; finish the run with siftune train --resume.")
+        raise ModelError(f"the run folder {run} has no adapter yet; finish the run with siftune train --resume {run}.")
     _tell_older(run, trained)
     return trained
 

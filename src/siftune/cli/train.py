@@ -159,9 +159,9 @@ def _followed(shares: dict[str, float]) -> str:
     from siftune.data.target import OTHER
 
     if [*shares] == [OTHER]:
-        return f"followed: {shares[OTHER]:.0%} of the rows that came\n"
+        return f"followed: {shares[OTHER]:.0%} of the rows seen\n"
     parts = [f"{visible(source)} {share:.0%}" for source, share in shares.items()]
-    return f"followed of the rows that came: {', '.join(parts)}\n" if parts else ""
+    return f"share of rows followed: {', '.join(parts)}\n" if parts else ""
 
 
 def _whereabouts(finished: "Run", recipe: Recipe) -> str:

@@ -227,7 +227,7 @@ def _read_json(path: Path, source: str) -> Records:
     if not isinstance(content, list):
         raise DataError(
             f"{source}: found {kind_of(content)}, but a .json file must hold a list of objects or "
-            '{"data": [...]}; name a file with one object per line .jsonl.'
+            '{"data": [...]}; with one object per line, name it .jsonl.'
         )
     yield from ((f"{source} row {number}", record) for number, record in enumerate(content, 1))
 

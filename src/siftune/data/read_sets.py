@@ -169,7 +169,7 @@ def _refuse_outside(paths: Iterable[Path], folder: Path, source: str) -> None:
 
 
 def _elsewhere(source: str, path: str) -> str:
-    return f"{source} names {one_line(path)}, which is no file of the data set, for its rows: name the file itself."
+    return f"{source} takes rows from {one_line(path)}, which is no file of the data set: name the file itself."
 
 
 def _tell(names: list[str], source: str) -> None:

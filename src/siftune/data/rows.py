@@ -151,7 +151,7 @@ def _renamed(record: Record, names: Mapping[str, str], origin: str) -> Record:
         if column not in record:
             raise DataError(
                 f"{origin}: the column {column!r} of --columns {name}={column} is missing (found: {_names(record)}); "
-                "--columns has the name of the format first, such as prompt=question, and holds for all files."
+                "--columns takes siftune's name first, as in prompt=question, and applies to all files."
             )
     others = {column: value for column, value in record.items() if column not in names.values() and column not in names}
     return {**{name: record[column] for name, column in names.items()}, **others}
@@ -174,8 +174,8 @@ def _columns(record: Any, origin: str) -> Record:
         raise record
     if not isinstance(record, dict):
         raise DataError(
-            f"{origin}: the row is {kind_of(record)}, but must be an object of columns; name a file with a list of "
-            "them .json."
+            f"{origin}: the row is {kind_of(record)}, but must be an object; if the file is one list of them, name "
+            "it .json."
         )
     return record
 

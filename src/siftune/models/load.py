@@ -185,11 +185,11 @@ def usable_dtype(dtype: Any, model_type: str = "") -> Any:
         if dtype != torch.bfloat16 or _has_bfloat16():
             return dtype
         fitting = torch.float32 if model_type.startswith("gemma") else torch.float16
-        logger.info("this accelerator cannot multiply in %s; the model is used in %s", dtype, fitting)
+        logger.info("this accelerator is slow in %s; the model is used in %s", dtype, fitting)
         return fitting
     if _multiplies(dtype):
         return dtype
-    logger.info("this processor cannot multiply in %s; the model is used in float32", dtype)
+    logger.info("this processor is slow in %s; the model is used in float32", dtype)
     return torch.float32
 
 

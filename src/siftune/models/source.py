@@ -100,7 +100,7 @@ def why_missing(name: str) -> str | None:
     except GatedRepoError:
         return None  # loading says what to do
     except RepositoryNotFoundError:
-        return "the hub has no such model, or not for you"
+        return "the hub has no such model that you may see"
     except HfHubHTTPError:
         return None
     except OfflineModeIsEnabled:

@@ -68,8 +68,8 @@ def _faults(recipe: Recipe) -> list[tuple[bool, str]]:
         ),
         (
             recipe.compile and not _can_compile(recipe),
-            "compile goes with adapters lora, rslora and full, on a base that is neither quantised nor sharded: leave "
-            "one of them out",
+            "compile goes with adapters lora, rslora and full, without quantize and sharding: leave compile or the "
+            "others out",
         ),
         (recipe.targets == (), "targets is empty: name at least one module, or leave it out"),
         (recipe.layers == (), "layers is empty: give at least one number, or leave it out"),
@@ -102,7 +102,7 @@ def _target_faults(recipe: Recipe) -> list[tuple[bool, str]]:
         ),
         (
             recipe.target is not None and _could_compare(recipe) and not compares(recipe),
-            "with a target, rows are compared with its rows, by support dataset: leave the option support out",
+            "with a target, rows are compared with its rows (gast.support dataset): leave gast.support out",
         ),
         *(
             (
@@ -162,7 +162,7 @@ def _start_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
     for name in ("layers", "targets"):
         yield (
             recipe.from_adapter is not None and getattr(recipe, name) is not None,
-            f"{name} is the adapter's that from_adapter names: leave {name} out",
+            f"{name} comes from the adapter in from_adapter: leave {name} out",
         )
 
 
@@ -262,5 +262,5 @@ def _all_rows(recipe: Recipe) -> Iterable[tuple[bool, str]]:
         yield (
             part.rows and selects_all(settings, recipe.batch_size),
             f"{group}.select {select} follows every row of a forward pass of {counted(recipe.batch_size, 'row')}, so "
-            f"that nothing is selected: give a larger --batch-size{fewer}",
+            f"none is left out: give a larger --batch-size{fewer}",
         )

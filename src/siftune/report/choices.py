@@ -77,7 +77,7 @@ def _importance(run: RunData, steps: Sequence[LayersOfStep]) -> list[Figure]:
     cells = Cells(
         values[::-1], _numbers(len(values)), labels, -bound, bound, "optimizer step", "layer", "importance"
     )  # fmt: skip
-    note = "Logits. Layers whose suppressed adapters increase the loss most get high ones. All begin at zero."
+    note = "Logits. Layers whose adapters raise the loss most if suppressed get high ones. All begin at zero."
     return [heat_map("Importance", cells, note, "full")]
 
 

@@ -24,7 +24,7 @@ from siftune.train.folder.run_folder import EVALS
 
 logger = logging.getLogger(__name__)
 
-_AGAIN = "measure again with siftune eval, or remove it"
+_AGAIN = "remove it, and run siftune eval again"
 _SHOWN = 20  # answers that are kept: the first rows, not chosen ones
 
 

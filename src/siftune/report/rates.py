@@ -154,7 +154,7 @@ def advice(runs: Sequence[LRRun], base: float) -> list[str]:
 def _advice(one: Best, base: float) -> str:
     rates = ",".join(map(rate_text, one.extend))
     if one.lr is None or one.heldout_loss is None:
-        return f"{one.method}: every rate diverged: extend --rates to {rates}"
+        return f"{one.method}: at every rate a run diverged: extend --rates to {rates}"
     worse = "" if one.heldout_loss < base else ", no better than before training"
     line = f"{one.flags}   held-out loss {one.heldout_loss:.4f}{worse}"
     if one.edge:

@@ -205,8 +205,8 @@ def suspects(runs: Sequence[RunData]) -> Section | None:
             continue
         suspects_of[run.name] = rows.highest(min(_SUSPECTS, rows.suspects))
         words.append(
-            f"{named}{rows.suspects:,} of {counted(len(rows.rows), 'row')} may be wrong. `siftune rows {run.path}` "
-            "lists them, and writes a file for `--drop-rows`, which `siftune report FILE` shows for a review."
+            f"{named}{rows.suspects:,} of {counted(len(rows.rows), 'row')} may be wrong. `siftune rows {run.path} "
+            "--csv FILE` lists them in a file for `--drop-rows`, which `siftune report FILE` shows for a review."
         )
     return Section("suspects", "Suspect rows", words, tables=[_suspect_table(suspects_of)] if suspects_of else [])
 

@@ -146,8 +146,8 @@ def choose_by_losses(
     if in_order < _SEPARATION:
         return Choice(
             task_R,
-            f"{prompts}; the model cannot tell wrong completions: it prefers a held-out row of the target to a prompt "
-            f"with the completion of another row in only {in_order:.1%} of all pairs",
+            f"{prompts}; the model cannot tell right completions from wrong ones: it prefers a held-out row of the "
+            f"target to a prompt with another row's completion in only {in_order:.1%} of all pairs",
         )
     wrong = share_like_decoys(scores_R[task_R], decoys_D, _DECOYS)
     if wrong < _WRONG:
@@ -161,7 +161,7 @@ def choose_by_losses(
     left_out = 1 - within_R.sum() / task_R.sum()
     return Choice(
         within_R,
-        f"{prompts}, and their completions are as likely as those of {_WITHIN:.0%} of its held-out rows; those of "
+        f"{prompts}, and their completions are within the range of {_WITHIN:.0%} of its held-out rows; those of "
         f"{left_out:.0%} of the task's rows are less likely",
         limit,
     )
@@ -221,8 +221,8 @@ def choose_by_margins(
     if right < _RIGHT:
         return Choice(
             task_R,
-            f"{prompts}; the model cannot tell wrong answers: even to {1 - right:.0%} of the held-out rows of the "
-            "target it prefers the answer of another row",
+            f"{prompts}; the model cannot tell right answers from wrong ones: for {1 - right:.0%} of the held-out rows "
+            "of the target it prefers another row's answer",
         )
     wrong = 1 - within_R.sum() / task_R.sum()
     if wrong < _BEYOND:
@@ -301,10 +301,10 @@ def unlike(scores_R: Floats, bad_B: Floats) -> Choice:
         )
     within_R = scores_R <= np.quantile(bad_B, _REACHED, method="higher")
     if within_R.mean() <= _MOST:
-        return Choice(~within_R, f"as much like the bad rows as those held out, and left out: {within_R.sum():,}")
+        return Choice(~within_R, f"left out, as like the bad rows as the held-out ones: {within_R.sum():,}")
     likely_R = scores_R < 0
     if likely_R.mean() <= _MOST:
-        reason = f"made more likely by the training on the bad rows, and left out: {likely_R.sum():,}"
+        reason = f"left out, made more likely by the training on the bad rows: {likely_R.sum():,}"
         return Choice(~likely_R, reason)
     return Choice(
         every, f"the training on the bad rows made {likely_R.mean():.0%} of the pool more likely: none is dropped"

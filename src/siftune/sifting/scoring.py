@@ -86,8 +86,8 @@ def choose_by_target(work: Work, prepared: Prepared, few: Few, count: int | None
     task_R, trained_R = task_R & ~other_R, trained_R & ~other_R
     if not task_R.any() and count is None:
         raise DataError(
-            f"no row of the pool with a prompt like those of {few.file} has an answer of other such rows: give a pool "
-            "with rows of the task, write equal answers in the same way, or give a share"
+            f"no row of the pool with a prompt like those of {few.file} shares its answer with another such row: give "
+            "a pool with rows of the task, spell equal answers alike, or give a share"
         )
     scores_R, target_T, decoys_D = _target_scores(work, prepared, few, task_R, trained_R)
     columns = {"score": scores_R, "similarity": similar_R}

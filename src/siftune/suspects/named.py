@@ -85,7 +85,7 @@ class ScoredRows:
         shared = bool(losses.covered.mean() >= SHARED)
         self._verdict = judge(losses.loss, losses.other_loss, losses.usual, losses.other_usual, shared)
         self.suspects, doubt = self._verdict.count, self._verdict.doubt
-        self.doubt = f"No row is listed: {doubt}." if doubt else ""
+        self.doubt = f"No row is suspect: {doubt}." if doubt else ""
 
     def highest(self, count: int) -> list[Suspect]:
         """The N rows with the highest scores, whether or not they are suspect; rows without a score are left out."""

@@ -82,7 +82,7 @@ def judge(loss_R: Floats, other_R: Floats, usual_R: Floats, other_usual_R: Float
             f"answers, one that fits {TIMES} times as well says little"
         )
     elif suspect < _LEAST * compared:
-        doubt = f"an answer of another row fits {TIMES} times as well as the own one in only {suspect / compared:.1%}"
+        doubt = f"in only {suspect / compared:.1%} of rows another answer fits {TIMES} times as well as their own"
     if doubt:
         suspect_R[:] = False
     order_R = np.lexsort((-score_R, ~compared_R, ~suspect_R))  # the last key is the first

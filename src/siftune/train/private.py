@@ -32,7 +32,7 @@ def privacy_of(recipe: Recipe, rows: int) -> DP | None:
     if recipe.dp_delta >= 1 / rows:
         raise RecipeError(
             f"dp_delta is {recipe.dp_delta:g}, but with {rows} rows it must be below {1 / rows:.2g}: otherwise "
-            "the guarantee would allow to publish a row"
+            "the guarantee would allow publishing a row"
         )
     steps = recipe.steps or math.ceil(recipe.epochs * math.ceil(rows / batch))
     asked = Mechanism(recipe.dp_epsilon, recipe.dp_delta, recipe.dp_clip, rows, batch, steps)

@@ -124,8 +124,8 @@ def _check_recipe(checkpoint: Path, recipe: Recipe, digest: str) -> None:
         )
     if (run / ROWS).is_file() and (run / ROWS).read_bytes().strip() != digest.encode():
         raise RecipeError(
-            f"{checkpoint} is of a run on other training rows than {recipe.train} holds now: restore them, or train "
-            "in another folder with --out"
+            f"{checkpoint} is of a run on other training rows: restore files and settings such as limit, or train in "
+            "another folder with --out"
         )
 
 

@@ -171,7 +171,7 @@ def test_answers_that_are_cut_are_counted(place, capsys):
     ("words", "message"),
     [
         ((), "RUN must be given"),
-        (("run", " \n"), "there is no prompt: give a text behind the run"),
+        (("run", " \n"), "there is no prompt: give a text after the run"),
         (("run", "b", "--file", "prompts.txt"), "a prompt and --file are given"),
         (("run", "b", "--limit", "2"), "--columns and --limit are for the rows of --file"),
         (("run", "--file", "none.txt"), "none.txt does not exist"),

@@ -168,8 +168,8 @@ def test_what_was_followed_is_named_by_source_where_rows_have_one():
     from siftune.cli.train import _followed
 
     assert _followed({}) == ""
-    assert _followed({"other": 0.75}) == "followed: 75% of the rows that came\n"
-    assert _followed({"other": 0.5, "web": 1.0}) == "followed of the rows that came: other 50%, web 100%\n"
+    assert _followed({"other": 0.75}) == "followed: 75% of the rows seen\n"
+    assert _followed({"other": 0.5, "web": 1.0}) == "share of rows followed: other 50%, web 100%\n"
 
 
 def test_nothing_in_rows_reaches_the_terminal_as_a_command(base, tmp_path, capsys):
@@ -182,7 +182,7 @@ def test_nothing_in_rows_reaches_the_terminal_as_a_command(base, tmp_path, capsy
     capsys.readouterr()
     assert main(["train", *given, "--out", str(tmp_path / "run")]) == 0
     told = capsys.readouterr()
-    assert "followed of the rows that came: \\x1b]0;title" in told.err
+    assert "share of rows followed: \\x1b]0;title" in told.err
     assert "1 row left out" in told.err
     assert "\x1b" not in told.err + told.out
 

@@ -278,7 +278,7 @@ def test_the_limit_leaves_later_rows_unread(write):
         ("j.json", '{"rows": []}', "j.json: found an object"),
         ("l.json", '{"text": "a"}\n{"text": "b"}\n', "l.json has one object per line: name it .jsonl"),
         ("n.json", '{"a":' + "[" * 99_999 + "\n", "n.json:1: invalid JSON"),
-        ("l.jsonl", '[{"text": "a"}]\n', "l.jsonl:1: the row is a list, but must be an object of columns; name"),
+        ("l.jsonl", '[{"text": "a"}]\n', "l.jsonl:1: the row is a list, but must be an object; if"),
         ("t.csv", "prompt\tcompletion\na\tb\n", "t.csv:1: tabs separate the fields; save the file with commas"),
         ("s.csv", "prompt;completion\na;b\n", "s.csv:1: semicolons separate the fields"),
         ("o.jsonl", lines(GOOD, ["a", "b"]), "o.jsonl:2: the row is a list"),

@@ -88,8 +88,8 @@ def test_a_card_may_name_files_of_its_folder(folder, caplog, name):
 def test_a_card_that_names_a_file_elsewhere_is_refused(folder, config, name):
     card(folder, config.format(parent=folder.parent), name)
     message = refused(folder)
-    assert message.startswith(f"{folder} names ")
-    assert message.endswith("which is no file of the data set, for its rows: name the file itself.")
+    assert message.startswith(f"{folder} takes rows from ")
+    assert message.endswith("which is no file of the data set: name the file itself.")
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_hub_rows_and_configuration(hub):
 )
 def test_a_data_set_of_the_hub_that_names_a_file_elsewhere_is_refused(hub, file):
     asked = hub({"train": ["hf://datasets/org/sums@abc/rows.jsonl", file]})
-    assert f"org/sums names {file}, which is no file of the data set" in refused("org/sums")
+    assert f"org/sums takes rows from {file}, which is no file of the data set" in refused("org/sums")
     assert asked == [("org/sums", None)]
 
 

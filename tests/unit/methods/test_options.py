@@ -1,4 +1,4 @@
-"""Ranges of the options, counts and shares, and batches in which nothing is selected."""
+"""Ranges of the options, counts and shares, and batches in which no row is left out."""
 
 import logging
 import math

@@ -46,7 +46,7 @@ def http(kind):
         (None, None),
         (http(GatedRepoError), None),
         (http(HfHubHTTPError), None),
-        (http(RepositoryNotFoundError), "the hub has no such model, or not for you"),
+        (http(RepositoryNotFoundError), "the hub has no such model that you may see"),
         (TimeoutError("slow"), "the hub cannot be reached (TimeoutError)"),
         (OSError("no route"), "the hub cannot be reached (OSError)"),
     ],

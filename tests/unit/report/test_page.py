@@ -363,7 +363,11 @@ def test_what_was_measured_is_kept_once_for_each_file_of_rows(tmp_path):
     [
         ("run.json", "[]", r"run.json cannot be read \(Input should be an object\)"),
         ("run.json", "{", "run.json cannot be read"),
-        ("eval.json", json.dumps([sealed({"data": 1})]), "eval.json cannot be read .*measure again"),
+        (
+            "eval.json",
+            json.dumps([sealed({"data": 1})]),
+            "eval.json cannot be read .*remove it, and run",
+        ),
         ("eval.json", "{", "eval.json cannot be read"),
         ("eval.json", "[" * 99_999, "eval.json cannot be read"),
         ("eval.json", json.dumps([sealed({"metrics": ["x"], "answers": []})]), "eval.json cannot be read"),

@@ -77,7 +77,7 @@ def test_the_best_rate_and_where_to_look_further(losses, best):
             DOWNWARDS,
             "--method gast --lr 2e-3   held-out loss 1.1250; the highest rate tried: extend --rates to 4e-3,8e-3",
         ),
-        ({1e-3: None}, "gast: every rate diverged: extend --rates to 2.5e-4,5e-4"),
+        ({1e-3: None}, "gast: at every rate a run diverged: extend --rates to 2.5e-4,5e-4"),
         (
             {1e-3: 2.0},
             "--method gast --lr 1e-3   held-out loss 2.0000, no better than before training; the only rate tried: "

@@ -215,7 +215,7 @@ def test_rows_with_answers_of_other_tasks_are_counted_and_may_be_all_rows(given,
     write(given["train"], [row for row in task.pool if row["source"] == "sums"])
     task = with_two_answers(task)
     write(given["target"], task.target)
-    with pytest.raises(DataError, match="has an answer of other such rows"):
+    with pytest.raises(DataError, match="shares its answer with another such row"):
         sift(**given, console=QUIET)
     write(given["train"], task.pool)
     sifted = sift(**{**given, "out": given["out"] + " 2"}, console=QUIET)

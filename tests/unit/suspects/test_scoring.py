@@ -157,7 +157,7 @@ def test_an_interrupted_call_continues(run, trainings, monkeypatch):
 
 def test_the_command_scores_once_and_training_again_removes_the_scores(run, capsys, monkeypatch):
     result, said = siftune(capsys, "rows", run)
-    assert (result["rows"], "No row is listed" in said or result["suspects"] > 0) == (40, True)
+    assert (result["rows"], "No row is suspect" in said or result["suspects"] > 0) == (40, True)
     monkeypatch.setattr(scoring, "tune", None)  # would be called to score again
     assert siftune(capsys, "rows", run)[0] == result
     (run / HALVES).mkdir()

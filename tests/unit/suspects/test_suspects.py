@@ -90,13 +90,13 @@ def test_losses_that_do_not_tell(scored, capsys):
     folder = scored(np.linspace(0, 3, 100))
     result, said = siftune(capsys, "rows", folder)
     assert (result["suspects"], result["listed"]) == (0, [])
-    assert "No row is listed: the model prefers an answer of another row in 66% of the rows" in said
+    assert "No row is suspect: the model prefers an answer of another row in 66% of the rows" in said
     assert "--drop-rows" not in said
     result, said = siftune(capsys, "rows", folder, "--top", 3, "--csv", folder / "top.csv")
     assert [*read_decisions(str(folder / "top.csv")).selected.values()] == [True] * 3  # none is suspect
     assert [each["score"] for each in result["listed"]] == pytest.approx([2.0, 1.9697, 1.9394], abs=1e-3)
     assert result["listed"][0]["reason"].endswith(", fits 7.4 times as well")
-    assert "No row is listed" in said
+    assert "No row is suspect" in said
 
 
 def test_rows_that_have_changed_are_refused(run):

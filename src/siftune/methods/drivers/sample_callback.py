@@ -126,7 +126,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         samples = rows_of_pass(args, trainer)
         if selects_all(self, samples):
             logger.warning(
-                "%s(select=%s) follows every row of a forward pass of %s, so that nothing is selected: raise "
+                "%s(select=%s) follows every row of a forward pass of %s, so none is left out: raise "
                 "per_device_train_batch_size",
                 type(self).__name__,
                 self.select,
@@ -237,7 +237,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
             name = type(self).__name__
             raise RecipeError(
                 f'support="dataset" needs rows: pass {name}(support_set=...), in the form of the training rows. If you '
-                "did, restore_callback_states_from_checkpoint has lost them: turn it off, the checkpoint has the state"
+                "did, turn restore_callback_states_from_checkpoint off: it loses them, and the checkpoint has the state"
             )
         return self.support_set
 

@@ -138,8 +138,8 @@ class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._resumed = None
         if rows is None:
             raise RecipeError(
-                "Keep has lost its rows, since restore_callback_states_from_checkpoint made it anew: turn it off, the "
-                "checkpoint has the state"
+                "restore_callback_states_from_checkpoint has lost the rows of Keep: turn that option off, the "
+                "checkpoint restores Keep's state"
             )
         self._penalty = Penalty(model, _groups(rows, self.size, collate), self.seed, self.layers)
         self._lines.begin(trainer)

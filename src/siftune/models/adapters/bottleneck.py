@@ -174,7 +174,7 @@ class BottleneckModel(BaseTuner):  # type: ignore[misc]
         current_key: str,
     ) -> None:  # fmt: skip
         if current_key not in self._reads:
-            raise AdapterError(f"{current_key} is no module by which attention or an MLP writes; give other targets")
+            raise AdapterError(f"{current_key} is no output module of attention or an MLP; give other targets")
         if isinstance(target, BottleneckLayer):
             target.add(adapter_name, config, self._reads[current_key])
             return

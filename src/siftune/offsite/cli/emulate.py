@@ -41,7 +41,7 @@ class Options(CalibrationOptions):
     parts: Literal["both", "attention", "mlp"] = "both"
     """What is compressed: attention and MLPs; or one of them, and --keep then holds for that part."""
     lambda_attn: NotNegative = 0.0
-    """gradot: weight of a large loss of the emulator by itself against like gradients, in attention."""
+    """gradot: in attention, raises the emulator's own loss at the expense of similar gradients."""
     lambda_mlp: NotNegative = 0.0
     """gradot: the same in the MLPs."""
     lambda_unit: Literal["relative", "paper"] = "relative"
@@ -124,7 +124,7 @@ def _say(kit: "Kit", result: dict[str, Any], options: Options, console: Console)
         _identifiable(options),
         f"next, you: `siftune audit --model {options.model} --kit {kit.path} --train FILE --eval FILE`, "
         "to see what the kit gives away",
-        "the data owner: `siftune verify KIT`, then `siftune train --model KIT --train FILE`, and sends RUN/return",
+        "the data owner: `siftune verify KIT`, `siftune train --model KIT --train FILE`, then return RUN/return",
         f"you again: `siftune plug --model {options.model} --kit {kit.path} --return RETURN --out TUNED`",
     ):
         console.print(line, markup=False)
@@ -136,7 +136,7 @@ def _identifiable(options: Options) -> str:
         what, option = "which rows calibrated a kit", "--calibration"
     else:
         what, option = "with which prompts the calibration texts of a kit begin", "--calibration-prompts"
-    return f"whoever has the base model can tell {what}: {option} is best text that may be known"
+    return f"whoever has the base model can tell {what}: give {option} text that may be known"
 
 
 def _kit_dtype(options: Options, model: Any) -> "torch.dtype":

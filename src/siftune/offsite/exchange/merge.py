@@ -125,8 +125,8 @@ def _refuse_the_same(gram_NN: Tensor, names: Sequence[str]) -> None:
     same_NN = gram_NN > _SAME * norms_N.outer(norms_N)  # never of an update that is zero
     for first, second in same_NN.triu(1).nonzero().tolist()[:1]:
         raise KitError(
-            f"the returns {names[first]} and {names[second]} make the same update: give one of them, and with "
-            "--weights what it is to count"
+            f"the returns {names[first]} and {names[second]} make the same update: give one of them; beside "
+            "others, --weights says what it counts"
         )
 
 

@@ -73,5 +73,5 @@ def check_weights(weights: Sequence[float] | None, count: int) -> None:
     PlugSettings(weights=tuple(weights))  # whose field has the range
     if len(weights) != count or count == 1:
         raise RecipeError(
-            f"--weights has {len(weights)} numbers for {count} returns: give one for each of several returns"
+            f"--weights has {len(weights)} numbers for {count} returns: give one each, or none for a single return"
         )

@@ -191,7 +191,7 @@ def _check_sizes(sizes: Mapping[str, int], manifest: Manifest) -> None:
     """Compare the folder with the manifest's table of files."""
     for name, spec in manifest.files.items():
         if name not in sizes:
-            raise KitError(f"{name} is missing, which stands in {MANIFEST}: files")
+            raise KitError(f"{name} is missing, but is in {MANIFEST}: files")
         spec.check_size(name, sizes[name])
     for name in sizes:
         if name not in (*manifest.files, MANIFEST, SIGNATURE):

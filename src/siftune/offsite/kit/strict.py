@@ -156,7 +156,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for name, value in pairs:
         if name in entries:
-            raise ValueError(f"the key {shown(name)} stands twice")
+            raise ValueError(f"the key {shown(name)} occurs twice")
         entries[name] = value
     return entries
 

@@ -143,10 +143,10 @@ def check_specs(specs: Mapping[str, TensorSpec], expected: Mapping[str, TensorSp
     """
     for name in expected:
         if name not in specs:
-            raise KitError(f"{where} has no tensor {shown(name)}, which it must by {by}")
+            raise KitError(f"{where} has no tensor {shown(name)}, which {by} has")
     for name, spec in specs.items():
         if name not in expected:
-            raise KitError(f"{where} has a tensor {shown(name)}, which it must not by {by}")
+            raise KitError(f"{where} has a tensor {shown(name)}, which {by} lacks")
         if spec != expected[name]:
             raise KitError(f"{where}: {name} is {spec}, but {by} says {expected[name]}")
 

@@ -49,7 +49,7 @@ def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
-        raise KitError(f"a {type(tokenizer).__name__} cannot leave; convert it to one of the tokenizers library first")
+        raise KitError(f"a {type(tokenizer).__name__} cannot be put in a kit; convert it to a fast tokenizer first")
     plain = Tokenizer.from_str(backend.to_str())
     plain.no_padding()
     plain.no_truncation()

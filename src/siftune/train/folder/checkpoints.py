@@ -188,7 +188,12 @@ def newest_checkpoint(folder: Path) -> Path:
             return path
         logger.warning("%s is skipped: %s", path, fault)
     damaged = any(fault_of(path, hashes=False) is None for path in checkpoints_in(folder))
-    instead = "all are damaged: train in another folder" if damaged else "train without --resume"
+    if damaged:
+        instead = "all are damaged: train in another folder"
+    elif any((folder.parent / name).exists() for name in ("adapter", "return")):  # which another run would overwrite
+        instead = "train in another folder"
+    else:
+        instead = "train without --resume"
     raise InputError(f"No complete checkpoint in {folder}; {instead}.")
 
 

@@ -116,7 +116,7 @@ def recipes_of(recipe: Recipe, methods: Sequence[str]) -> dict[str, Recipe]:
     if recipe.resume:
         raise RecipeError("a sweep resumes by itself: give its folder with --out, and leave resume out")
     if recipe.train and not holds_out(recipe):
-        raise RecipeError("no held-out rows to compare rates on: give --eval FILE, or `eval: FILE` in the recipe")
+        raise RecipeError("no held-out rows to compare rates on: give --eval FILE or --eval-share 0.05")
     if recipe.dp_epsilon is not None:
         raise RecipeError(
             "a sweep trains on the rows once for every rate, and ε of one run does not cover the choice between them: "

@@ -152,7 +152,7 @@ def _begin(sweep: LRSweep, progress: Progress) -> Mapping[str, Dataset]:
     loss = _heldout_loss(model, data["eval"], recipe.batch_size)
     if not math.isfinite(loss):
         raise TrainingError(
-            f"The held-out loss of {recipe.model} is {loss}: look for broken rows in {recipe.eval or 'its share'}"
+            f"The held-out loss of {recipe.model} is {loss}: check the rows of {recipe.eval or 'eval_share'}"
         )
     sweep.folder.set_state(**{_BASE_LOSS: loss})
     return data

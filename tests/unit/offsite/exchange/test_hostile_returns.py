@@ -114,18 +114,18 @@ def filled(value):
 
 
 TENSORS = [
-    ("whole", with_tensors(q=None), f"has no tensor '{Q}', which it must by manifest.json of the kit"),
+    ("whole", with_tensors(q=None), f"has no tensor '{Q}', which manifest.json of the kit has"),
     ("whole", with_tensors(q=lambda t: t[:16]), rf"{Q} is F32 \[16, 32\], but manifest.json of the kit says"),
     ("whole", with_tensors(norm=lambda t: t[None]), rf"{NORM} is F32 \[1, 32\], but manifest.json of the kit says"),
     ("whole", with_tensors(q=lambda t: t.half()), rf"{Q} is F16 \[32, 32\], but manifest.json of the kit says F32"),
-    ("whole", with_tensors(lm_head=lambda t: t), "has a tensor 'lm_head', which it must not"),
+    ("whole", with_tensors(lm_head=lambda t: t), "has a tensor 'lm_head', which .* lacks"),
     ("whole", with_tensors(norm=filled(float("nan"))), f"{NORM} has values that are NaN or infinite"),
     ("whole", with_tensors(norm=filled(65505.0)), f"{NORM} has the value 65505; up to 65504"),
     ("whole", lambda data: data + bytes(4), "header: the data_offsets leave gaps, overlap"),
-    ("thin", with_tensors(down=None), f"has no tensor '{Q}.down', which it must by manifest.json: lora"),
+    ("thin", with_tensors(down=None), f"has no tensor '{Q}.down', which manifest.json: lora has"),
     ("thin", with_tensors(up=lambda t: t[:, :1]), rf"{Q}.up is F32 \[32, 1\], but manifest.json: lora says"),
     ("thin", with_tensors(down=lambda t: t.T), rf"{Q}.down is F32 \[32, 2\], but manifest.json: lora says"),
-    ("thin", with_tensors(q=lambda t: t), f"has a tensor '{Q}', which it must not by manifest.json: lora"),
+    ("thin", with_tensors(q=lambda t: t), f"has a tensor '{Q}', which manifest.json: lora lacks"),
     ("thin", with_tensors(up=filled(6e4), down=filled(6e4)), f"{Q}, with its factors has the value"),
 ]
 

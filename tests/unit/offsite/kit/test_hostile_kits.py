@@ -110,7 +110,7 @@ MANIFESTS = [
     ("middle/0/channels", 9, "down_proj.weight is F32 .32, 10., but the model"),
     (f"middle/0/ranks/{Q}", 4, f"{Q}.down.weight is F32 .3, 32., but the model"),
     ("adapter", lambda table: table | {"first.../x": {}}, "the name of a tensor is 'first.../x'"),
-    ("adapter", lambda table: dict([*table.items()][1:]), "has a tensor .*, which it must not by manifest.json: adapt"),
+    ("adapter", lambda table: dict([*table.items()][1:]), "has a tensor .*, which manifest.json: adapter lacks"),
     ("adapter/first.0.mlp.up_proj.weight/shape", [32, 48], "up_proj.weight is F32 .48, 32., but manifest"),
     ("files", lambda table: table | {"../outside": ENTRY}, "files has the unknown key '../outside'"),
     (f"files/{CONFIG}/path", "../outside", f"files.{CONFIG} has the unknown key 'path'"),
@@ -124,7 +124,7 @@ def with_text(old, new):
 
 
 FORMS = [
-    ("", with_text(b'"siftune_kit": 1', b'"siftune_kit": 1, "siftune_kit": 2'), "the key 'siftune_kit' stands twice"),
+    ("", with_text(b'"siftune_kit": 1', b'"siftune_kit": 1, "siftune_kit": 2'), "the key 'siftune_kit' occurs twice"),
     ("", with_text(b'"siftune_kit": 1', b'"siftune_kit": 1e0'), "siftune_kit is 1.0"),
     ("", with_text(b'"first": 1', b'"first": -0'), "a number is -0, not 0"),
     ("", with_text(b'"first": 1', b'"first": NaN'), "NaN is not a JSON number"),
@@ -154,10 +154,10 @@ CONFIGS = [
     ("dtype", "float64", "config.json: dtype is 'float64', but float32"),
     ("rms_norm_eps", 0, "config.json: rms_norm_eps is 0, not a number from 1e-12"),
     ("pad_token_id", 320, "config.json: pad_token_id is 320, but the last of 320 tokens"),
-    ("tie_word_embeddings", True, "emulator.safetensors has a tensor 'lm_head.weight', which it must not"),
+    ("tie_word_embeddings", True, "emulator.safetensors has a tensor 'lm_head.weight', which .* lacks"),
     ("rope_parameters/rope_theta", 0, "config.json: rope_parameters make cosines that are not finite"),
     ("", b"[]", r"config.json: model_type is \[\]"),
-    ("", with_text(b'"vocab_size"', b'"vocab_size": 1, "vocab_size"'), "config.json .*key 'vocab_size' stands twice"),
+    ("", with_text(b'"vocab_size"', b'"vocab_size": 1, "vocab_size"'), "config.json .*key 'vocab_size' occurs twice"),
 ]
 
 

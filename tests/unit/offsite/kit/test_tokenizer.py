@@ -96,7 +96,7 @@ def test_of_several_templates_the_default_leaves():
 
 
 def test_a_tokenizer_of_another_library_is_refused():
-    with pytest.raises(KitError, match="a Own cannot leave"):
+    with pytest.raises(KitError, match="a Own cannot be put in a kit"):
         tokenizer_files(type("Own", (PreTrainedTokenizerBase,), {})())
 
 

@@ -130,6 +130,9 @@ def test_records_that_cannot_be_read_are_told(folder):
 def test_the_newest_complete_checkpoint(folder):
     with pytest.raises(InputError, match=r"No complete checkpoint in .*checkpoints; train without --resume"):
         newest_checkpoint(folder.checkpoints)
+    folder.adapter.mkdir()  # of a finished run, into which none without --resume may write
+    with pytest.raises(InputError, match=r"No complete checkpoint in .*checkpoints; train in another folder"):
+        newest_checkpoint(folder.checkpoints)
     checkpoint(folder, 9)
     newest = checkpoint(folder, 10)
     checkpoint(folder, 11, state='{"global_step": 1')

@@ -122,7 +122,7 @@ def test_a_held_out_loss_that_is_not_finite_is_a_divergence(plain, tmp_path, mon
 
 def test_a_base_model_without_a_loss_is_refused(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(lr_sweep, "_heldout_loss", lambda *_: math.inf)
-    with pytest.raises(TrainingError, match=r"held-out loss of .* is inf: look for broken rows in .*eval.jsonl"):
+    with pytest.raises(TrainingError, match=r"held-out loss of .* is inf: check the rows of .*eval.jsonl"):
         swept(plain, grid("dense"), tmp_path / "sweep")
 
 
