@@ -31,7 +31,7 @@ class Options(Workload):
     """Methods to measure, with commas between: those of siftune train (gast as gast-sample, gast-averaged with
     support rows drawn in every fourth step and averaged, or gast-rest), dense-compiled, dense-checkpointing,
     dense-dp, trl, trl-no-checkpointing. Default: dense,rst,ist,gast-rest; with --plan
-    dense,ist,gast-rest,gast-sample,dense-dp."""
+    dense,ist,gast-rest,gast-sample, and dense-dp if Opacus is installed."""
     plan: str | None = None
     """Compute memory and operations of a step from a model's config, without its weights: llama-7b, llama-8b, a
     config.json, a folder or a hub id."""

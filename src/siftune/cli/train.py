@@ -166,10 +166,14 @@ def _followed(shares: dict[str, float]) -> str:
 
 def _whereabouts(finished: "Run", recipe: Recipe) -> str:
     """Say what is where, and what to do next."""
+    from siftune.models.adapters.registry import ADAPTER_TYPES
+
     path, adapter = finished.folder.path, finished.folder.adapter
     lines = [f"adapter in {adapter}"] if adapter.exists() else []
     if (kind := kind_of(finished.folder.returned)) is not None:
         return "\n".join([*lines, *kind.next_steps(recipe, finished.folder)])
     rows = " --data FILE" if finished.summary["eval_loss"] is None else ""
-    commands = (f"eval {path}{rows}", f"report {path}", f"export {path}", f"ask {path} PROMPT")
+    merges = recipe.adapter == "full" or ADAPTER_TYPES[recipe.adapter].unmergeable is None
+    export = [f"export {path}"] if merges else []
+    commands = (f"eval {path}{rows}", f"report {path}", *export, f"ask {path} PROMPT")
     return "\n".join([*lines, f"next: {', '.join(f'`siftune {command}`' for command in commands)}"])

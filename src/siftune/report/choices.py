@@ -185,7 +185,8 @@ def _one_batch(run: RunData, batch: RowsOfBatch, sources: _Sources) -> Figure:
     marks = batch.followed.T[order] if batch.scores is not None else None
     cells = Cells(values_US.T[order], labels, _labels(batch), low, high, "layer", "row", unit, marks)
     note = (
-        f"The last batch of which rows were left out, at step {batch.step:,}. Numbers: places in the training rows."
+        f"The last batch{'' if batch.followed.all() else ' of which rows were left out'}, at step {batch.step:,}. "
+        "Numbers: places in the training rows."
         + (" Colour: a row's score against the others in that layer. Dot: the layer follows the row." if low else "")
     )
     return heat_map("Rows and layers of one batch", cells, note, "two-thirds")

@@ -195,6 +195,16 @@ def test_a_held_out_loss_of_an_earlier_step_is_named_so(words, rows, tmp_path, c
     assert re.search(r"held-out loss \| \d\.\d{4}, after step 6 ", (tmp_path / "run" / "README.md").read_text())
 
 
+@pytest.mark.parametrize(("adapter", "exported"), [("lora", True), ("full --layers 0", True), ("series", False)])
+def test_export_is_a_next_step_of_what_it_can_merge(base, rows, tmp_path, capsys, adapter, exported):
+    words = ["--train", str(rows), "--model", str(base), "--template", "none", "--steps", "2"]
+    capsys.readouterr()
+    assert main(["train", *words, "--adapter", *adapter.split(), "--out", str(tmp_path / "run")]) == 0
+    told = capsys.readouterr().err
+    assert "`siftune ask " in told
+    assert ("`siftune export " in told) == exported
+
+
 def test_what_a_run_says_has_no_advice_of_other_libraries(words, tmp_path, capfd):
     import logging
 
