@@ -162,7 +162,7 @@ def _start_faults(recipe: Recipe) -> Iterable[tuple[bool, str]]:
     for name in ("layers", "targets"):
         yield (
             recipe.from_adapter is not None and getattr(recipe, name) is not None,
-            f"{name} comes from the adapter in from_adapter: leave {name} out",
+            f"{name} is set by the adapter in from_adapter: leave {name} out",
         )
 
 

@@ -162,7 +162,7 @@ def test_a_kit_of_own_texts(own, rows, tmp_path, capsys):
     stages = ("sampling texts", "scoring texts", "calibration", "costs", "compression")
     lines = [f"{number} of 5: {stage}: 0 of " for number, stage in enumerate(stages, 1)]
     assert [line for line in lines if f"\n{line}" in said] == lines
-    assert "with which prompts the calibration texts of a kit begin: --calibration-prompts is best" in said
+    assert "with which prompts the calibration texts of a kit begin: give --calibration-prompts" in said
     assert made["calibration"] == {"kind": "own texts", "number": 6, "tokens": 20, "seed": 7}
     assert own("again", "--seed", "7")[0]["digest"] == made["digest"]
     capsys.readouterr()
