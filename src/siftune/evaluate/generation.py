@@ -14,7 +14,7 @@ from siftune.base.files import Progress
 from siftune.data.batches import by_length
 from siftune.models.generate import continued
 from siftune.models.loss import contiguous_head_input
-from siftune.models.modules import evaluating
+from siftune.models.modules import evaluating, inner_model
 
 
 def greedy(
@@ -102,8 +102,7 @@ def _generator(model: nn.Module) -> Any:
             f"a {config.peft_type} adapter adds virtual tokens, which generation here doesn't support. "
             "Use LoRA or DoRA."
         )
-    get_base: Any = getattr(model, "get_base_model", None)
-    return get_base() if callable(get_base) else model
+    return inner_model(model)
 
 
 def _until_end(ids: list[int], eos_ids: Sequence[int]) -> list[int]:

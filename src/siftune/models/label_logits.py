@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from siftune.base.errors import LayerError
 from siftune.models.loss import IGNORED, find_output_embeddings, label_positions, losses_agree, next_labels, places
-from siftune.models.modules import evaluating
+from siftune.models.modules import evaluating, inner_model
 
 logger = logging.getLogger(__name__)
 
@@ -142,5 +142,4 @@ def _of_row(value: Any, row: int, rows: int) -> Any:
 
 def _causal_lm(model: Any) -> Any:
     """Unwrap the model from PEFT and other wrappers."""
-    model = getattr(model, "module", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner_model(getattr(model, "module", model))

@@ -15,6 +15,11 @@ from transformers.pytorch_utils import Conv1D
 from siftune.base.errors import DataError
 
 
+def inner_model(model: Any) -> Any:
+    """Return the transformers model, in which PEFT puts its layers; the model itself if PEFT does not wrap it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear map: torch's, GPT-2's transposed one, or a quantised one."""
     quantised = hasattr(module, "in_features") and hasattr(module, "out_features") and not module._modules

@@ -34,6 +34,7 @@ from siftune.models.adapters.attach import attach_adapter, load_adapter, refuse_
 from siftune.models.adapters.full import OpenLayers
 from siftune.models.layers import find_layers
 from siftune.models.load import use_attention
+from siftune.models.modules import inner_model
 from siftune.models.quantised import refuse_on_quantised
 from siftune.recipe.checks import refuse_all_weights
 from siftune.recipe.read import anchored
@@ -239,7 +240,7 @@ def _removal(tuned: nn.Module, opened: OpenLayers | None, attached: Sequence[Any
 
 def end_checkpointing(model: Any) -> None:
     """Disable the activation checkpointing that the Trainer enabled."""
-    model = getattr(model, "get_base_model", lambda: model)()
+    model = inner_model(model)
     disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
     if getattr(model, "supports_gradient_checkpointing", False):
         disable()

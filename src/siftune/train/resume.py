@@ -40,7 +40,9 @@ def find_checkpoint(recipe: Recipe, folder: RunFolder) -> Path:
     Raises:
         InputError: There is no complete one.
     """
-    return newest_checkpoint(folder.checkpoints) if recipe.resume is True else named_checkpoint(str(recipe.resume))
+    if recipe.resume is True:
+        return newest_checkpoint(folder.checkpoints, fresh=folder.is_fresh())
+    return named_checkpoint(str(recipe.resume))
 
 
 def refuse_other_source(checkpoint: Path, identity: Mapping[str, str]) -> None:

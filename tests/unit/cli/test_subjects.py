@@ -80,7 +80,7 @@ def test_a_run_that_was_resumed_and_killed(base, adapter, caplog, step, told):
 
 def test_a_run_that_is_not_finished(tmp_path):
     (tmp_path / "recipe.yaml").write_text("model: smollm2")
-    with pytest.raises(ModelError, match="has no adapter yet"):
+    with pytest.raises(ModelError, match=f"has no adapter yet; .* --resume {tmp_path}"):
         find_subject(str(tmp_path))
 
 

@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+import pytest
 import torch
 from support.report_runs import save_run
 
@@ -39,6 +40,19 @@ def test_noise_is_pale(tmp_path):
     assert "−1.0<" in figures["Importance"]
     assert "row 64" in figures["Rows and layers of one batch"]
     assert "hatch" in figures["Rows and layers of one batch"]
+
+
+@pytest.mark.parametrize(
+    ("followed", "words"), [(3, "The last batch of which rows were left out, at"), (4, "The last batch, at")]
+)
+def test_the_note_of_a_batch_says_whether_rows_were_left_out(tmp_path, followed, words):
+    run = save_run(tmp_path / "run", steps=2)
+    record = SelectionRecord(run, ())
+    scores = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    chosen = scores.topk(followed).indices.sort().values
+    record.rows(SampleChoice(0, 0, ("a", "b"), (0, 1), scores, chosen), range(4))
+    record.write()
+    assert words in show(run).html
 
 
 def test_equal_scores_have_no_z_scores():

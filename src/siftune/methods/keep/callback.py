@@ -47,7 +47,7 @@ from siftune.methods.keep.maths import Reference, divergence, reference
 from siftune.methods.options import KEEP_WEIGHT, OWN
 from siftune.models.adapters.full import original_weights
 from siftune.models.loss import IGNORED, label_positions, logits_at
-from siftune.models.modules import evaluated, model_device
+from siftune.models.modules import evaluated, inner_model, model_device
 
 TOP = 64
 """Most likely tokens of the base at each position; the others are one class (ours)."""
@@ -172,9 +172,9 @@ class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
         if is_sharded(model):
             raise UnsupportedError("a sharded base cannot write texts: give Keep texts as rows")
         groups = group_by_layer(model, self.layers)
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         with suppress(groups, range(len(groups)), 0.0):
-            texts: list[TokenRow] = from_first(partial(self._sampled, inner, getattr(loader, "dataset", None)))
+            sampled = partial(self._sampled, inner_model(model), getattr(loader, "dataset", None))
+            texts: list[TokenRow] = from_first(sampled)
         return texts
 
     def _sampled(self, model: Any, dataset: Any) -> list[TokenRow]:

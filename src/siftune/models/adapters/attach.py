@@ -4,7 +4,6 @@ import pickle
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
@@ -18,6 +17,7 @@ from siftune.base.text import one_line
 from siftune.models.adapters.bottleneck import register
 from siftune.models.adapters.registry import ADAPTER_TYPES, Shape, filled_in
 from siftune.models.adapters.saved import check_patterns, read_config
+from siftune.models.modules import inner_model
 from siftune.models.quantised import refuse_on_quantised
 
 
@@ -168,16 +168,12 @@ def refuse_adapters(model: nn.Module) -> None:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether the model, or the base of its adapter, has quantized weights: merging would round them again."""
-    return bool(getattr(_base(model), "is_quantized", False))
+    return bool(getattr(inner_model(model), "is_quantized", False))
 
 
 def adapts_shared_ends(model: nn.Module) -> bool:
     """Whether an adapter is on embeddings or head, which share a matrix: no merged matrix does the same for both."""
-    base = _base(model)
+    base = inner_model(model)
     ends = [part for part in (base.get_input_embeddings(), base.get_output_embeddings()) if part is not None]
     plain = [part.get_base_layer() if isinstance(part, BaseTunerLayer) else part for part in ends]
     return plain != ends and len({id(getattr(part, "weight", part)) for part in plain}) < len(plain)
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -24,8 +24,8 @@ outer layers that were tuned on the emulator. Recovered: the emulator with all i
 Log-likelihood is per label token, the NLL with the other sign, so that more is better in either column.
 Δ = Plug-in − Emulator FT. Gain share = (Plug-in − Full ZS) / (Full FT − Full ZS).
 Recovery = (Recovered − Emulator ZS) / (Full FT − Emulator ZS).
-A share is not defined if its denominator is not above 0, and has no interval if the denominator's interval is not above
-0. Intervals are bootstrap percentiles over held-out rows, the same draws for all conditions;
+A share is not defined if its denominator is not above 0, and has no interval if the denominator's interval is not
+above 0. Intervals are bootstrap percentiles over held-out rows, the same draws for all conditions;
 those of an accuracy are Wilson's. They say nothing of how another seed would have tuned."""
 
 _CAVEATS = """\

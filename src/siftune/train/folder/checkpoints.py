@@ -177,8 +177,12 @@ def named_checkpoint(name: str, hashes: bool = True) -> Path:
     return checkpoint
 
 
-def newest_checkpoint(folder: Path) -> Path:
+def newest_checkpoint(folder: Path, fresh: bool) -> Path:
     """The newest intact checkpoint; incomplete and damaged ones are skipped with a warning.
+
+    Args:
+        folder: Folder of checkpoints.
+        fresh: Whether a run without a checkpoint may use the run folder.
 
     Raises:
         InputError: There is none.
@@ -188,12 +192,9 @@ def newest_checkpoint(folder: Path) -> Path:
             return path
         logger.warning("%s is skipped: %s", path, fault)
     damaged = any(fault_of(path, hashes=False) is None for path in checkpoints_in(folder))
+    instead = "train without --resume" if fresh else "train in another folder"
     if damaged:
-        instead = "all are damaged: train in another folder"
-    elif any((folder.parent / name).exists() for name in ("adapter", "return")):  # which another run would overwrite
-        instead = "train in another folder"
-    else:
-        instead = "train without --resume"
+        instead = f"all are damaged: {instead}"
     raise InputError(f"No complete checkpoint in {folder}; {instead}.")
 
 

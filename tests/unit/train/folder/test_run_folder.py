@@ -65,7 +65,7 @@ def test_where_all_checkpoints_are_damaged_it_is_not_said_to_begin_in_their_plac
     (folder.checkpoints / "checkpoint-9" / "optimizer.pt").write_bytes(b"State")
     assert not folder.is_fresh()
     with pytest.raises(InputError, match="all are damaged: train in another folder"):
-        newest_checkpoint(folder.checkpoints)
+        newest_checkpoint(folder.checkpoints, folder.is_fresh())
 
 
 def test_a_folder_of_other_files_is_refused_unless_a_run_is_in_it(tmp_path):
@@ -129,17 +129,17 @@ def test_records_that_cannot_be_read_are_told(folder):
 
 def test_the_newest_complete_checkpoint(folder):
     with pytest.raises(InputError, match=r"No complete checkpoint in .*checkpoints; train without --resume"):
-        newest_checkpoint(folder.checkpoints)
+        newest_checkpoint(folder.checkpoints, folder.is_fresh())
     folder.adapter.mkdir()  # of a finished run, into which none without --resume may write
     with pytest.raises(InputError, match=r"No complete checkpoint in .*checkpoints; train in another folder"):
-        newest_checkpoint(folder.checkpoints)
+        newest_checkpoint(folder.checkpoints, folder.is_fresh())
     checkpoint(folder, 9)
     newest = checkpoint(folder, 10)
     checkpoint(folder, 11, state='{"global_step": 1')
     begin(folder.checkpoints / "checkpoint-12")
     checkpoint(folder, 13, state=False)
     (folder.checkpoints / "checkpoint-old").mkdir()
-    assert newest_checkpoint(folder.checkpoints) == newest
+    assert newest_checkpoint(folder.checkpoints, folder.is_fresh()) == newest
     assert step_of(newest) == 10
     assert not is_complete(folder.checkpoints / "checkpoint-13")
     folder.drop_half_written()
