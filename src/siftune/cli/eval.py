@@ -96,16 +96,14 @@ def run(options: Options) -> dict[str, Any]:
     jobs = [job_of(subject, options) for subject in subjects]
     measured: dict[tuple[Any, ...], Metrics] = {}
     pairs = [measure_job(job, options, measured) for job in jobs]
-    comparable = (
-        len(jobs) > 1
-        and len({_tokens(tuned or base) for base, tuned in pairs}) == len({job.of_rows for job in jobs}) == 1
-    )
+    same_rows = len({job.of_rows for job in jobs}) == 1
+    comparable = len(jobs) > 1 and same_rows and len({_tokens(tuned or base) for base, tuned in pairs}) == 1
     runs = [record_job(job, *pair, options, shown=not comparable) for job, pair in zip(jobs, pairs, strict=True)]
     if not comparable:
         if len(jobs) > 1:
-            logger.warning(
-                "the runs are not compared: their rows, columns or tokenizers differ; give --data FILE and --columns"
-            )
+            of_tokens = "their tokenizers or chat templates give different label tokens"
+            of_rows = "their rows or columns differ; give --data FILE and --columns"
+            logger.warning("the runs are not compared: %s", of_tokens if same_rows else of_rows)
         return {"runs": runs, "compared": []}
     return {"runs": runs, "compared": _compared(jobs, pairs, options)}
 

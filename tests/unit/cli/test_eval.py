@@ -125,7 +125,7 @@ def test_runs_on_one_base_measure_it_once(place, monkeypatch):
     assert len(calls) == 4
 
 
-def test_runs_on_the_same_rows_are_compared_row_by_row(place, capsys):
+def test_runs_on_the_same_rows_are_compared_row_by_row(place, capsys, caplog):
     found = run(Options(("one", "two"), metrics=("perplexity",)))
     [compared], [one, two] = found["compared"], found["runs"]
     assert (compared["run"], compared["against"]) == ("two", "one")
@@ -140,6 +140,12 @@ def test_runs_on_the_same_rows_are_compared_row_by_row(place, capsys):
     recipe.write_text(before.replace("columns: []", "columns: [completion=wrong]"))
     note_recipe(place / "two")
     assert run(Options(("one", "two"), metrics=("perplexity",)))["compared"] == []
+    assert "their rows or columns differ; give --data FILE" in caplog.messages[-1]
+    (place / "longer.jinja").write_text("{% for message in messages %}{{ message['content'] }}, and so on{% endfor %}")
+    recipe.write_text(before.replace("template: none", "template: longer.jinja"))
+    note_recipe(place / "two")
+    assert run(Options(("one", "two"), metrics=("perplexity",)))["compared"] == []
+    assert "templates give different label tokens" in caplog.messages[-1]
     recipe.write_text(before)
     (place / "others.jsonl").write_text((place / "rows.jsonl").read_text())
     recipe.write_text(recipe.read_text().replace("rows.jsonl", "others.jsonl"))
