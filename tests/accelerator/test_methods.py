@@ -9,9 +9,10 @@ from accelerate import dispatch_model
 from rich.console import Console
 from safetensors.torch import load_file
 from support import standin
+from support.adapted import checkpoint_whole_layers
 from support.every_method import NAMES, attached
 from support.standin import costs
-from support.tiny import batch
+from support.tiny import batch, tiny
 from support.tiny_run import choices_of, recipe
 from support.trainers import adapted, weights
 
@@ -69,6 +70,12 @@ def check_close(tuned, expected):
 @pytest.mark.parametrize("method", [*METHODS, *SUPPORTS])
 def test_a_method_does_the_same_as_on_the_cpu(base, rows, tmp_path, method):
     check_same_as_on_the_cpu(base, rows, tmp_path, **settings_of(method))
+
+
+def test_layers_that_checkpointing_runs_again_with_their_hooks_train_the_same(base, rows, tmp_path, monkeypatch):
+    """Autograd runs them in a thread of its own, in which no training can be found."""
+    checkpoint_whole_layers(tiny("llama"), monkeypatch, reentrant=False)
+    check_same_as_on_the_cpu(base, rows, tmp_path, method="rst", clip=0.01)
 
 
 def test_a_private_run_does_the_same_as_on_the_cpu(base, rows, tmp_path):

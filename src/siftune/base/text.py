@@ -4,6 +4,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,29 @@ def path_and_split(source: str) -> tuple[str, str]:
     if at and not os.path.exists(os.path.expanduser(source)) and os.path.exists(os.path.expanduser(name)):
         return name, at + split
     return source, ""
+
+
+def file_named(name: str, files: Sequence[str]) -> str | None:
+    """The file that stands for one that may have been in another folder: of the same name, with most folders in common.
+
+    Args:
+        name: The file, or data set.
+        files: Files to choose from.
+
+    Returns:
+        One of `files`; None if none has the name.
+
+    Example:
+        >>> file_named("/old/b/rows.jsonl", ["new/a/rows.jsonl", "new/b/rows.jsonl", "new/b/few.jsonl"])
+        'new/b/rows.jsonl'
+    """
+
+    def common(file: str) -> int:
+        pairs = zip(reversed(Path(file).parts), reversed(Path(name).parts), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    nearest = max(files, key=common, default=None)
+    return nearest if nearest is not None and common(nearest) else None
 
 
 def jsonable(value: Any) -> Any:

@@ -57,7 +57,7 @@ def run(options: Options) -> dict[str, Any]:
     refuse_unknown(options.run)  # before torch is imported
     from siftune.base.stages import text_console
     from siftune.cli.subjects import find_subject, template_of
-    from siftune.recipe.training_rows import text_of
+    from siftune.data.rows import text_of
 
     # everything that can be refused without loading a model comes first
     subject = find_subject(options.run, base=options.base)

@@ -98,10 +98,11 @@ def _score(options: Options, folder: Path, console: "Console") -> None:
 
 def _write(path: Path, text: str) -> None:
     from siftune.base.files import write_beside
-    from siftune.recipe.again import note_file
+    from siftune.recipe.again import keep_edited, note_file
 
     path = path.expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
+    keep_edited(path)
     with write_beside(path) as [beside]:
         beside.write_text(text, encoding="utf-8")
     note_file(path)  # report pages may read the rows that it names

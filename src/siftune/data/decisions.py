@@ -15,14 +15,14 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from siftune.base.errors import DataError
-from siftune.base.text import counted, inert, one_line, path_and_split
-from siftune.data.rows import Row, row_texts
+from siftune.base.text import counted, file_named, file_of, inert, one_line, path_and_split
+from siftune.data.rows import Row, row_texts, text_of
 
 PLACE, SELECTED = "place", "selected"  # columns
 DIGITS = 5  # decimals of the numbers in a file
@@ -98,6 +98,17 @@ def is_selected(value: str) -> bool:
     return selected
 
 
+def holds(field: str, text: str) -> bool:
+    """Whether the field of a decision file holds a text, or its start with an ellipsis, whatever the white space.
+
+    Example:
+        >>> holds("2 + 3", "2 + 2"), holds("'=2 +  2…", "=2 + 2, or 4")
+        (False, True)
+    """
+    own, whole = " ".join(field.split()), " ".join(inert(text).split())
+    return whole == own or (own.endswith("…") and whole.startswith(own[:-1].rstrip()))
+
+
 class Decisions(NamedTuple):
     """Decisions from a file.
 
@@ -105,15 +116,21 @@ class Decisions(NamedTuple):
         path: The file, for messages.
         selected: Whether a training takes a row, by the row's absolute place.
         for_copies: Whether the decision for a row also holds for its copies; not for a file of places alone.
+        texts: Prompt and completion of rows, by their places, if the file has both columns.
     """
 
     path: str
     selected: dict[str, bool]
     for_copies: bool
+    texts: Mapping[str, tuple[str, str]] = {}
 
 
-def read_decisions(path: str) -> Decisions:
+def read_decisions(path: str, files: Sequence[str] = ()) -> Decisions:
     r"""Read a decision file, or a file of places alone, in which lines that begin with # are comments.
+
+    Args:
+        path: The file.
+        files: Files of rows, which stand for those of the same name in places.
 
     Raises:
         DataError: The file can't be read; it is one of places alone, and has none; a value of the column `selected` is
@@ -132,36 +149,53 @@ def read_decisions(path: str) -> Decisions:
         raise DataError(f"{path} is not UTF-8 text: byte {error.start} is invalid; save it as UTF-8.") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; give the path of a file that names rows.") from None
-    if Path(path).suffix.lower() == ".csv":
+    first, _, _ = text.partition("\n")
+    if Path(path).suffix.lower() == ".csv" or {PLACE, SELECTED} <= {*first.strip().split(",")}:
         lines, for_copies = _csv_lines(path, text)
     else:
         places = (line.strip() for line in text.split("\n"))
-        lines, for_copies = [(place, False) for place in places if place and not place.startswith("#")], False
+        lines, for_copies = [_Line(place, False) for place in places if place and not place.startswith("#")], False
     if not lines and not for_copies:
         raise DataError(f"{path} names no rows, so there is nothing to leave out; train without it.")
     selected: dict[str, bool] = {}
-    for place, decision in lines:
-        if selected.setdefault(absolute_place(place), decision) != decision:
-            raise DataError(f"{path} names {place} twice, once with yes and once with no; remove one of the lines.")
-    return Decisions(path, selected, for_copies)
+    texts: dict[str, tuple[str, str]] = {}
+    for line in lines:
+        source = file_of(line.place)
+        named = file_named(source, files) or source
+        place = absolute_place(named + line.place.removeprefix(source))
+        if selected.setdefault(place, line.selected) != line.selected:
+            raise DataError(f"{path} names {line.place} twice, once with yes and once with no: remove one of the lines")
+        if line.texts is not None:
+            texts[place] = line.texts
+    return Decisions(path, selected, for_copies, texts)
 
 
-def _csv_lines(path: str, text: str) -> tuple[list[tuple[str, bool]], bool]:
-    """Places and decisions, and whether the file has the column `selected`."""
+class _Line(NamedTuple):
+    place: str
+    selected: bool
+    texts: tuple[str, str] | None = None
+
+
+def _csv_lines(path: str, text: str) -> tuple[list[_Line], bool]:
+    """The lines, and whether the file has the column `selected`."""
     before = csv.field_size_limit(_WIDEST)  # fields hold texts of rows
     try:
         reader = csv.DictReader(io.StringIO(text))
-        columns = reader.fieldnames or ()
+        columns = [name.strip().lower() for name in reader.fieldnames or ()]
+        reader.fieldnames = columns
         if PLACE not in columns:
             raise DataError(
                 f"{path} has no column {PLACE!r} in its first line ({', '.join(columns) or 'nothing'}); save it with "
                 "that column, and with commas between the columns."
             )
-        lines = []
+        lines, has_texts = [], {"prompt", "completion"} <= {*columns}
         for fields in reader:
+            if not any(fields.values()):  # a spreadsheet's empty line
+                continue
             place = (fields[PLACE] or "").strip()
             try:
-                lines.append((place, SELECTED in columns and is_selected(fields[SELECTED] or "")))
+                selected = SELECTED in columns and is_selected(fields[SELECTED] or "")
+                lines.append(_Line(place, selected, (fields["prompt"], fields["completion"]) if has_texts else None))
             except ValueError as error:
                 raise DataError(f"{path}: {error}, for {place}.") from None
         return lines, SELECTED in columns
@@ -185,7 +219,7 @@ def remaining_rows(decisions: Decisions, rows: Sequence[Row], target: Sequence[R
         The remaining rows of both, in their order.
 
     Raises:
-        DataError: A place has no row, or no row remains.
+        DataError: A place has no row, or one with another text; or no row remains.
 
     Example:
         >>> from siftune.data.rows import rows_from
@@ -201,6 +235,7 @@ def remaining_rows(decisions: Decisions, rows: Sequence[Row], target: Sequence[R
         shown = ", ".join(map(one_line, missing[:_SHOWN_PLACES])) + (", …" if len(missing) > _SHOWN_PLACES else "")
         first = f"the first training row is at {every[0].origin}" if every else "no training row can be used"
         raise DataError(f"{path} names {counted(len(missing), 'place')} without a training row ({shown}); {first}.")
+    _refuse_changed(decisions, dict(zip(places, every, strict=True)))
     named = [decisions.selected.get(place) for place in places]  # None: the file does not name the row
     decided = [*_with_copies(rows, named[: len(rows)]), *named[len(rows) :]] if decisions.for_copies else named
     remaining = [row for row, selected in zip(every, decided, strict=True) if selected is not False]
@@ -216,6 +251,25 @@ def remaining_rows(decisions: Decisions, rows: Sequence[Row], target: Sequence[R
     others = f"; {counted(unnamed, 'row')} that it does not name stay{'s' if unnamed == 1 else ''}" if unnamed else ""
     logger.info("%s: leaving out %s%s%s", path, counted(count, "row"), copied, others)
     return remaining
+
+
+def _refuse_changed(decisions: Decisions, rows: Mapping[str, Row]) -> None:
+    """Refuse decisions on rows whose places have moved, since other rows would be left out.
+
+    Of a row with a prompt, prompt and completion must be others: people correct answers, and spreadsheets change some
+    fields, such as dates.
+    """
+    changed = []
+    for place, (prompt, completion) in decisions.texts.items():
+        text = text_of(rows[place])
+        if not holds(completion or "", text.completion) and not (text.prompt and holds(prompt or "", text.prompt)):
+            changed.append(rows[place].origin)
+    if changed:
+        verb = "has" if len(changed) == 1 else "have"
+        raise DataError(
+            f"{counted(len(changed), 'row')} of {decisions.path}, the first of them {changed[0]}, {verb} another "
+            "text in the training rows: their file was changed since; restore it, or make the list again"
+        )
 
 
 def _with_copies(rows: Sequence[Row], named: Sequence[bool | None]) -> list[bool | None]:

@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from siftune.base.errors import DataError, RecipeError
 from siftune.base.text import one_line
@@ -75,6 +75,12 @@ class Row:
             DataError: It is no finite number from 0.
         """
         return _weight(self.extra.get(WEIGHT), self.origin)
+
+    def last_answer(self) -> Row:
+        """The row without labels before its completion, for losses that are compared between answers."""
+        if not any(turn.learned for turn in self.prompt):
+            return self
+        return replace(self, prompt=tuple(replace(turn, learned=False) for turn in self.prompt))
 
 
 def rows_from(records: Iterable[Record], name: str = "row", columns: Sequence[str] = ()) -> list[Row]:
@@ -185,6 +191,25 @@ def row_texts(rows: Iterable[Row]) -> Iterator[bytes]:
     for row in rows:
         turns = [(turn.role, turn.content, turn.learned) for turn in row.prompt]
         yield json.dumps((turns, row.completion)).encode()
+
+
+class Text(NamedTuple):
+    """Text of a row; earlier turns of a conversation are part of the prompt, with their roles."""
+
+    prompt: str
+    completion: str
+
+
+def text_of(row: Row) -> Text:
+    """Text of a row.
+
+    Example:
+        >>> text_of(rows_from([{"prompt": "2 + 2?", "completion": "4"}])[0])
+        Text(prompt='2 + 2?', completion='4')
+    """
+    if len(row.prompt) == 1 and row.prompt[0].role == "user":
+        return Text(row.prompt[0].content, row.completion)
+    return Text("\n".join(f"{turn.role}: {turn.content}" for turn in row.prompt), row.completion)
 
 
 def detect_format(record: Record, origin: str, named: Collection[str] = ()) -> Format:

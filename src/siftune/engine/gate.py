@@ -45,6 +45,11 @@ def always() -> bool:
     return True
 
 
+def in_backward() -> bool:
+    """Whether autograd runs in this thread, as when activation checkpointing runs a layer again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def refuse_second(groups: Sequence[LayerGroup], holders: Mapping[nn.Module, _Hooked], message: str) -> None:
     """Refuse layers that have hooks of the same kind; hooks of a training that has ended are removed.
 
@@ -120,7 +125,8 @@ class LayerGates:
             self._groups,
             taped,
             "samples are selected in these layers already, but layers must be chosen first: list IST before GAST "
-            "among the callbacks, and in a custom loop attach it first",
+            "among the callbacks, turn restore_callback_states_from_checkpoint off, which changes their order, and in a "
+            "custom loop attach it first",
         )
         refuse_second(self._groups, _gates, "another method chooses among these layers already: use one of them")
         refuse_allocator(self._groups)
@@ -184,8 +190,9 @@ class LayerGates:
 
     def _enter(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run before a layer: cut the graph at and below the lowest active layer, which may deliver zeros."""
-        # a compiled model would be divided at this question
-        if index == self._groups[0].index and not torch.compiler.is_compiling() and not self.alive():
+        # a compiled model would be divided at this question; in backward, a thread of autograd's cannot answer it
+        asked = index == self._groups[0].index and not torch.compiler.is_compiling() and not in_backward()
+        if asked and not self.alive():
             self.remove()
             return None
         all_active = len(self._active) == len(self._groups)
@@ -200,6 +207,9 @@ class LayerGates:
         """Detach a layer's input."""
         if hidden.requires_grad and self._depends_on_layers(hidden):
             return hidden  # the model loops over its layers
+        if hidden.requires_grad and hidden.is_leaf and in_backward():
+            # reentrant checkpointing runs the layer again, and differentiates with respect to this input
+            return self._with_zeros(hidden) if index == self._lowest and self._deliver_zeros else hidden
         hidden = hidden.detach()
         if index != self._lowest:
             return hidden

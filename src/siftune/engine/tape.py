@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from siftune.base.errors import UnsupportedError
-from siftune.engine.gate import Alive, Deliver, Gate, always, is_active, is_upstream, refuse_second, taped
+from siftune.engine.gate import Alive, Deliver, Gate, always, in_backward, is_active, is_upstream, refuse_second, taped
 from siftune.engine.groups import LayerGroup
 from siftune.engine.kinds import Kind
 from siftune.engine.record import LayerRecord, RowVector, Tap
@@ -269,11 +269,6 @@ def unrecorded(model: nn.Module) -> Iterator[None]:
         for tape in {taped[module] for module in model.modules() if module in taped}:
             stack.enter_context(tape.paused())
         yield
-
-
-def in_backward() -> bool:
-    """Whether autograd runs in this thread, as when activation checkpointing runs a layer again."""
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _rows_and_positions(group: LayerGroup, hidden: Tensor) -> tuple[int, int]:

@@ -10,11 +10,12 @@ import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 from siftune.base.errors import DataError
 from siftune.base.files import hash_of, open_to_append
-from siftune.base.text import one_line, path_and_split
+from siftune.base.text import file_named, one_line, path_and_split
 from siftune.data.rows import Row
 from siftune.models.smollm2 import cache_root
 from siftune.recipe.read import load_recipe
@@ -52,6 +53,16 @@ def note_file(written: Path) -> None:
         )
 
 
+def keep_edited(written: Path) -> None:
+    """Rename a file that a command is about to write again, if somebody has edited it since."""
+    if not written.is_file() or is_own_file(written):
+        return
+    names = (written.with_stem(f"{written.stem}.edited{number or ''}") for number in count())
+    kept = next(name for name in names if not name.exists())
+    written.rename(kept)
+    logger.warning("%s was edited, or written elsewhere: it is now %s", written, kept)
+
+
 def is_own(run: Path) -> bool:
     """Whether this user trained by the recipe of a run folder on this machine."""
     return is_own_file(run / _RECIPE)
@@ -71,7 +82,7 @@ def rows_again(run: Path, files: Sequence[str] = ()) -> list[Row]:
     Raises:
         DataError: A file cannot be read.
     """
-    return used_rows(run, recipe_again(run, files))
+    return used_rows(run, recipe_again(run, files), named=files)
 
 
 def recipe_again(run: Path, files: Sequence[str] = ()) -> Recipe:
@@ -110,5 +121,4 @@ def recipe_again(run: Path, files: Sequence[str] = ()) -> Recipe:
 
 def _place(name: str, files: Sequence[str], own: bool) -> str | None:
     """The file or data set to read for a name in a recipe; None if the user named none."""
-    named = next((file for file in files if Path(file).name == Path(name).name), None)
-    return named or (name if own and Path(path_and_split(name)[0]).expanduser().exists() else None)
+    return file_named(name, files) or (name if own and Path(path_and_split(name)[0]).expanduser().exists() else None)

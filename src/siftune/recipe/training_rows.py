@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from siftune.base.errors import DataError
 from siftune.base.text import counted, file_of, one_line, path_and_split
@@ -20,26 +20,6 @@ from siftune.methods.options import OWN
 from siftune.recipe.schema import Recipe, compared_with, train_files
 
 BAD_ROWS = "bad_rows.txt"  # file of a run folder
-
-
-class Text(NamedTuple):
-    """Text of a row; earlier turns of a conversation are part of the prompt, with their roles."""
-
-    prompt: str
-    completion: str
-
-
-def text_of(row: Row) -> Text:
-    """Text of a row.
-
-    Example:
-        >>> from siftune.data.rows import rows_from
-        >>> text_of(rows_from([{"prompt": "2 + 2?", "completion": "4"}])[0])
-        Text(prompt='2 + 2?', completion='4')
-    """
-    if len(row.prompt) == 1 and row.prompt[0].role == "user":
-        return Text(row.prompt[0].content, row.completion)
-    return Text("\n".join(f"{turn.role}: {turn.content}" for turn in row.prompt), row.completion)
 
 
 def digest_of(rows: Sequence[Row]) -> str:
@@ -87,12 +67,13 @@ class Read:
     bad: Sequence[DataError] = ()  # faults of rows that are left out
 
 
-def read_rows(recipe: Recipe, reader: ReadOnce | None = None) -> Read:
+def read_rows(recipe: Recipe, reader: ReadOnce | None = None, named: Sequence[str] = ()) -> Read:
     """Read the training rows of a recipe, including its target's, and held-out and support rows.
 
     Args:
         recipe: The recipe.
         reader: Reader that has read files before; None: read all files.
+        named: Files that stand for those of the same name in a decision file.
 
     Raises:
         DataError: A file cannot be read, or no rows remain to hold out or to train on.
@@ -117,7 +98,7 @@ def read_rows(recipe: Recipe, reader: ReadOnce | None = None) -> Read:
     target = list(weighted(load(recipe.target))) if recipe.target else []
     if recipe.drop_rows is not None:
         every = [row for rows in files for row in rows]
-        remaining = {id(row) for row in remaining_rows(read_decisions(recipe.drop_rows), every, target)}
+        remaining = {id(row) for row in remaining_rows(read_decisions(recipe.drop_rows, named), every, target)}
         *files, target = ([row for row in rows if id(row) in remaining] for rows in (*files, target))
     train: list[Row] = []
     heldout: list[Row] = []
@@ -149,13 +130,14 @@ def bad_row_lines(faults: Iterable[str]) -> Iterator[str]:
         yield fault if place is None else f"{absolute_place(place[0])}{fault[place.end() :]}"
 
 
-def used_rows(run: Path, recipe: Recipe, part: str = "train") -> list[Row]:
+def used_rows(run: Path, recipe: Recipe, part: str = "train", named: Sequence[str] = ()) -> list[Row]:
     """Rows of a run, without those that it left out.
 
     Args:
         run: The run folder.
         recipe: Its recipe.
         part: "train", or "eval" for rows held out by `eval_share`.
+        named: As for `read_rows`.
 
     Raises:
         DataError: A file cannot be read any more.
@@ -168,5 +150,5 @@ def used_rows(run: Path, recipe: Recipe, part: str = "train") -> list[Row]:
     places = {line[: match.start()] for line in lines for match in re.finditer(": ", line)}  # a place may contain ": "
     bad = {*map(absolute_place, places)}
     moved = {Path(place).name for place in bad if not Path(path_and_split(file_of(place))[0]).exists()}
-    rows = read_rows(recipe).parts[part]
+    rows = read_rows(recipe, named=named).parts[part]
     return [row for row in rows if absolute_place(row.origin) not in bad and Path(row.origin).name not in moved]

@@ -15,9 +15,8 @@ from siftune.base.errors import InputError
 from siftune.base.files import write_beside
 from siftune.base.json_files import read_json, sealed, unsealed
 from siftune.base.text import finite, jsonable, one_line
-from siftune.data.rows import Row
+from siftune.data.rows import Row, text_of
 from siftune.evaluate.measure import PERPLEXITY, Metric, MetricRow
-from siftune.recipe.training_rows import text_of
 from siftune.report.table import Table
 from siftune.report.words import percent, points, short
 from siftune.train.folder.run_folder import EVALS

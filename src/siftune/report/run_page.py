@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from siftune.base.errors import InputError
 from siftune.base.text import counted
+from siftune.data.rows import Text
 from siftune.evaluate.measure import PERPLEXITY, MetricRow
 from siftune.recipe.read import recipe_to_yaml
-from siftune.recipe.training_rows import Text
 from siftune.report.charts import COLOURS, Chart, Line, Point, Scale, line_chart, listed_points
 from siftune.report.evals import Eval, change_text, label_of, value_text
 from siftune.report.parts import Cell, Figure, Grid, Section

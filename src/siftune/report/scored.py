@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from siftune.base.errors import InputError
-from siftune.base.text import finite
+from siftune.base.text import counted, finite
 from siftune.data.decisions import PLACE, SELECTED, is_selected
 from siftune.sifting.choose import NO_LIMITS, Limits
 from siftune.sifting.sift import SCORES
@@ -73,7 +73,7 @@ def read_list(path: Path) -> DecisionList:
         if not text.endswith("\n"):
             logger.warning("%s does not end with a line break: its last row may be cut off", path)
         reader = csv.reader(io.StringIO(text, newline=""))
-        header = next(reader, [])
+        header = [name.strip().lower() for name in next(reader, [])]
         if missing := [name for name in (PLACE, SELECTED, "prompt", "completion") if name not in header]:
             raise InputError(
                 f"{path} has no column {missing[0]!r}, so it is no list of rows: give scores.csv of siftune sift, or a "
@@ -81,9 +81,11 @@ def read_list(path: Path) -> DecisionList:
             )
         rows = []
         for fields in reader:
-            if not fields:
+            if not any(fields):  # an empty line, or a spreadsheet's
                 continue
             try:
+                if len(fields) != len(header):
+                    raise ValueError(f"{counted(len(fields), 'field')} under {counted(len(header), 'column')}")
                 rows.append(_scored(dict(zip(header, fields, strict=True)), tuple(fields)))
             except ValueError as error:
                 raise InputError(f"{path}:{reader.line_num} cannot be read ({error}): correct the line") from None

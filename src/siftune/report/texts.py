@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from siftune.base.errors import DataError, InputError
-from siftune.base.text import counted, file_of, inert, one_line, path_and_split
+from siftune.base.text import counted, file_named, file_of, one_line, path_and_split
+from siftune.data.decisions import holds
 from siftune.data.read import placed_records
-from siftune.data.rows import Row, parse_rows
-from siftune.recipe.training_rows import Text, text_of
+from siftune.data.rows import Row, Text, parse_rows, text_of
 from siftune.report.scored import Scored
 
 
@@ -55,11 +55,11 @@ def complete_rows(
     complete: dict[str, Complete] = {}
     reasons: list[str] = []
     for source, of_file in wanted.items():
-        named = next((file for file in files if Path(file).name == Path(source).name), None)
+        named = file_named(source, files)
         if named is None and not own:
             reasons.append(
-                f"{one_line(source)} is not read, because this user has not written the list on this machine; name the "
-                "file with `--files`"
+                f"{one_line(source)} is not read, because the list was edited, or written by another user or on "
+                "another machine; name the file with `--files`"
             )
             continue
         file = named or source
@@ -89,15 +89,9 @@ def _read(file: str, wanted: Mapping[str, Scored], columns: Sequence[str]) -> di
     for row in parse_rows(records.items(), columns, bad):
         listed = wanted.get(row.origin)
         text = text_of(row)
-        if listed and _same(listed.prompt, text.prompt) and _same(listed.completion, text.completion):
+        if listed and holds(listed.prompt, text.prompt) and holds(listed.completion, text.completion):
             complete[row.origin] = Complete(text, _around(records[row.origin], row, columns))
     return complete
-
-
-def _same(field: str, text: str) -> bool:
-    """Whether the field of a list holds a text, or its start with an ellipsis."""
-    whole = inert(text)
-    return whole == field or (field.endswith("…") and whole.startswith(field[:-1]))
 
 
 def _around(record: dict[str, Any], row: Row, columns: Sequence[str]) -> tuple[str, str] | None:

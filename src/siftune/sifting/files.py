@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from siftune.base.errors import DataError
 from siftune.data.decisions import Decision, decisions_csv
 from siftune.data.read import placed_records
-from siftune.data.rows import Row, parse_rows, row_texts
+from siftune.data.rows import Row, parse_rows, row_texts, text_of
 from siftune.data.target import source_or_file
 from siftune.recipe.schema import Recipe, train_files
-from siftune.recipe.training_rows import text_of
 from siftune.sifting.choose import Floats
+from siftune.sifting.pool import compared
 from siftune.sifting.work import Work
 
 DROPPED, SIFTED = "dropped.csv", "sifted.jsonl"
@@ -56,11 +56,13 @@ def write_scores(
 def write_dropped(
     work: Work, pool: Sequence[Row], selected_R: NDArray[np.bool_], columns: Mapping[str, Floats]
 ) -> None:
-    """Write the rows that were not selected: those with scores, copies, and rows of the target or bad rows in the pool.
+    """Write the rows that were not selected: also those without a score, copies, and target or bad rows in the pool.
 
     A selected row with copies is also in the file, since a row that a decision file does not name follows its copies.
     """
-    gone, copied = work.rows.left_out, {*row_texts(work.rows.copies)}
+    scored, copied = {row.origin for row in pool}, {*row_texts(compared(work.recipe, work.rows.copies))}
+    learned = (row for row in work.rows.pool if not work.recipe.completion_only or row.last_answer() is not row)
+    gone = [*work.rows.left_out, *(row for row in learned if row.origin not in scored)]  # of cut rows, another part
     listed = [at for at, text in enumerate(row_texts(pool)) if not selected_R[at] or text in copied]
     if listed or gone:
         own = {name: values[listed] for name, values in columns.items()}

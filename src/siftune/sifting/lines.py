@@ -80,7 +80,7 @@ def answer_losses(
         decoys_RD: As of `decoys_of`.
         tuned: Returns the model; called only if something is missing.
     """
-    form = form_of(work, work.recipe.completion_only)
+    form = form_of(work)
 
     def scored(own: Sequence[int], progress: Progress) -> Mapping[str, Any]:
         model, mine = tuned(), own[rank() :: world_size()]

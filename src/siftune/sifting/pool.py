@@ -106,7 +106,7 @@ def read_all(recipe: Recipe, avoid: str | None, source: Source, reader: ReadOnce
         form = Form(source.tokenizer(), recipe.max_length, recipe.template, recipe.completion_only)
         for name, rows in few_rows.items():
             if rows:
-                tokens = tokens_of(rows, form)
+                tokens = tokens_of(compared(recipe, rows), form)
                 few_rows[name] = tokens.usable(rows)
                 bad += tokens.faults(rows)
     few = [_few(name, file, few_rows[name], pool.parts["train"]) for name, file in files.items()]
@@ -118,6 +118,11 @@ def read_all(recipe: Recipe, avoid: str | None, source: Source, reader: ReadOnce
         raise DataError(f"no row of {' '.join(train_files(recipe))} is outside of {words}: give other rows")
     different, copies = _without_copies(others)
     return Rows(list(different.values()), few, copies, bad)
+
+
+def compared(recipe: Recipe, rows: Sequence[Row]) -> list[Row]:
+    """Rows as their losses are compared: with a target, only the last answer of a conversation has labels."""
+    return [row.last_answer() for row in rows] if recipe.target else [*rows]
 
 
 def _few(name: str, file: str, rows: Sequence[Row], pool: Sequence[Row]) -> Few:

@@ -5,7 +5,7 @@ interrupted call continues after the last chunk of them.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,10 @@ from siftune.base.errors import DataError
 from siftune.base.ranks import from_first, mean_over_ranks, rank, wait_for_all, world_size
 from siftune.base.stages import stages
 from siftune.data.rows import Row
-from siftune.data.tokens import tokens_of
 from siftune.models.attention import short_rows
 from siftune.models.modules import check_window, model_device
 from siftune.sifting.similarity import Floats, embed, nearest, nearest_other, prompt_of
-from siftune.sifting.work import PROMPTS, SIMILAR, Work, base_model, form_of, rows_at_once
+from siftune.sifting.work import PROMPTS, SIMILAR, Work, base_model, rows_at_once
 from siftune.train.guards.memory import free
 from siftune.train.prepare import Prepared
 
@@ -57,7 +56,7 @@ def similarities(work: Work, prepared: Prepared, part: str) -> tuple[Floats, Flo
         model, rows = base_model(work), prepared.rows[part]
         longest = max(max(prepared.data[name]["length"]) for name in ("train", part))
         check_window(model, longest, "a row of the pool or the target")
-        texts = _prompts(work, prepared, part, slice(0, len(rows)))
+        texts = _prompts(prepared, part, slice(0, len(rows)))
         different = dict(zip(map(tuple, texts), rows, strict=True))
         few_KH = embed(model, [*different], rows_at_once(work.recipe))
         _refuse_broken(few_KH, [*different.values()])
@@ -65,7 +64,7 @@ def similarities(work: Work, prepared: Prepared, part: str) -> tuple[Floats, Flo
         del model
         free()
         if rank() == 0:
-            work.folder.append(SIMILAR, _compared(work, len(prepared.rows["train"]), few_KH.float()).model_dump())
+            work.folder.append(SIMILAR, _compared(work, prepared, few_KH.float(), {*different}).model_dump())
         wait_for_all()
         lines = from_first(lambda: work.folder.lines(SIMILAR, _Similar, _MOST))
     if rank() == 0:
@@ -84,7 +83,7 @@ def _embed_pool(work: Work, prepared: Prepared, model: torch.nn.Module, width: i
         for start in range(begin, len(rows), _CHUNK):
             progress("similarity of the prompts", start, len(rows))
             chunk = slice(start, min(start + _CHUNK, len(rows)))
-            texts = _prompts(work, prepared, "train", chunk)
+            texts = _prompts(prepared, "train", chunk)
             own = slice(rank(), None, world_size())  # each rank has a part of the texts
             part_RH = torch.zeros(len(texts), width, dtype=torch.float64)
             if texts[own]:
@@ -119,22 +118,24 @@ def _refuse_broken(states_RH: torch.Tensor, rows: Sequence[Row]) -> None:
         raise DataError(f"the hidden states of {place} are not finite: leave the row out, or give --dtype float32")
 
 
-def _compared(work: Work, count: int, few_KH: torch.Tensor) -> _Similar:
-    """The similarities of the pool's prompts, whose embeddings are in their file."""
-    path, width = work.folder.path / PROMPTS, few_KH.shape[1]
+def _compared(work: Work, prepared: Prepared, few_KH: torch.Tensor, target: Set[tuple[int, ...]]) -> _Similar:
+    """The similarities of the pool's prompts, whose embeddings are in their file; 1 of those that are in the target.
+
+    The embedding of a prompt that all rows share is rounding alone, once the mean is subtracted.
+    """
+    path, width, count = work.folder.path / PROMPTS, few_KH.shape[1], len(prepared.rows["train"])
     sum_H = sum((chunk_RH.sum(0, dtype=np.float64) for chunk_RH in _chunks(path, count, width)), np.zeros(width))
     mean_H = torch.from_numpy(sum_H / count).float()
-    similar = [nearest(torch.tensor(chunk_RH), few_KH, mean_H) for chunk_RH in _chunks(path, count, width)]
-    return _Similar(pool=torch.cat(similar).tolist(), target=nearest_other(few_KH, mean_H).tolist())
+    similar: list[float] = []
+    for chunk_RH in _chunks(path, count, width):
+        texts = _prompts(prepared, "train", slice(len(similar), len(similar) + len(chunk_RH)))
+        near = nearest(torch.tensor(chunk_RH), few_KH, mean_H).tolist()
+        similar += [1.0 if tuple(text) in target else value for text, value in zip(texts, near, strict=True)]
+    return _Similar(pool=similar, target=nearest_other(few_KH, mean_H).tolist())
 
 
-def _prompts(work: Work, prepared: Prepared, part: str, chunk: slice) -> list[Sequence[int]]:
+def _prompts(prepared: Prepared, part: str, chunk: slice) -> list[Sequence[int]]:
     """Token ids of the prompts of rows; all token ids of a row of text, which may begin without a label."""
     rows, columns = prepared.rows[part][chunk], prepared.data[part][chunk]
-    ids, labels = columns["input_ids"], columns["labels"]
-    if not work.recipe.completion_only:  # prompts have labels, too
-        tokens = tokens_of(rows, form_of(work, completion_only=True))
-        own = iter(tokens.data["labels"])
-        # --max-length may cut a row within its prompt, and then it has no label
-        labels = [[] if place in tokens.bad else next(own) for place in range(len(rows))]
-    return [prompt_of(*pair) if row.prompt else pair[0] for row, *pair in zip(rows, ids, labels, strict=True)]
+    pairs = zip(columns["input_ids"], columns["labels"], strict=True)
+    return [prompt_of(*pair) if row.prompt else pair[0] for row, pair in zip(rows, pairs, strict=True)]

@@ -79,8 +79,7 @@ def choose_by_target(work: Work, prepared: Prepared, few: Few, count: int | None
             f"no prompt of the pool is like those of {few.file}: the highest similarity is {_shown(similar_R.max())}, "
             f"the limit {_shown(least)}; give a pool with rows of the task, a lower min_similarity, or a share"
         )
-    likely_R = similar_R >= least_similarity(similar_K)  # whatever the limit: a new one selects without training again
-    trained_R = likely_R if likely_R.any() else task_R
+    trained_R = _likely(similar_R, similar_K)  # whatever the limit: a new one selects without training again
     other_R = _other_answers(work, prepared, few, task_R | trained_R, trained_R)
     left_out_R = task_R & other_R
     task_R, trained_R = task_R & ~other_R, trained_R & ~other_R
@@ -115,6 +114,17 @@ def choose_by_target(work: Work, prepared: Prepared, few: Few, count: int | None
             f"limit {_shown(choice.limit)}; give a pool with rows of the task, a higher max_score, or a share"
         )
     return Part(choice, columns, Limits(choice.limit, least))
+
+
+def _likely(similar_R: Floats, similar_K: Floats) -> NDArray[np.bool_]:
+    """Rows of the pool that are of the task by the target's own limit; if there are none, the most similar ones, (R,).
+
+    As many as the target has different prompts are then taken (ours).
+    """
+    least = least_similarity(similar_K)
+    if similar_R.max() < least:
+        least = float(np.sort(similar_R)[-len(similar_K) :][0])
+    return similar_R >= least
 
 
 def _shown(value: float) -> str:

@@ -43,14 +43,14 @@ from siftune.base.stages import stages, text_console
 from siftune.base.work_folder import WorkFolder
 from siftune.data.rows import Row
 from siftune.data.target import source_or_file
-from siftune.recipe.again import note_file
+from siftune.recipe.again import keep_edited, note_file
 from siftune.recipe.checks import check
 from siftune.recipe.schema import SCORING, Recipe, method_of, new_folder, resolve_recipe
 from siftune.recipe.training_rows import Read, ReadOnce, digest_of, read_rows
 from siftune.sifting.checks import RECORD, STEPS, check_sifting
 from siftune.sifting.choose import NO_LIMITS, Floats, Limits
 from siftune.sifting.files import DROPPED, SIFTED, copied_records, write_dropped, write_scores, write_selected
-from siftune.sifting.pool import PARTS, Rows, count_of, read_all
+from siftune.sifting.pool import PARTS, Rows, compared, count_of, read_all
 from siftune.sifting.scoring import choose_by_bad_rows, choose_by_target
 from siftune.sifting.tuning import AVOID, POOL, from_run, prefix
 from siftune.sifting.work import LOSSES, PROMPTS, SIMILAR, TUNING, Work
@@ -219,10 +219,13 @@ def sift_pool(
         recipe = source.settle(recipe)
         # not by `read_session` and `open_session`: bad rows of all files are reported together, and the model is loaded
         # later, if losses are missing
-        rows = read_all(recipe, asked.avoid, source, reader)
+        # where answers are compared, prompts and earlier answers of a conversation have no labels
+        scored = replace(recipe, completion_only=recipe.completion_only or recipe.target is not None)
+        rows = read_all(scored, asked.avoid, source, reader)
         with first_rank_first(), stages(console) as progress:
-            parts = Read({"train": rows.pool, **{PARTS[few.name]: few.rows for few in rows.few}}, rows.bad)
-            prepared = prepare(replace(recipe, target=None), source.tokenizer(), parts, progress)
+            parts = {"train": rows.pool, **{PARTS[few.name]: few.rows for few in rows.few}}
+            read = Read({name: compared(recipe, part) for name, part in parts.items()}, rows.bad)
+            prepared = prepare(replace(scored, target=None), source.tokenizer(), read, progress)
         count = count_of(asked.share, len(prepared.rows["train"]))
         folder = WorkFolder(
             str(recipe.out), RECORD, f"{TUNING}*/checkpoints/*", f"{POOL}/checkpoints/*", LOSSES, SIMILAR, PROMPTS
@@ -355,6 +358,7 @@ def _selected(work: Work, prepared: Prepared, count: int | None, limits: Limits)
         part = parts[few.name]
         remaining_R = selected_R if few.name == "target" else part.choice.rows_R
         file = f"{prefix(few)}{SCORES}"
+        from_first(partial(keep_edited, work.folder.path / file))
         from_first(partial(write_scores, work, file, rows, remaining_R, part.columns, work.rows.bad_in_pool))
         from_first(partial(note_file, work.folder.path / file))  # report pages may read the rows that it names
     from_first(partial(write_dropped, work, rows, selected_R, next(iter(parts.values())).columns))

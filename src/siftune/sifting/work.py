@@ -43,10 +43,9 @@ def base_model(work: Work) -> Any:
     return model
 
 
-def form_of(work: Work, completion_only: bool) -> Form:
-    """How rows become tokens."""
-    recipe = work.recipe
-    return Form(work.source_of(recipe.model).tokenizer(), recipe.max_length, recipe.template, completion_only)
+def form_of(work: Work) -> Form:
+    """How rows with compared answers become tokens."""
+    return Form(work.source_of(work.recipe.model).tokenizer(), work.recipe.max_length, work.recipe.template)
 
 
 def rows_at_once(recipe: Recipe) -> int:

@@ -14,8 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from siftune.data.rows import Row
-from siftune.recipe.training_rows import text_of
+from siftune.data.rows import Row, text_of
 
 SHARED = 0.5  # of the rows are covered, at least, if rows share a few answers (ours; measured: 0.96 to 1, or 0 to 0.35)
 _FEWEST, _MOST = 2, 8  # decoys of each row (ours)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from siftune.base.text import one_line
+from siftune.data.rows import Text, text_of
 from siftune.data.target import source_or_file
-from siftune.recipe.training_rows import Text, text_of
 from siftune.suspects.decoys import SHARED
 from siftune.suspects.losses import read_losses, trained_rows
 from siftune.suspects.rule import judge

@@ -11,6 +11,7 @@ A training takes one pass over its half, at least 30 and at most 300 steps (ours
     RUN/halves/0.parquet, …   losses of the half that a training scores, as in `losses`
 """
 
+import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -103,8 +104,12 @@ def score_run(
     shutil.rmtree(folder)
 
 
+def _hash(text: bytes) -> bytes:
+    return hashlib.sha256(text).digest()
+
+
 def half_of(rows: Sequence[Row]) -> NDArray[np.int64]:
-    """Number of each row's half, 0 or 1, by its text; (R,).
+    """Number of each row's half, 0 or 1, by the hash of its text, since answers may alternate among sorted texts; (R,).
 
     Example:
         >>> from siftune.data.rows import rows_from
@@ -112,7 +117,7 @@ def half_of(rows: Sequence[Row]) -> NDArray[np.int64]:
         [0, 0, 0, 1]
     """
     texts = [*row_texts(rows)]
-    numbers = {text: number for number, text in enumerate(sorted({*texts}))}
+    numbers = {text: number for number, text in enumerate(sorted({*texts}, key=_hash))}
     return np.array([numbers[text] % 2 for text in texts])
 
 
@@ -180,6 +185,7 @@ def losses_of(
         The losses; numbers of rows are those of `rows`.
     """
     form = Form(tuned.tokenizer, recipe.max_length, recipe.template)
+    rows = [row.last_answer() for row in rows]  # an earlier answer of a conversation belongs to the prompt
     answers = answers_of(tuned.model, rows, rows, decoys.numbers, form, _LARGER * recipe.batch_size, progress)
     texts = [row.completion.strip() for row in rows]
     compared = margins(texts, answers.tokens, answers.own, decoys.numbers, answers.others)

@@ -7,7 +7,7 @@ gradient never reaches the weights; see `guards.non_finite`.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 from siftune.base.environment import reset_peak_memory
 from siftune.base.errors import InputError, UnsupportedError
@@ -48,6 +49,20 @@ from siftune.train.folder.weights import About, put_in, read_tuned, save_tuned, 
 from siftune.train.guards.non_finite import BrokenSteps
 
 logger = logging.getLogger(__name__)
+
+
+class _ByLength(LengthGroupedSampler):  # type: ignore[misc]
+    """transformers' sampler; its order depends on seed and epoch alone, so that a resumed run has the same one."""
+
+    _epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, from 0."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = torch.Generator().manual_seed(self.generator.initial_seed() + self._epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=drawn))
 
 
 class SiftTrainer(Trainer):  # type: ignore[misc]
@@ -138,8 +153,11 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         return self.accelerator.prepare(self.privacy.loader(self.train_dataset, self.data_collator))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
-        """The Trainer's sampler, or one that puts a target's rows last."""
+        """The Trainer's sampler, or one that puts rows of a length together, or a target's rows last."""
         data = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length":
+            together = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return _ByLength(together, lengths=data["length"], generator=torch.Generator().manual_seed(self.args.seed))
         marks = data[AIMED] if AIMED in data.column_names else []
         if len(set(marks)) < 2:
             return super()._get_train_sampler(train_dataset)

@@ -17,7 +17,7 @@ from support.visited import visits
 from siftune.base.errors import DataError
 from siftune.data.decisions import Decision, Decisions, decisions_csv, is_selected, read_decisions, remaining_rows
 from siftune.data.read import load_rows
-from siftune.data.rows import rows_from
+from siftune.data.rows import rows_from, text_of
 from siftune.recipe.schema import Recipe
 from siftune.recipe.training_rows import read_rows
 from siftune.suspects.losses import trained_rows
@@ -142,6 +142,48 @@ def test_decisions_are_read_as_spreadsheets_rewrite_them(tmp_path):
     lines = [f"{value},9,rows.jsonl:{number}" for number, value in enumerate(values)]
     file.write_text("\ufeff" + "\r\n".join(["selected,score,place", *lines, lines[0], ""]), encoding="utf-8")
     assert [*read_decisions(str(file)).selected.values()] == [*values.values()] == [*map(is_selected, values)]
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.txt", "list"])
+def test_headers_of_another_form_and_empty_lines_are_read(tmp_path, name):
+    file = tmp_path / name
+    first = "Place, Selected ,score" if name == "list.csv" else "place,selected,score"
+    file.write_text(f"{first}\nrows.jsonl:1,yes,2\nrows.jsonl:2,no,1\n,,\n")
+    assert read_decisions(str(file)).selected == {"rows.jsonl:1": True, "rows.jsonl:2": False}
+
+
+@pytest.mark.parametrize(
+    ("changed", "refused"),
+    [
+        ({0: None}, True),  # all later rows have moved
+        ({1: {"prompt": "two", "completion": "corrected"}}, False),
+        ({1: {"prompt": "Two?", "completion": "2,\n or  two"}}, False),
+        ({1: {"prompt": "Two?", "completion": "3"}}, True),
+        ({1: {"text": "another text"}}, True),
+    ],
+)
+def test_places_whose_rows_have_another_text_are_refused(tmp_path, changed, refused):
+    records = [{"prompt": prompt, "completion": f"2, or {prompt}"} for prompt in ("one", "two", "=3", "four " * 80)]
+    if "text" in (changed.get(1) or {}):
+        records = [{"text": record["completion"]} for record in records]
+    rows = rows_from(records, "rows.jsonl row")
+    lines = [Decision(row.origin, at > 1, [0.0], "", *map(_cut, text_of(row))) for at, row in enumerate(rows)]
+    file = tmp_path / "list.csv"
+    file.write_text(decisions_csv(lines))
+    assert len(remaining_rows(read_decisions(str(file)), rows)) == 2
+    again = [changed.get(at, record) for at, record in enumerate(records)]
+    rows = rows_from([*filter(None, again), dict.fromkeys(records[0], "five")], "rows.jsonl row")
+    if refused:
+        with pytest.raises(
+            DataError, match=r"rows? of .*list.csv, the first of them rows.jsonl row [12], ha(s|ve) another"
+        ):
+            remaining_rows(read_decisions(str(file)), rows)
+    else:
+        assert len(remaining_rows(read_decisions(str(file)), rows)) == 3
+
+
+def _cut(text):
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def test_one_row_under_two_names_has_one_decision(data, tmp_path, monkeypatch):

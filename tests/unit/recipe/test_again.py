@@ -138,6 +138,22 @@ def test_target_and_dropped_rows_are_named_too(base, tmp_path):
     assert all(row.origin != f"{pool}:3" for row in rows)
 
 
+def test_files_of_the_same_name_and_places_in_moved_files_are_found(base, tmp_path):
+    """Of two files with one name, each is that in its own folder; dropped rows are at their new places."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_rows(tmp_path / name / "rows.jsonl", 8 if name == "a" else 9)
+    files, drop = [str(tmp_path / name / "rows.jsonl") for name in ("a", "b")], tmp_path / "drop.txt"
+    drop.write_text(f"{files[1]}:3\n")
+    given = recipe(base, tmp_path / "a" / "rows.jsonl", tmp_path / "run", method="dense", steps=1)
+    train(replace(given, train=tuple(files), drop_rows=str(drop)), QUIET)
+    (tmp_path / "moved").mkdir()
+    moved = [str(shutil.move(tmp_path / name, tmp_path / "moved")) + "/rows.jsonl" for name in ("a", "b")]
+    rows = rows_again(tmp_path / "run", [*reversed(moved), str(drop)])
+    assert [row.origin for row in rows if "/b/" in row.origin] == [f"{moved[1]}:{n}" for n in range(1, 10) if n != 3]
+    assert sum("/a/" in row.origin for row in rows) == 8
+
+
 def test_bad_rows_of_a_file_named_in_another_folder_are_left_out(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = save_rows(tmp_path / "rows.jsonl", 8)

@@ -11,8 +11,8 @@ from support.report_runs import save_eval, save_run
 
 from siftune.base.errors import InputError, RecipeError
 from siftune.base.json_files import read_sealed, sealed, unsealed
+from siftune.data.rows import Text
 from siftune.evaluate.measure import MetricRow
-from siftune.recipe.training_rows import Text
 from siftune.report import show
 from siftune.report.comparable import basis_of
 from siftune.report.compare import headline

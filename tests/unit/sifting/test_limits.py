@@ -66,6 +66,20 @@ def test_the_limits_of_the_target_select_the_same_rows_if_they_are_given(given, 
     assert again.selected == first.selected
 
 
+def test_a_list_that_was_edited_is_kept_when_rows_are_selected_again(given, complete, no_model, caplog):
+    sift(**given, console=QUIET)
+    sift(**given, max_score=99, console=QUIET)
+    assert not [*complete.glob("*edited*")]
+    for number in ("", "1"):
+        edited = (complete / "scores.csv").read_text().replace("yes", "no")
+        (complete / "scores.csv").write_text(edited)
+        sift(**given, console=QUIET)
+        kept = complete / f"scores.edited{number}.csv"
+        assert kept.read_text() == edited
+        assert f"{complete / 'scores.csv'} was edited, or written elsewhere: it is now {kept}" in caplog.messages
+        assert "yes" in (complete / "scores.csv").read_text()
+
+
 def test_without_a_limit_none_is_recorded(given, complete, no_model):
     sift(**given, max_score=99, console=QUIET)
     sifted = sift(**given, share=5, console=QUIET)
@@ -89,6 +103,24 @@ def test_rows_that_a_lower_similarity_brings_are_scored_alone(given, complete, m
     monkeypatch.setattr("siftune.train.source.load_model", None)
     assert np.isfinite(sift(**given, share=5, console=QUIET).scores).tolist() == before.tolist()
     assert sift(**given, max_score=99, min_similarity=-1, console=QUIET).selected == [*range(36)]
+
+
+@pytest.mark.usefixtures("shared_answers")
+@pytest.mark.parametrize("first", [{"share": 10}, {"min_similarity": 0.95}])
+def test_a_limit_selects_the_same_rows_after_another_although_none_is_of_the_task(given, task, first):
+    """The target's own prompts are nearly equal, so that those of the pool are beyond its limit."""
+    colours = ("red", "blue", "green")
+    for name, numbers in (("train", range(40)), ("target", range(1000, 1012))):
+        rows = [{"prompt": f"color {colours[n % 3]} item {n} ?", "completion": colours[n % 3]} for n in numbers]
+        write(given[name], [*rows, *(task.pool[:10] if name == "train" else [])])
+    with pytest.raises(DataError, match="no prompt of the pool"):
+        sift(**given, console=QUIET)
+    fresh = sift(**{**given, "out": given["out"] + " fresh"}, min_similarity=0.9, console=QUIET)
+    assert 12 < np.isfinite(fresh.scores).sum() < 50
+    sift(**given, **first, console=QUIET)
+    again = sift(**given, min_similarity=0.9, console=QUIET)
+    np.testing.assert_allclose(again.scores, fresh.scores, atol=2e-5)
+    assert again.selected == fresh.selected
 
 
 @pytest.mark.parametrize(

@@ -267,12 +267,36 @@ def test_hidden_states_that_are_not_finite_name_their_row(given, monkeypatch):
         sift(**given, share=9, console=QUIET)
 
 
-def test_a_prompt_longer_than_a_row_may_be_is_compared_if_all_tokens_count(given, task):
+def test_a_row_whose_answer_is_cut_off_is_refused_or_left_out_although_all_tokens_count(given, task):
     long = {"prompt": "x" * 70, "completion": "y"}
-    given["train"].write_text("".join(json.dumps(row) + "\n" for row in [*task.pool, long]))
-    sifted = sift(**given, completion_only=False, share=9, console=QUIET)
-    assert len(sifted.places) == 37
-    assert np.isfinite(sifted.similar).all()
+    write(given["train"], [*task.pool, long])
+    with pytest.raises(DataError, match=r"pool\.jsonl:37: the prompt takes 70 of 72 tokens"):
+        sift(**given, completion_only=False, share=9, console=QUIET)
+    sifted = sift(**given, completion_only=False, bad_rows="drop", share=9, console=QUIET)
+    assert len(sifted.places) == 36
+    assert f"{given['train']}:37" in excluded(sifted.dropped)  # the training that follows could use it
+
+
+@pytest.mark.usefixtures("shared_answers")
+def test_earlier_answers_of_a_conversation_are_part_of_the_prompt(given):
+    """At a rate that trains nothing, scores are those of rows whose earlier answers have no labels."""
+
+    def conversation(number, answer, weight):
+        first = {"role": "assistant", "content": "well " * (number % 5 + 1), **weight}
+        asked = {"role": "user", "content": f"{number} is {answer}?"}
+        return [{"role": "user", "content": "hi"}, first, asked, {"role": "assistant", "content": answer}]
+
+    own, found = {**given, "template": "chat", "max_length": 128, "lr": 1e-9, "min_similarity": -1.0}, []
+    for name, weight in (("learned", {}), ("not", {"weight": 0})):
+        for file, numbers in (("train", range(20, 60)), ("target", range(12))):
+            rows = [{"messages": conversation(n, ("odd", "even", "none")[n % 3], weight)} for n in numbers]
+            own[file] = write(given[file].with_name(f"{name} {file}.jsonl"), rows)
+        found.append(sift(**{**own, "out": f"{given['out']} {name}"}, console=QUIET))
+    learned, plain = found
+    np.testing.assert_array_equal(learned.similar, plain.similar)
+    assert len({*plain.similar}) > 1  # the first turn, which is the same, does not decide
+    np.testing.assert_allclose(learned.scores, plain.scores, atol=0.01)  # other rows are held out of the target
+    assert np.std(plain.scores) > 0.05
 
 
 def test_a_larger_target_has_one_training_that_leaves_out_a_fifth(given, tmp_path):
@@ -407,10 +431,20 @@ def test_a_template_file_counts_by_its_content(given, tmp_path):
         sift(**{**given, "template": file}, share=5, console=QUIET)
 
 
-def test_prompts_are_compared_without_completions_if_all_tokens_count(given):
-    only = sift(**given, share=5, console=QUIET).similar
-    every = sift(**{**given, "out": given["out"] + " all", "completion_only": False}, share=5, console=QUIET).similar
-    np.testing.assert_array_equal(only, every)
+@pytest.mark.usefixtures("shared_answers")
+def test_answers_alone_are_compared_if_all_tokens_count(given):
+    given["lr"] = 1e-9  # trains nothing
+    only = sift(**given, console=QUIET)
+    every = sift(**{**given, "out": given["out"] + " all", "completion_only": False}, console=QUIET)
+    np.testing.assert_array_equal(only.similar, every.similar)
+    np.testing.assert_allclose(only.scores, every.scores, atol=1e-3)
+
+
+def test_a_prompt_that_all_rows_share_is_that_of_the_target(given):
+    """Without the mean of the pool, nothing of its embedding remains."""
+    for name, numbers in (("train", range(20, 50)), ("target", range(12))):
+        write(given[name], [{"prompt": "Tell a joke.", "completion": f"joke {n}"} for n in numbers])
+    assert sift(**given, console=QUIET).similar.tolist() == [1.0] * 30
 
 
 # --- interrupted calls ---

@@ -17,6 +17,7 @@ from siftune.data.tokens import Form, tokens_of
 from siftune.recipe.again import recipe_again
 from siftune.recipe.read import load_recipe
 from siftune.suspects import scoring
+from siftune.suspects.decoys import decoys_of
 from siftune.suspects.losses import read_losses, trained_rows
 from siftune.suspects.scoring import half_of, score_run, tuned_on
 from siftune.train.folder.run_folder import HALVES, LOSSES, RunFolder
@@ -91,6 +92,28 @@ def test_halves_are_equally_large_and_have_copies_together():
     half = half_of(rows_from([{"prompt": str(n % 91), "completion": "?"} for n in range(101)]))
     assert (half[:10] == half[91:]).all()
     assert half[:91].sum() == 45
+
+
+def test_answers_that_alternate_in_the_order_of_the_texts_are_in_both_halves():
+    rows = rows_from([{"prompt": f"row {n:03}", "completion": "no" if n % 2 else "yes"} for n in range(80)])
+    counts = np.bincount(2 * half_of(rows) + np.arange(80) % 2, minlength=4)
+    assert counts.min() > 10
+
+
+def test_earlier_answers_of_a_conversation_are_part_of_the_prompt(run):
+    """Losses are those of the last answers, as if earlier ones had no labels."""
+    first = {"role": "assistant", "content": "well, well"}
+    turns = [{"role": "user", "content": "hi"}, first, {"role": "user", "content": "2?"}]
+    tuned = tuned_on(trained_rows(run)[0][:20], recipe_again(run), run / "0", QUIET, ModelSource)
+    chat, losses = replace(recipe_again(run), template="chat", max_length=256), []
+    for weight in ({}, {"weight": 0}):
+        turns[1] = {**first, **weight}
+        given = [{"messages": [*turns, {"role": "assistant", "content": text}]} for text in ("4", "22", "no")]
+        rows = rows_from(given)
+        losses.append(scoring.losses_of(tuned, rows, decoys_of(rows, 0), chat))
+    for name in ("tokens", "loss", "other_loss", "usual"):
+        np.testing.assert_array_equal(getattr(losses[0], name), getattr(losses[1], name))
+    assert losses[0].tokens.tolist() == [2, 3, 3]
 
 
 @pytest.mark.parametrize(("rows", "target", "steps"), [(20, 0.0, 5), (20, 0.5, 10), (4, 0.0, 2), (400, 0.0, 9)])

@@ -12,10 +12,11 @@ from siftune.base.errors import DataError
 from siftune.cli.main import main
 from siftune.data.decisions import read_decisions
 from siftune.data.read import load_rows
+from siftune.data.rows import Text
 from siftune.recipe.again import note_recipe
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import resolve_recipe
-from siftune.recipe.training_rows import Text, digest_of
+from siftune.recipe.training_rows import digest_of
 from siftune.report.suspects import short, table, to_csv
 from siftune.suspects.losses import Losses, write_losses
 from siftune.suspects.named import Suspect, suspects

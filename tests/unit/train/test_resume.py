@@ -79,8 +79,9 @@ def metrics(run):
         {"method": "ist+gast", "support_every": 3, "accumulate": 2, "adapter": "series", "dropout": 0.1},
         {"method": "ist+gast", "support_every": 3, "dtype": "bfloat16", "adapter": "full", "layers": (0, -1)},
         {"method": "dense", "target": "few.jsonl", "target_last": 0.4, "steps": None, "epochs": 3},
+        {"method": "dense", "group_by_length": True},
     ],
-    ids=["adapter", "layers", "target"],
+    ids=["adapter", "layers", "target", "length"],
 )
 def test_a_resumed_run_is_the_unbroken_one(base, rows, tmp_path, interfere, settings):
     settings = {"save_every": 2, "steps": 8, "eval": str(rows), "eval_every": 2, "weight_decay": 0.1, **settings}

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from siftune.base.ranks import in_group, mean_over_ranks
 from siftune.engine.gate import Alive, LayerGates, always
 from siftune.engine.groups import group_by_layer
-from siftune.engine.suppression import refuse_taken_apart, suppress
+from siftune.engine.suppression import adapted_modules, refuse_taken_apart, suppress
 from siftune.methods.drivers.batches import Draws, draws_state, label_weight, load_draws_state
 from siftune.methods.host.callback import around_steps
+from siftune.models.adapters.full import original_weights
 from siftune.models.layers import find_layers
 from siftune.models.loss import Loss, model_loss
 from siftune.models.modules import evaluating
@@ -118,6 +119,9 @@ class LayerSelection:
         self._handles: list[Any] = []
         if self.policy.needs_rows:
             refuse_taken_apart(model)
+            for group in self.groups:
+                if original_weights(group.module) is None:
+                    adapted_modules(group)  # now, not at the first scoring
         self._gates = LayerGates(model, self.groups, deliver_zeros=in_group(), alive=alive)
 
     @property

@@ -39,6 +39,12 @@ class Numbered:
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the dataset has, such as `set_epoch`, which loaders call, or the names of its columns."""
+        if name == "dataset" or name.startswith("__"):  # asked for in a worker, before there is a dataset
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
     def __len__(self) -> int:
         return len(self.dataset)
 

@@ -103,6 +103,26 @@ def test_a_stream_that_ends_in_mid_step_begins_no_second_step(tmp_path, monkeypa
     assert [choice.step for choice in choices] == penalties == [*range(6)]
 
 
+class Crops(list):
+    """Rows that are cut in another place in each epoch, which loaders announce by `set_epoch`."""
+
+    seen = ()
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __getitem__(self, index):
+        self.seen = (*self.seen, self.epoch)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("methods", [[GAST(2, "rest")], [RST(), GAST(2, "rest")], []])
+def test_a_dataset_that_changes_with_the_epoch_is_told_of_it(tmp_path, methods):
+    dataset = Crops(rows())
+    train(tmp_path, *methods, dataset=dataset, max_steps=-1, num_train_epochs=3)
+    assert [dataset.seen.count(epoch) for epoch in range(3)] == [len(dataset)] * 3
+
+
 def test_a_loader_that_is_a_list(tmp_path):
     for method in (RST(), GAST(2, "rest")):
         assert train(tmp_path, method, trainer=ListLoader)[1].state.global_step == 6

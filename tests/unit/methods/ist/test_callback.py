@@ -15,7 +15,7 @@ from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 
 from siftune import GAST, IST
-from siftune.base.errors import RecipeError, UnsupportedError
+from siftune.base.errors import AdapterError, RecipeError, UnsupportedError
 from siftune.engine.groups import group_by_layer
 from siftune.methods.host.callback import _metrics_unchanged
 
@@ -177,6 +177,25 @@ def test_resume_of_an_iterable_continues_its_position(tmp_path):
     train(tmp_path, whole, **settings)
     train(tmp_path, resumed, resume=str(tmp_path / "checkpoint-5"), **settings)
     assert [c.losses for c in second] == [c.losses for c in first[5:]]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: tiny("llama"),
+        lambda: get_peft_model(
+            tiny("llama"),
+            LoraConfig(layers_to_transform=[1], target_modules=["q_proj"], modules_to_save=["input_layernorm"]),
+        ),
+    ],
+    ids=["no adapter", "not in each layer"],
+)
+def test_layers_that_cannot_be_scored_are_refused_before_a_step(tmp_path, made):
+    steps = []
+    choices = IST(active=0.5, interval=50, on_select=steps.append)
+    with pytest.raises(AdapterError, match=r"has no PEFT adapter whose response could be damped: attach one"):
+        train(tmp_path, choices, model=made())
+    assert steps == []
 
 
 def test_adapters_whose_modules_take_arguments_of_their_own(tmp_path):
