@@ -79,7 +79,7 @@ def metrics(run):
         {"method": "ist+gast", "support_every": 3, "accumulate": 2, "adapter": "series", "dropout": 0.1},
         {"method": "ist+gast", "support_every": 3, "dtype": "bfloat16", "adapter": "full", "layers": (0, -1)},
         {"method": "dense", "target": "few.jsonl", "target_last": 0.4, "steps": None, "epochs": 3},
-        {"method": "dense", "group_by_length": True},
+        {"method": "dense", "group_by_length": True, "batch_size": 8},
     ],
     ids=["adapter", "layers", "target", "length"],
 )
