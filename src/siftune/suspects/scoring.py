@@ -104,10 +104,6 @@ def score_run(
     shutil.rmtree(folder)
 
 
-def _hash(text: bytes) -> bytes:
-    return hashlib.sha256(text).digest()
-
-
 def half_of(rows: Sequence[Row]) -> NDArray[np.int64]:
     """Number of each row's half, 0 or 1, by the hash of its text, since answers may alternate among sorted texts; (R,).
 
@@ -117,7 +113,8 @@ def half_of(rows: Sequence[Row]) -> NDArray[np.int64]:
         [0, 0, 0, 1]
     """
     texts = [*row_texts(rows)]
-    numbers = {text: number for number, text in enumerate(sorted({*texts}, key=_hash))}
+    mixed = sorted({*texts}, key=lambda text: hashlib.sha256(text).digest())
+    numbers = {text: number for number, text in enumerate(mixed)}
     return np.array([numbers[text] % 2 for text in texts])
 
 
