@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from rich.console import Console
 
 from siftune.base.errors import RecipeError
+from siftune.base.files import write_beside
 from siftune.base.settings import CONFIG, Count
 from siftune.base.stages import text_console
 from siftune.bench.cost import PLANNED, Measurement, Workload, measure, parse_methods, schedule, summarise
@@ -57,8 +58,11 @@ def run(options: Options) -> dict[str, Any]:
     against = [] if options.against is None else parse_methods(options.against)
     compared = list(dict.fromkeys(["dense" if "dense" in methods else methods[0], *against]))
     methods = list(dict.fromkeys([*methods, *against]))
-    if options.out is not None and not os.access(options.out.parent, os.W_OK):
-        raise RecipeError(f"--out {options.out} cannot be written: {options.out.parent} is no folder to write to")
+    out = None if options.out is None else options.out.expanduser()
+    if out is not None and out.is_dir():
+        raise RecipeError(f"--out {options.out} is a folder: give a file in it")
+    if out is not None and not os.access(out.parent, os.W_OK):
+        raise RecipeError(f"--out {options.out} cannot be written: {out.parent} is no folder to write to")
     if "ist" in methods and options.steps % options.interval:
         logger.warning(
             "--steps %d is no multiple of --interval %d: ist's scoring has more or less than its usual share",
@@ -92,10 +96,11 @@ def run(options: Options) -> dict[str, Any]:
     print_table(cost_table(result), output)
     for line in notes(result):
         output.print(line, markup=False)
-    if options.out is not None:
+    if out is not None:
         taken = [{name: value for name, value in asdict(each).items() if name != "facts"} for each in measurements]
         text = json.dumps({**result, "measurements": taken}, indent=2)
-        options.out.write_text(text + "\n", encoding="utf-8")
+        with write_beside(out) as [beside]:
+            beside.write_text(text + "\n", encoding="utf-8")
     return result
 
 

@@ -149,12 +149,13 @@ def record_job(job: Job, base: "Metrics", tuned: "Metrics | None", options: Opti
     """Keep the result in the run's folder, and show its table if asked."""
     from siftune.base.stages import text_console
     from siftune.evaluate.measure import compare
-    from siftune.report.evals import Eval, answers_of, metric_table, record_eval
+    from siftune.report.evals import Eval, answers_of, digest_of_rows, metric_table, record_eval
     from siftune.report.table import print_table
 
     compared = compare(base, tuned, options.level, options.seed)
     if job.subject.recipe is not None and tuned is not None:  # a run folder, which `siftune report` reads
-        result = Eval(job.data, len(job.rows), options.level, tuple(compared), answers_of(job.rows, base, tuned))
+        answers, digest = answers_of(job.rows, base, tuned), digest_of_rows(job.rows)
+        result = Eval(job.data, len(job.rows), options.level, tuple(compared), answers, digest)
         record_eval(Path(job.subject.name).expanduser(), result)
     if shown:
         table = metric_table(f"{job.subject.name} on {job.data}", compared, options.level)
@@ -179,9 +180,11 @@ def _compared(
 
     console = text_console()
     models = {job.subject.name: tuned or base for job, (base, tuned) in zip(jobs, pairs, strict=True)}
-    bases = {job.of_base: base for job, (base, tuned) in zip(jobs, pairs, strict=True) if tuned is not None}
+    of_runs = [(job, base) for job, (base, tuned) in zip(jobs, pairs, strict=True) if tuned is not None]
+    bases = {id(base): (job.subject.base, base) for job, base in of_runs}  # jobs with the same share one object
     names = [label_of(metric) for metric in pairs[0][0]]
-    lines = [(f"base {key[0]}" if len(bases) > 1 else "base", base) for key, base in bases.items()] + [*models.items()]
+    of_bases = [(f"base {name}" if len(bases) > 1 else "base", base) for name, base in bases.values()]
+    lines = [*of_bases, *models.items()]
     rows = [[name, *(value_text(metric, each.value) for metric, each in values.items())] for name, values in lines]
     print_table(Table(["model", *names], rows, f"{len(jobs[0].rows):,} rows of {jobs[0].data}"), console)
     (first, before), *others = models.items()
@@ -200,7 +203,7 @@ def measure_job(
 ) -> "tuple[Metrics, Metrics | None]":
     """Measure the base, unless it's known, and the tuned model, if something was trained."""
     from siftune.base.stages import stages, text_console
-    from siftune.cli.subjects import load_base, put_on
+    from siftune.cli.subjects import load_base, put_on, take_template
     from siftune.evaluate.measure import measure
     from siftune.evaluate.prepare import prepare_rows
 
@@ -215,9 +218,12 @@ def measure_job(
 
         progress(f"loading {subject.name}", 0, 0)
         model, tokenizer = load_base(subject, job.dtype)
+        if options.template is None and subject.adapter is not None and subject.is_ordinary:
+            take_template(subject.adapter, tokenizer)
         prepared = prepare_rows(job.rows, tokenizer, options.metrics, job.template, options.max_new_tokens)
-        if job.of_base not in bases:
-            bases[job.of_base] = measured(model, subject.base)
+        key = (*job.of_base, getattr(tokenizer, "chat_template", None))
+        if key not in bases:
+            bases[key] = measured(model, subject.base)
         if subject.adapter is None:
-            return bases[job.of_base], None
-        return bases[job.of_base], measured(put_on(model, subject), subject.name)
+            return bases[key], None
+        return bases[key], measured(put_on(model, subject), subject.name)

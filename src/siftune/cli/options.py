@@ -60,6 +60,19 @@ class Flag:
     positional: bool = False
 
 
+def as_flag(name: str, value: Any) -> list[str]:
+    """A setting as words of a command.
+
+    Example:
+        >>> as_flag("max_length", 64), as_flag("layers", (0, -1)), as_flag("completion_only", False)
+        (['--max-length', '64'], ['--layers', '0', '-1'], ['--no-completion-only'])
+    """
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+
+
 @dataclass(frozen=True)
 class _Option:
     """A field, or a field of a group, as an option."""

@@ -12,6 +12,7 @@ from siftune.base.environment import launch_rank
 from siftune.base.settings import CONFIG, Count, Positive, Validated
 from siftune.base.text import one_line
 from siftune.base.work_folder import WorkFolder
+from siftune.cli.options import as_flag
 from siftune.cli.sources import source_of
 from siftune.recipe.schema import SCORING, Recipe, with_settings
 from siftune.sifting.checks import RECORD, STEPS, PoolShare, Similarity, check_sifting
@@ -112,17 +113,10 @@ def _next(options: Options, sifted: "Sifted") -> str:
     for field in fields(options):
         value = getattr(options, field.name)
         if field.name not in own and value != field.default:
-            words += _as_flag(field.name.replace("_", "-"), value)
+            words += as_flag(field.name, value)
     for name, path in (("drop-rows", sifted.dropped), ("from-adapter", adapter)):
         words += [] if path is None else [f"--{name}", str(path)]
     return shlex.join(words)
-
-
-def _as_flag(name: str, value: Any) -> list[str]:
-    """A setting as words of a command, such as --layers 0 -1 or --no-completion-only."""
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
 
 
 def _again(options: Options, sifted: "Sifted") -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from siftune.base.errors import AdapterError, InputError, ModelError, RecipeError
+from siftune.base.errors import AdapterError, InputError, KitError, ModelError, RecipeError
 from siftune.base.files import refuse_links
 from siftune.base.json_files import read_json
 from siftune.base.links import check_links
@@ -76,7 +76,8 @@ def find_subject(
         find: Finds a source; who names several subjects gives one that remembers.
 
     Raises:
-        KitError: As `source_of`; or the return beside what was trained is damaged, or of another model.
+        KitError: As `source_of`; or the return beside what was trained is damaged, or of another model, or the base is
+            no kit.
         ModelError: There is nothing of that name, a run folder has no adapter in it, or its base is gone.
         AdapterError: An adapter's config can't be read, or names no base model.
         RecipeError: A run's recipe can't be read.
@@ -103,7 +104,12 @@ def find_subject(
     subject = Subject(source, model, find(model, public_key), trained, recipe)
     returned = trained.parent / "return"
     # an adapter does not name a model of another kind; the return beside it does
-    if not subject.is_ordinary and returned != trained and (kind := kind_of(returned)) is not None:
+    if returned != trained and (kind := kind_of(returned)) is not None:
+        if subject.is_ordinary:
+            raise KitError(
+                f"{source} was trained on a kit, but {model} is none, and may have other layers: give the kit with "
+                "--base, or the model that `siftune plug` made"
+            )
         kind.check_return(returned, subject.source)
     return subject
 

@@ -125,8 +125,8 @@ class LayerGates:
             self._groups,
             taped,
             "samples are selected in these layers already, but layers must be chosen first: list IST before GAST "
-            "among the callbacks, turn restore_callback_states_from_checkpoint off, which changes their order, and in a "
-            "custom loop attach it first",
+            "among the callbacks, turn restore_callback_states_from_checkpoint off, which changes their order, and in "
+            "a custom loop attach it first",
         )
         refuse_second(self._groups, _gates, "another method chooses among these layers already: use one of them")
         refuse_allocator(self._groups)

@@ -146,7 +146,8 @@ def _choices(row: Row) -> list[str]:
 
 def _answer_index(row: Row, choices: list[str]) -> int:
     """Find the right choice by its index or text."""
-    answer = row.extra.get("answer", row.completion)
+    answer = row.extra.get("answer")
+    answer = row.completion if answer is None else answer
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
         return answer
     if isinstance(answer, str):

@@ -19,11 +19,13 @@ class Basis:
         runs: The runs that it applies to; others are measured on other rows, or not at all.
         data: Held-out rows; empty for the held-out losses of training.
         metric: Its name; empty for a loss.
+        rows: What measurements on these rows have in common: see `Eval.same`.
     """
 
     runs: tuple[RunData, ...] = ()
     data: str = ""
     metric: str = ""
+    rows: tuple[str, int] = ("", 0)
 
 
 def basis_of(runs: Sequence[RunData]) -> Basis:
@@ -39,14 +41,11 @@ def basis_of(runs: Sequence[RunData]) -> Basis:
                     each
                     for each in runs
                     if (metric != PERPLEXITY or _tokens(each.recipe) == _tokens(run.recipe))
-                    and any(
-                        (of.data, of.rows) == (one.data, one.rows) and metric in {row.metric for row in of.metrics}
-                        for of in each.evals
-                    )
+                    and any(of.same == one.same and metric in {row.metric for row in of.metrics} for of in each.evals)
                 )
                 if len(members) > len(best.runs):
-                    best = Basis(members, one.data, metric)
-    if len(best.runs) == 1 < len(runs) or all(measured(run, best.data, best.metric).tuned is None for run in best.runs):
+                    best = Basis(members, one.data, metric, one.same)
+    if len(best.runs) == 1 < len(runs) or all(measured(run, best).tuned is None for run in best.runs):
         return _by_loss(runs)
     return best
 
@@ -70,14 +69,15 @@ def others_text(runs: Sequence[RunData], basis: Basis) -> str:
     return f"{listed(others)} {verb} not compared: not measured on the same held-out rows."
 
 
-def measured(run: RunData, data: str, metric: str) -> MetricRow:
-    """The measurement of a run by a metric on held-out rows."""
-    return next(row for one in run.evals if one.data == data for row in one.metrics if row.metric == metric)
+def measured(run: RunData, basis: Basis) -> MetricRow:
+    """The measurement by which a run is compared."""
+    rows = (row for one in run.evals if one.same == basis.rows for row in one.metrics)
+    return next(row for row in rows if row.metric == basis.metric)
 
 
-def level_text(run: RunData, data: str) -> str:
-    """Coverage of the intervals of a measurement, as text."""
-    return f"{100 * next(one.level for one in run.evals if one.data == data):g}{NBSP}%"
+def level_text(run: RunData, basis: Basis) -> str:
+    """Coverage of the intervals of that measurement, as text."""
+    return f"{100 * next(one.level for one in run.evals if one.same == basis.rows):g}{NBSP}%"
 
 
 def _held_out(recipe: Recipe) -> tuple[object, ...]:

@@ -41,7 +41,7 @@ def _result_of_run(run: RunData) -> str:
         return _under_way(run)
     if not basis.metric:
         return _by_loss(run)
-    row = measured(run, basis.data, basis.metric)
+    row = measured(run, basis)
     if row.tuned is None or row.difference is None or row.low is None or row.high is None:
         return _by_loss(run)
     base, tuned = (value_text(row.metric, value) for value in (row.base, row.tuned))
@@ -49,7 +49,7 @@ def _result_of_run(run: RunData) -> str:
     unit = "" if row.metric == PERPLEXITY else " points"
     return (
         f"On {counted(row.rows, 'held-out row')}, {label_of(row.metric)} went from {base} to {tuned}: {change}{unit}, "
-        f"{level_text(run, basis.data)} interval {low} to {high}."
+        f"{level_text(run, basis)} interval {low} to {high}."
     )
 
 
@@ -84,8 +84,8 @@ def _result_of_runs(runs: Sequence[RunData]) -> str:
     count = f"{len(runs)}" if len(basis.runs) == len(runs) else f"{len(basis.runs)} comparable"
     if not basis.metric:
         return _by_losses(basis, count)
-    data, metric = basis.data, basis.metric
-    metrics = {run.name: measured(run, data, metric) for run in basis.runs}
+    metric = basis.metric
+    metrics = {run.name: measured(run, basis) for run in basis.runs}
     valued = {name: row.tuned for name, row in metrics.items() if row.tuned is not None}
     order = sorted(valued, key=lambda name: valued[name], reverse=metric != PERPLEXITY)
     best = metrics[order[0]]
@@ -95,7 +95,7 @@ def _result_of_runs(runs: Sequence[RunData]) -> str:
         others.append(f"{value_text(metric, best.base)} for the base model")
     interval = ""
     if best.tuned_interval is not None:
-        level = level_text(next(run for run in runs if run.name == order[0]), data)
+        level = level_text(next(run for run in runs if run.name == order[0]), basis)
         low, high = (value_text(metric, bound) for bound in best.tuned_interval)
         interval = f" ({level} interval {low} to {high})"
     names = listed([f"“{name}”" for name in first]) if len(first) < 5 else f"{len(first)} runs"
@@ -144,20 +144,18 @@ def _quality(runs: Sequence[RunData]) -> tuple["_Quality", list[str]]:
         }
         words = ["Quality is the held-out loss, which has no interval here."] if losses else []
         return _Quality("held-out loss", losses), [*words, *advice]
-    data, metric = basis.data, basis.metric
+    metric = basis.metric
     points = {}
     for run in basis.runs:
-        row = measured(run, data, metric)
+        row = measured(run, basis)
         if row.tuned is not None:
             points[run.name] = Point(run.name, row.tuned, *(row.tuned_interval or (None, None)))
     first = basis.runs[0]
-    of_base = f"; the base model has {value_text(metric, measured(first, data, metric).base)}"
+    of_base = f"; the base model has {value_text(metric, measured(first, basis).base)}"
     if len({run.recipe.model for run in basis.runs}) > 1:
         of_base = ""
-    words = [
-        f"Quality: {label_of(metric)} on {data_name(data)}{of_base}. Bars are {level_text(first, data)} intervals over "
-        "rows."
-    ]
+    bars = f"Bars are {level_text(first, basis)} intervals over rows."
+    words = [f"Quality: {label_of(metric)} on {data_name(basis.data)}{of_base}. {bars}"]
     return _Quality(label_of(metric), points, metric), [*words, *advice]
 
 

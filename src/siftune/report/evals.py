@@ -1,13 +1,15 @@
 """Measurements of `siftune eval` and the demo: their table, and RUN/eval.json.
 
-The file is a list of measurements, the newest last, one for each file of held-out rows: `data`, `rows`, `level`,
-`metrics` (see `MetricRow`), and the first answers of base and tuned model, if they generated any.
+The file is a list of measurements, one for each set of held-out rows: `data`, `digest`, `rows`, `level`, `metrics` (see
+`MetricRow`), and the first answers of base and tuned model, if they generated any. The newest is last, except for one
+on a part of a file's rows.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from siftune.base.errors import InputError
 from siftune.base.files import write_beside
 from siftune.base.json_files import read_json, sealed, unsealed
 from siftune.base.text import finite, jsonable, one_line
-from siftune.data.rows import Row, text_of
+from siftune.data.rows import Row, row_texts, text_of
 from siftune.evaluate.measure import PERPLEXITY, Metric, MetricRow
 from siftune.report.table import Table
 from siftune.report.words import percent, points, short
@@ -48,6 +50,19 @@ class Eval:
     level: float  # coverage of the intervals
     metrics: tuple[MetricRow, ...]
     answers: tuple[Answer, ...] = ()  # the first rows' answers; empty where the models wrote none
+    digest: str = ""  # of the rows; empty if unknown
+
+    @property
+    def same(self) -> tuple[str, int]:
+        """Equal for measurements on the same rows, whatever their file is called."""
+        return self.digest or self.data, self.rows
+
+
+def digest_of_rows(rows: Sequence[Row]) -> str:
+    """Hash of the texts, right answers and choices of rows, in their order."""
+    answers = (repr((row.extra.get("answer"), row.extra.get("choices"))).encode() for row in rows)
+    parts = (part for pair in zip(row_texts(rows), answers, strict=True) for part in pair)
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def answers_of(rows: Sequence[Row], base: Mapping[str, Metric], tuned: Mapping[str, Metric]) -> tuple[Answer, ...]:
@@ -76,13 +91,22 @@ def _right(row: Row) -> str:
 def record_eval(run: Path, found: Eval) -> None:
     """Keep a measurement in a run's folder, in the place of an earlier one on the same rows.
 
-    Logs a warning if the folder cannot be written to, because the measurement itself succeeded.
+    Metrics that only the earlier one has, and its answers, remain. Logs a warning if the folder cannot be written to,
+    because the measurement itself succeeded.
     """
     try:
-        others = [one for one in read_evals(run) if one.data != found.data]
-        text = json.dumps([sealed(_plain(one)) for one in (*others, found)], indent=1) + "\n"
+        before = read_evals(run)
+        others = [one for one in before if one.same != found.same]
+        for old in before:
+            if (old.same, old.level) == (found.same, found.level):
+                names = {metric.metric for metric in found.metrics}
+                kept = (metric for metric in old.metrics if metric.metric not in names)
+                found = replace(found, metrics=(*found.metrics, *kept), answers=found.answers or old.answers)
+        is_part = any(one.data == found.data and one.rows > found.rows for one in others)
+        every = [found, *others] if is_part else [*others, found]
+        text = json.dumps([sealed(_plain(one)) for one in every], indent=1)
         with write_beside(run / EVALS) as [beside]:
-            beside.write_text(text, encoding="utf-8")
+            beside.write_text(f"{text}\n", encoding="utf-8")
     except (OSError, InputError) as error:
         logger.warning("%s keeps no record of this measurement: %s", run, error)
 
@@ -115,7 +139,8 @@ def _eval(record: Mapping[str, Any]) -> Eval:
     """A measurement from an untrusted file; every value is converted to its type, or fails."""
     metrics = tuple(_metric(metric) for metric in record["metrics"])
     answers = tuple(_answer(answer) for answer in record["answers"])
-    return Eval(str(record["data"]), int(record["rows"]), finite(record["level"]), metrics, answers)
+    data, rows, level = str(record["data"]), int(record["rows"]), finite(record["level"])
+    return Eval(data, rows, level, metrics, answers, str(record.get("digest", "")))
 
 
 def _answer(record: Mapping[str, Any]) -> Answer:

@@ -100,7 +100,7 @@ def results(runs: Sequence[RunData]) -> Section | None:
             newest = run.evals[-1]
             questions = tuple((one.prompt, one.right) for one in newest.answers)
             column = run.name if len(runs) > 1 else "tuned"
-            groups.setdefault((newest.data, newest.rows, run.recipe.model, questions), []).append((column, newest))
+            groups.setdefault((newest.same, run.recipe.model, questions), []).append((column, newest))
     figures, tables = [], []
     for group in groups.values():
         newest = group[0][1]

@@ -47,6 +47,12 @@ def bench(folder, *arguments):
     return main(["bench", "--model", str(folder), "--steps", "2", "--interval", "2", *arguments])
 
 
+def test_a_folder_in_place_of_the_file_is_refused_before_anything_is_measured(folder, worked, tmp_path, capsys):
+    assert bench(folder, "--out", str(tmp_path)) == 2
+    assert capsys.readouterr().err == f"siftune: error: --out {tmp_path} is a folder: give a file in it\n"
+    assert worked == []
+
+
 def test_methods_take_turns_and_are_compared(folder, worked, capsys):
     assert bench(folder, "--against", "trl", "--rounds", "2", "--threads", "3", "--json") == 0
     ours = ["dense", "rst", "ist", "gast-rest"]

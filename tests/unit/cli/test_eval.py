@@ -99,7 +99,8 @@ def test_a_run_is_measured_on_the_share_that_it_held_out(place, monkeypatch):
     [few] = run(Options(("one",), metrics=("perplexity",), limit=2))["runs"]
     assert few["metrics"][0]["rows"] == 2
     record = json.loads((place / "one" / "eval.json").read_text())
-    assert [entry["data"] for entry in record] == [one["data"]]
+    measured = [(entry["data"], entry["rows"]) for entry in record]
+    assert measured == [(one["data"], 2), (one["data"], len(held) - 1)]  # the larger one remains
 
 
 def test_runs_on_one_base_measure_it_once(place, monkeypatch):
@@ -151,6 +152,19 @@ def test_runs_on_the_same_rows_are_compared_row_by_row(place, capsys, caplog):
     recipe.write_text(recipe.read_text().replace("rows.jsonl", "others.jsonl"))
     note_recipe(place / "two")
     assert run(Options(("one", "two"), metrics=("perplexity",)))["compared"] == []
+
+
+def test_an_adapter_has_the_chat_template_that_was_saved_with_it(place):
+    """As `ask` and `export` have it; its base is measured with it, too."""
+    text = "{% for message in messages %}{{ message['content'] }}, and so on{% endfor %}"
+    (place / "one" / "adapter" / "chat_template.jinja").write_text(text)
+    options = Options(("one/adapter", "two/adapter"), data="rows.jsonl", metrics=("perplexity",), base="base")
+    one, two = run(options)["runs"]
+    [given] = run(replace(options, runs=("one/adapter",), template=place / "one" / "adapter" / "chat_template.jinja"))[
+        "runs"
+    ]
+    assert one["metrics"] == given["metrics"]
+    assert one["metrics"][0]["base"] != two["metrics"][0]["base"]
 
 
 def test_an_adapter_folder_by_itself(place):

@@ -55,9 +55,9 @@ def test_perplexity_labels_are_the_completion_as_in_training(template):
     assert TOKENIZER.decode(ids[: -len(learned)]) == start
 
 
-@pytest.mark.parametrize("answer", [1, "five", " Five. ", None])
+@pytest.mark.parametrize("answer", [1, "five", " Five. ", None, "missing"])
 def test_choices_follow_the_prompt_and_end_like_completions(answer):
-    extra = {"choices": ["four", "five"]} | ({} if answer is None else {"answer": answer})
+    extra = {"choices": ["four", "five"]} | ({} if answer == "missing" else {"answer": answer})
     [item] = prepare_rows(rows({"prompt": "2+3?", "completion": "five", **extra}), PLAIN).items
     assert PLAIN.decode(item.prompt_ids) == "2+3?"
     assert [PLAIN.decode(ids) for ids in item.choices_ids] == ["four<|end|>", "five<|end|>"]

@@ -1,7 +1,8 @@
 """Metrics as a table, for one model and for two."""
 
+from siftune.data.rows import rows_from
 from siftune.evaluate.measure import MetricRow
-from siftune.report.evals import metric_table
+from siftune.report.evals import Answer, Eval, digest_of_rows, metric_table, read_evals, record_eval
 from siftune.report.table import plain_table
 
 PAIR = metric_table(
@@ -34,3 +35,43 @@ def test_one_model_as_lines():
         "multiple choice     8  50.0 %  25.0 % to 75.0 %",
         "perplexity          8   1,234",
     ]
+
+
+def test_another_measurement_on_the_same_rows_keeps_other_metrics_and_answers(tmp_path):
+    answers = (Answer("1+1?", "2", "3", "2", False, True),)
+    exact, loss, lower = (
+        MetricRow("exact_match", 9, 0.5),
+        MetricRow("perplexity", 9, 3.0),
+        MetricRow("perplexity", 9, 2.0),
+    )
+    record_eval(tmp_path, Eval("a.jsonl", 9, 0.95, (exact, loss), answers, "same"))
+    record_eval(tmp_path, Eval("/full/a.jsonl", 9, 0.95, (lower,), digest="same"))
+    assert read_evals(tmp_path) == [Eval("/full/a.jsonl", 9, 0.95, (lower, exact), answers, "same")]
+    record_eval(tmp_path, Eval("a.jsonl", 9, 0.9, (lower,), digest="same"))  # intervals of another level
+    assert read_evals(tmp_path) == [Eval("a.jsonl", 9, 0.9, (lower,), digest="same")]
+
+
+def test_a_measurement_on_a_part_of_the_rows_comes_first_and_replaces_none(tmp_path):
+    whole, part, other = (
+        Eval(f"{name}.jsonl", rows, 0.95, (MetricRow("perplexity", rows, 3.0),), digest=f"{name}{rows}")
+        for name, rows in (("a", 9), ("a", 2), ("b", 4))
+    )
+    for one in (whole, part, part):
+        record_eval(tmp_path, one)
+    assert read_evals(tmp_path) == [part, whole]
+    record_eval(tmp_path, other)
+    assert read_evals(tmp_path) == [part, whole, other]
+
+
+def test_rows_with_another_answer_or_order_are_other_rows():
+    one = {"prompt": "1+1?", "completion": "2"}
+    kinds = [
+        [one],
+        [one, one],
+        [{**one, "answer": "two"}],
+        [{**one, "choices": ["2", "3"]}],
+        [{**one, "completion": "3"}],
+    ]
+    digests = [digest_of_rows(rows_from(rows)) for rows in kinds]
+    assert len({*digests}) == len(kinds)
+    assert digest_of_rows(rows_from([one], "other")) == digests[0]

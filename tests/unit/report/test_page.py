@@ -164,8 +164,21 @@ def test_runs_of_two_models_share_no_base_and_no_perplexity(tmp_path):
     assert "the base model has" not in text_of(sections(subjects(*runs))[0])
     perplexity = MetricRow("perplexity", 200, 6.5, 1.7, -4.8, -5.2, -4.4)
     for run in runs:
-        record_eval(run, replace(read_evals(run)[0], metrics=(perplexity,)))
+        [measured] = read_evals(run)
+        (run / "eval.json").unlink()
+        record_eval(run, replace(measured, metrics=(perplexity,)))
     assert headline(subjects(*runs)) == "2 runs, not measured on the same held-out rows."
+
+
+@pytest.mark.parametrize(("names", "digests", "same"), [("tt", "ab", False), ("tu", "aa", True)])
+def test_measurements_are_compared_by_their_rows_whatever_the_file_is_called(tmp_path, names, digests, same):
+    runs = [save_run(tmp_path / name) for name in ("one", "two")]
+    for run, name, digest in zip(runs, names, digests, strict=True):
+        metric = MetricRow("choices", 9, 0.2, 0.5, 0.3, 0.1, 0.5, (0.1, 0.3), (0.4, 0.6))
+        record_eval(run, Eval(f"{name}.jsonl", 9, 0.95, (metric,), digest=digest))
+    assert ("on 9 held-out rows" in headline(subjects(*runs))) == same
+    [words] = [text_of(section) for section in sections(subjects(*runs)) if section.anchor == "results"]
+    assert words.count("9 rows of") == (1 if same else 2)
 
 
 def test_perplexity_is_better_when_less(tmp_path):

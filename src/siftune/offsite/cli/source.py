@@ -1,11 +1,14 @@
 """Kits as models that commands take, and returns as results of runs on them: the entry in `cli/sources.py`."""
 
+import shlex
 from pathlib import Path
 from typing import NoReturn
 
 from torch import nn
 
 from siftune.base.errors import KitError, ModelError
+from siftune.cli.options import as_flag
+from siftune.offsite.audits.settings import AuditOptions
 from siftune.offsite.emulator.model import outer_names
 from siftune.offsite.exchange.returned import open_return, read_return
 from siftune.offsite.exchange.tune import KitSource
@@ -70,7 +73,19 @@ def next_steps(recipe: Recipe, run: RunFolder) -> list[str]:
     return [
         f"return in {run.returned}: send it to the model's owner, who runs "
         "`siftune plug --model BASE --kit KIT --return RETURN --out TUNED`",
-        f"before you send it, measure what it reveals: `siftune audit --kit {recipe.model} --return {run.returned} "
-        f"--train {train_files(recipe)[0]} --eval {recipe.eval or 'OTHERS'}`",
-        f"next: `siftune eval {run.path} --data FILE`",
+        f"before you send it, measure what it reveals: {_audit(recipe, run)}",
+        f"next: `siftune eval {shlex.quote(str(run.path))} --data FILE`",
     ]
+
+
+def _audit(recipe: Recipe, run: RunFolder) -> str:
+    """The command that audits a return with the rows and settings of its training."""
+    files, defaults = train_files(recipe), AuditOptions()
+    words = ["siftune", "audit", "--kit", recipe.model, "--return", str(run.returned), "--train", files[0]]
+    words += ["--eval", recipe.eval or "OTHERS"]
+    for name in ("limit", "columns", "template", "max_length", "completion_only"):
+        if (value := getattr(recipe, name)) != getattr(defaults, name):
+            words += as_flag(name, value)
+    is_part = len(files) > 1 or recipe.eval_share or recipe.drop_rows or recipe.target
+    rows = ", with a file of exactly the rows that it was tuned on as --train" if is_part else ""
+    return f"`{shlex.join(words)}`{rows}"

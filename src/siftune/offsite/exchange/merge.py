@@ -67,8 +67,9 @@ def _check_together(names: Sequence[str], returns: Sequence[Mapping[str, Tensor]
     thin = [name for name, returned in zip(names, returns, strict=True) if is_thin(returned)]
     if whole := [name for name in names if name not in thin] if thin else []:
         raise KitError(
-            f"return {thin[0]} holds LoRA's factors and return {whole[0]} whole layers: merge returns of one kind of "
-            "adapter, and plug the others in by themselves"
+            f"return {thin[0]} holds LoRA's factors and return {whole[0]} whole layers, as after full tuning, or "
+            "LoRA of a rank whose factors would be larger: merge returns of one kind, and plug the others in by "
+            "themselves"
         )
 
 

@@ -363,7 +363,9 @@ def test_the_command_names_the_return(kit, rows, tmp_path, capsys):
     assert "adapter" not in result
     last = captured.err.splitlines()[-3:]
     assert last[0].startswith(f"return in {tmp_path}/run/return: send it to the model's owner, who runs `siftune plug ")
-    audit = f"`siftune audit --kit {kit.path} --return {tmp_path}/run/return --train {rows} --eval OTHERS`"
+    audit = (
+        f"`siftune audit --kit {kit.path} --return {tmp_path}/run/return --train {rows} --eval OTHERS --template none`"
+    )
     assert last[1].endswith(audit)
     assert last[2] == f"next: `siftune eval {tmp_path}/run --data FILE`"
     card = (tmp_path / "run" / "README.md").read_text()
