@@ -90,7 +90,7 @@ def find_subject(
         recipe = load_recipe(path / "recipe.yaml")
         trained, model = _trained_in(path), recipe.model
     elif (path / CONFIG).is_file():
-        trained, model = path, _base_of(path)
+        trained, model = path, base or _base_of(path)
     elif holds_tuned(path):
         check_links(path)
         trained, model = path, read_about(path).base
@@ -235,5 +235,5 @@ def _base_of(adapter: Path) -> str:
     """Read which model an adapter belongs to."""
     base: str | None = read_config(adapter).get("base_model_name_or_path")
     if not base:
-        raise AdapterError(f"{adapter / CONFIG} names no base model; fill in base_model_name_or_path.")
+        raise AdapterError(f"{adapter / CONFIG} names no base model: fill in base_model_name_or_path, or give --base")
     return base
