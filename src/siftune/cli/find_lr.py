@@ -1,5 +1,6 @@
 """`siftune find-lr`: find the learning rate of each method, on held-out rows."""
 
+import shlex
 import time
 from dataclasses import fields
 from functools import partial
@@ -64,10 +65,10 @@ def run(options: Options) -> dict[str, Any]:
     shown = text_console()
     print_table(table(runs), shown)
     shown.print("\n".join([before(base), "", *advice(runs, base)]), markup=False)
-    seconds = round(time.monotonic() - started, 1)
+    seconds, recipe_of = round(time.monotonic() - started, 1), shlex.quote(f"{path}/METHOD.yaml")
     console.print(
         f"done in {seconds:.0f} s: table and a recipe for each method, at the rate of your settings, in {path}\n"
-        f"next: `siftune report {path}` draws it, `siftune train {path}/METHOD.yaml --lr RATE --out RUN`",
+        f"next: `siftune report {shlex.quote(str(path))}` draws it, `siftune train {recipe_of} --lr RATE --out RUN`",
         markup=False,
     )
     return {"folder": path, **result, "seconds": seconds}

@@ -1,5 +1,6 @@
 """`siftune train`: fine-tune from a recipe, from flags, or both."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -174,6 +175,7 @@ def _whereabouts(finished: "Run", recipe: Recipe) -> str:
         return "\n".join([*lines, *kind.next_steps(recipe, finished.folder)])
     rows = " --data FILE" if finished.summary["eval_loss"] is None else ""
     merges = recipe.adapter == "full" or ADAPTER_TYPES[recipe.adapter].unmergeable is None
-    export = [f"export {path}"] if merges else []
-    commands = (f"eval {path}{rows}", f"report {path}", *export, f"ask {path} PROMPT")
+    run = shlex.quote(str(path))
+    export = [f"export {run}"] if merges else []
+    commands = (f"eval {run}{rows}", f"report {run}", *export, f"ask {run} PROMPT")
     return "\n".join([*lines, f"next: {', '.join(f'`siftune {command}`' for command in commands)}"])

@@ -1,5 +1,6 @@
 """`siftune emulate`: compress a model's middle and write a kit that another party can tune."""
 
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -116,16 +117,17 @@ def _stages(options: Options, settings: "EmulatorSettings") -> list[str]:
 
 def _say(kit: "Kit", result: dict[str, Any], options: Options, console: Console) -> None:
     """Sum up, and name the next steps of both sides."""
+    path, model = shlex.quote(str(kit.path)), shlex.quote(options.model)
     for line in (
         f"done in {result['seconds']:.0f} s: {100 * result['middle']['kept']:.1f} % of the middle's parameters kept",
         f"emulator {result['emulator_mb']:,.1f} MB, layers to tune {result['outer_mb']:,.1f} MB; "
         f"the base model would be {result['base_mb']:,.1f} MB in {result['dtype']}",
         f"kit in {kit.path}: hand out all of this folder, and nothing else",
         _identifiable(options),
-        f"next, you: `siftune audit --model {options.model} --kit {kit.path} --train FILE --eval FILE`, "
+        f"next, you: `siftune audit --model {model} --kit {path} --train FILE --eval FILE`, "
         "to see what the kit gives away",
         "the data owner: `siftune verify KIT`, `siftune train --model KIT --train FILE`, then return RUN/return",
-        f"you again: `siftune plug --model {options.model} --kit {kit.path} --return RETURN --out TUNED`",
+        f"you again: `siftune plug --model {model} --kit {path} --return RETURN --out TUNED`",
     ):
         console.print(line, markup=False)
 
