@@ -86,6 +86,7 @@ $run raters --methods sifted --steps 45
 $run intents-a,intents-b,intents-c --known 16 --methods few target --steps 90
 $run intents-a,intents-b,intents-c --known 16 --methods sifted --steps 45
 $run tasks-intents,tasks-slots --methods few sifted --steps 90 --seeds 0,1,2
+$run tasks-intents --methods few sifted --steps 90 --seeds 3,4
 $run tasks-intents,tasks-slots --methods target --steps 90
 $run tasks-slots --methods sifted --steps 45
 $run tasks-intents,tasks-slots --methods few --steps 180
@@ -97,6 +98,9 @@ $run intents-b --methods target sifted-base --steps 180
 $run intents-b --methods target --steps 360
 $run intents-a --rows 720 --models qwen0.5b --methods few target sifted-base --steps 45
 $run tasks-intents --models qwen0.5b --methods few sifted --steps 45
+more="--models qwen0.5b --steps 45 --methods few=few,dtype:float32 sifted=sifted,dtype:float32"
+$run tasks-slots $more
+$run intents-b --rows 720 --seeds 0,1 $more target=target,dtype:float32
 $run tasks-intents --methods retrieved=retrieved,share:0.171,dtype:float32 --steps 90 --seeds 0,1,2
 $run tasks-intents --methods rds=rds,share:0.171,dtype:float32 --steps 90
 $run tasks-slots --methods retrieved=retrieved,share:0.174,dtype:float32 --steps 90
