@@ -218,7 +218,8 @@ def measure_job(
 
         progress(f"loading {subject.name}", 0, 0)
         model, tokenizer = load_base(subject, job.dtype)
-        if options.template is None and subject.adapter is not None and subject.is_ordinary:
+        # a run's recipe names its template
+        if options.template is None and subject.recipe is None and subject.adapter is not None and subject.is_ordinary:
             take_template(subject.adapter, tokenizer)
         prepared = prepare_rows(job.rows, tokenizer, options.metrics, job.template, options.max_new_tokens)
         key = (*job.of_base, getattr(tokenizer, "chat_template", None))

@@ -351,7 +351,7 @@ def read_template(path: Path) -> str:
     """Read a chat template from a text file.
 
     Raises:
-        RecipeError: It cannot be read, or is too long.
+        RecipeError: It cannot be read, is empty, or is too long.
     """
     try:
         with path.expanduser().open(encoding="utf-8-sig") as file:
@@ -363,4 +363,6 @@ def read_template(path: Path) -> str:
         ) from error
     if len(text) > _LONGEST:
         raise RecipeError(f"template {path} has more than {_LONGEST:,} characters: give a chat template.")
+    if not text.strip():
+        raise RecipeError(f"template {path} is empty: give a chat template, or none to use none")
     return text

@@ -261,6 +261,13 @@ def test_a_template_from_a_file(tmp_path):
 # refusals
 
 
+def test_an_empty_template_is_refused(tmp_path):
+    """It would count as none."""
+    (tmp_path / "t.jinja").write_text(" \n")
+    with pytest.raises(RecipeError, match=r"t.jinja is empty: give a chat template"):
+        Encoder(byte_tokenizer(), tmp_path / "t.jinja")
+
+
 def test_templates_are_checked():
     with pytest.raises(RecipeError, match="template alpaca cannot be read"):
         Encoder(CHAT, "alpaca")
