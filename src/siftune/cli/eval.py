@@ -156,7 +156,7 @@ def record_job(job: Job, base: "Metrics", tuned: "Metrics | None", options: Opti
     if job.subject.recipe is not None and tuned is not None:  # a run folder, which `siftune report` reads
         answers, digest = answers_of(job.rows, base, tuned), digest_of_rows(job.rows)
         result = Eval(job.data, len(job.rows), options.level, tuple(compared), answers, digest)
-        record_eval(Path(job.subject.name).expanduser(), result)
+        record_eval(Path(job.subject.name).expanduser(), result, is_part=options.limit is not None)
     if shown:
         table = metric_table(f"{job.subject.name} on {job.data}", compared, options.level)
         print_table(table, text_console())

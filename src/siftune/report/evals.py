@@ -1,8 +1,8 @@
 """Measurements of `siftune eval` and the demo: their table, and RUN/eval.json.
 
-The file is a list of measurements, one for each set of held-out rows: `data`, `digest`, `rows`, `level`, `metrics` (see
-`MetricRow`), and the first answers of base and tuned model, if they generated any. The newest is last, except for one
-on a part of a file's rows.
+The file is a list of measurements, the newest last, one for each file of held-out rows, and before it one for each part
+of them that was measured since: `data`, `digest`, `rows`, `level`, `metrics` (see `MetricRow`), and the first answers
+of base and tuned model, if they generated any.
 """
 
 import hashlib
@@ -88,22 +88,27 @@ def _right(row: Row) -> str:
     return answer.strip() if isinstance(answer, str) and answer.strip() else row.completion.strip()
 
 
-def record_eval(run: Path, found: Eval) -> None:
-    """Keep a measurement in a run's folder, in the place of an earlier one on the same rows.
+def record_eval(run: Path, found: Eval, is_part: bool = False) -> None:
+    """Keep a measurement in a run's folder, in the place of earlier ones on the same rows or another state of the file.
 
-    Metrics that only the earlier one has, and its answers, remain. Logs a warning if the folder cannot be written to,
-    because the measurement itself succeeded.
+    Metrics that only one on the same rows has, and its answers, remain. Logs a warning if the folder cannot be written
+    to, because the measurement itself succeeded.
+
+    Args:
+        run: The run folder.
+        found: The measurement.
+        is_part: Whether it is on a part of the file's rows; one on all of them stays the newest.
     """
     try:
         before = read_evals(run)
-        others = [one for one in before if one.same != found.same]
+        others = [one for one in before if one.same != found.same and (is_part or one.data != found.data)]
         for old in before:
             if (old.same, old.level) == (found.same, found.level):
                 names = {metric.metric for metric in found.metrics}
                 kept = (metric for metric in old.metrics if metric.metric not in names)
                 found = replace(found, metrics=(*found.metrics, *kept), answers=found.answers or old.answers)
-        is_part = any(one.data == found.data and one.rows > found.rows for one in others)
-        every = [found, *others] if is_part else [*others, found]
+        first = is_part and any(one.data == found.data for one in others)
+        every = [found, *others] if first else [*others, found]
         text = json.dumps([sealed(_plain(one)) for one in every], indent=1)
         with write_beside(run / EVALS) as [beside]:
             beside.write_text(f"{text}\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from siftune.base.environment import reset_peak_memory
 from siftune.base.errors import InputError, UnsupportedError
@@ -54,15 +54,19 @@ logger = logging.getLogger(__name__)
 class _ByLength(LengthGroupedSampler):  # type: ignore[misc]
     """transformers' sampler; its order depends on seed and epoch alone, so that a resumed run has the same one."""
 
-    _epoch = 0
+    def __init__(self, together: int, lengths: Sequence[int], seed: int) -> None:
+        super().__init__(together, lengths=list(lengths))
+        self._seed = seed
+        self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, from 0."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        drawn = torch.Generator().manual_seed(self.generator.initial_seed() + self._epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=drawn))
+        self.generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        order: Iterator[int] = super().__iter__()
+        return order
 
 
 class SiftTrainer(Trainer):  # type: ignore[misc]
@@ -157,7 +161,7 @@ class SiftTrainer(Trainer):  # type: ignore[misc]
         data = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy == "group_by_length":
             together = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            return _ByLength(together, lengths=data["length"], generator=torch.Generator().manual_seed(self.args.seed))
+            return _ByLength(together, data["length"], self.args.seed)
         marks = data[AIMED] if AIMED in data.column_names else []
         if len(set(marks)) < 2:
             return super()._get_train_sampler(train_dataset)

@@ -77,15 +77,16 @@ def test_activation_checkpointing_changes_nothing(checkpointing):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_may_run_a_layers_hooks_again(monkeypatch, reentrant, zeros):
     model = adapted()
-    model.enable_input_require_grads()
+    if reentrant:
+        model.enable_input_require_grads()
     inputs = batch(model)
     with LayerGates(model, group_by_layer(model), deliver_zeros=zeros) as gates:
         gates.set_active([1, 3])
         expected = grads(model, inputs)
         checkpoint_whole_layers(model, monkeypatch, reentrant)
         got = grads(model, inputs)
-    found = {name.split(".layers.")[1][0] for name, grad in got.items() if grad is not None and grad.any()}
-    assert found == {"1", "3"}
+    trained = {name: grad for name, grad in got.items() if grad is not None and (not zeros or grad.any())}
+    assert {name.split(".layers.")[1][0] for name in trained} == {"1", "3"}
     for name, grad in expected.items():
         torch.testing.assert_close(got[name], grad)
 

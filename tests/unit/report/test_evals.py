@@ -1,5 +1,7 @@
 """Metrics as a table, for one model and for two."""
 
+from dataclasses import replace
+
 from siftune.data.rows import rows_from
 from siftune.evaluate.measure import MetricRow
 from siftune.report.evals import Answer, Eval, digest_of_rows, metric_table, read_evals, record_eval
@@ -51,16 +53,23 @@ def test_another_measurement_on_the_same_rows_keeps_other_metrics_and_answers(tm
     assert read_evals(tmp_path) == [Eval("a.jsonl", 9, 0.9, (lower,), digest="same")]
 
 
-def test_a_measurement_on_a_part_of_the_rows_comes_first_and_replaces_none(tmp_path):
+def test_a_measurement_on_a_part_of_the_rows_comes_first_and_is_replaced_by_one_on_all(tmp_path):
     whole, part, other = (
         Eval(f"{name}.jsonl", rows, 0.95, (MetricRow("perplexity", rows, 3.0),), digest=f"{name}{rows}")
         for name, rows in (("a", 9), ("a", 2), ("b", 4))
     )
-    for one in (whole, part, part):
-        record_eval(tmp_path, one)
-    assert read_evals(tmp_path) == [part, whole]
+    record_eval(tmp_path, part, is_part=True)
+    assert read_evals(tmp_path) == [part]
+    record_eval(tmp_path, whole)
+    assert read_evals(tmp_path) == [whole]
+    for _ in range(2):
+        record_eval(tmp_path, part, is_part=True)
+        assert read_evals(tmp_path) == [part, whole]
     record_eval(tmp_path, other)
     assert read_evals(tmp_path) == [part, whole, other]
+    shorter = replace(whole, rows=8, digest="of the file as it is now")
+    record_eval(tmp_path, shorter)
+    assert read_evals(tmp_path) == [other, shorter]
 
 
 def test_rows_with_another_answer_or_order_are_other_rows():
