@@ -132,8 +132,7 @@ class _Work:
     def _train(self, seconds: float) -> Record:
         commands = self.commands
         before, commands.sifted = commands.seconds, None
-        if self.method.get("rows") == "sifted":
-            self._sift()
+        first = self._sift() if self.method.get("rows") == "sifted" else None
         with self._engine():
             commands.run(*words_of(self.job))
         summary = summary_of("run")
@@ -143,7 +142,10 @@ class _Work:
             "followed": summary["followed"],
         }
         if commands.sifted is not None:
-            line |= {**self._groups(commands.sifted.selected), "sift_seconds": round(commands.sift_seconds, 1)}
+            selected = commands.sifted.selected
+            if first is not None and "sift" in self.method:  # numbers among the rows that were selected first
+                selected = [first[number] for number in selected]
+            line |= {**self._groups(selected), "sift_seconds": round(commands.sift_seconds, 1)}
             line["reason"] = commands.sifted.reason
         return line
 
@@ -174,13 +176,15 @@ class _Work:
             method = line["job"]["method"]
             if same and line.get("commit") == code and method.get("sift") is True and "flags" not in method:
                 return int(line["selected"])
-        self._sift()
-        assert self.commands.sifted is not None
-        return len(self.commands.sifted.selected)
+        return len(self._sift())
 
-    def _sift(self) -> None:
-        rows = ("--train", "pool.jsonl", "--target", "few.jsonl")
-        self.commands.run("sift", *rows, *settings_of(self.job, _TEMPLATE), "--out", "sifted")
+    def _sift(self) -> Sequence[int]:
+        """Sift the pool; numbers of the selected rows."""
+        dtype = {name: value for name, value in self.method.get("flags", {}).items() if name == "dtype"}
+        words = [*settings_of(self.job, _TEMPLATE), *flags(dtype)]
+        self.commands.run("sift", "--train", "pool.jsonl", "--target", "few.jsonl", *words, "--out", "sifted")
+        assert self.commands.sifted is not None
+        return self.commands.sifted.selected
 
     def _groups(self, numbers: Sequence[int]) -> Record:
         """Number of selected rows, and for each group of the pool its rows and the selected ones."""

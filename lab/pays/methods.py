@@ -1,7 +1,7 @@
 """Methods to compare, as plain dictionaries, and their variants on the command line.
 
 rows       rows that train: "pool", the default, "few" for those of the target alone, "sifted" for those that
-           `siftune sift` selects, without its adapter, or a rule of `rivals.py`
+           `siftune sift` selects, without its adapter, or a rule of `rivals.py`; with `sift`, these are sifted again
 share      with a rule: share of the pool that it chooses; if not given, as many rows as sifting selects
 target     give the target's rows with --target
 sift       give --sift; a number is its value
@@ -28,6 +28,7 @@ METHODS: dict[str, Method] = {
     "target": {"target": True},
     "sifted": {"target": True, "sift": True},
     "sifted-base": {"target": True, "rows": "sifted"},
+    "sifted-twice": {"target": True, "rows": "sifted", "sift": True},
     "random": {"target": True, "rows": "random"},
     "oracle": {"target": True, "rows": "oracle"},
     "retrieved": {"target": True, "rows": "retrieved"},

@@ -269,6 +269,25 @@ def test_jobs_run_commands(small_pools, base, suite, tmp_path):
 
 
 @pytest.mark.lab
+def test_a_second_sifting_counts_rows_of_the_pool(small_pools, base, suite, tmp_path):
+    own = line_of(base, "twice=sifted-twice,dtype:float32,sift:0.5", suite, tmp_path / "twice")
+    first, selected = (
+        [json.loads(text) for text in (tmp_path / "twice" / folder / "sifted.jsonl").read_text().splitlines()]
+        for folder in ("sifted", "run/sift")
+    )
+    assert [words.split()[1] for words in own["commands"]] == ["sift", "train"]
+    assert "--dtype float32" in own["commands"][0]
+    assert own["selected"] == len(selected) == len(first) // 2
+    groups = [row["group"] for row in job_module.draw(own["job"], suite).train]
+    pool = [json.loads(text) for text in (tmp_path / "twice" / "pool.jsonl").read_text().splitlines()]
+    assert len(groups) == len(pool)
+    for group, (count, chosen) in own["groups"].items():
+        texts = [row for row, of in zip(pool, groups, strict=True) if of == group]
+        assert count == len(texts)
+        assert chosen == sum(row in texts for row in selected)
+
+
+@pytest.mark.lab
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "oracle"])
 def test_rules_choose_as_many_rows_as_sifting(small_pools, base, suite, tmp_path, rule):
     recorded = line_of(base, "share=target,sift:0.25", suite, tmp_path / "share")
