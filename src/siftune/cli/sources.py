@@ -42,8 +42,8 @@ class Kind(Protocol):
     def refuse_export(self, name: str) -> NoReturn:
         """Refuse to merge into a model of this kind, and say what to do with a run on it."""
 
-    def next_steps(self, recipe: "Recipe", run: "RunFolder") -> list[str]:
-        """Lines on a run that has left a return: where it is, and what to do with it."""
+    def next_steps(self, recipe: "Recipe", run: "RunFolder", steps: int) -> list[str]:
+        """Lines on a run of some steps that has left a return: where it is, and what to do with it."""
 
 
 def is_ordinary(folder: str | Path) -> bool:

@@ -172,7 +172,7 @@ def _whereabouts(finished: "Run", recipe: Recipe) -> str:
     path, adapter = finished.folder.path, finished.folder.adapter
     lines = [f"adapter in {adapter}"] if adapter.exists() else []
     if (kind := kind_of(finished.folder.returned)) is not None:
-        return "\n".join([*lines, *kind.next_steps(recipe, finished.folder)])
+        return "\n".join([*lines, *kind.next_steps(recipe, finished.folder, finished.summary["steps"])])
     rows = " --data FILE" if finished.summary["eval_loss"] is None else ""
     merges = recipe.adapter == "full" or ADAPTER_TYPES[recipe.adapter].unmergeable is None
     run = shlex.quote(str(path))

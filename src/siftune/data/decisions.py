@@ -24,7 +24,7 @@ from siftune.base.errors import DataError
 from siftune.base.text import counted, file_named, file_of, inert, one_line, path_and_split
 from siftune.data.rows import Row, row_texts, text_of
 
-PLACE, SELECTED = "place", "selected"  # columns
+PLACE, SELECTED, SCORE = "place", "selected", "score"  # columns
 DIGITS = 5  # decimals of the numbers in a file
 _TEXTS = ("source", "prompt", "completion")
 _VALUES = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
@@ -56,7 +56,7 @@ class Decision(NamedTuple):
     reason: str = ""
 
 
-def decisions_csv(decisions: Iterable[Decision], numbers: Sequence[str] = ("score",), with_reason: bool = False) -> str:
+def decisions_csv(decisions: Iterable[Decision], numbers: Sequence[str] = (SCORE,), with_reason: bool = False) -> str:
     """The text of a decision file.
 
     A text that begins like a formula gets an apostrophe in front, so that no spreadsheet computes what is in a row.
@@ -117,12 +117,14 @@ class Decisions(NamedTuple):
         selected: Whether a training takes a row, by the row's absolute place.
         for_copies: Whether the decision for a row also holds for its copies; not for a file of places alone.
         texts: Prompt and completion of rows, by their places, if the file has both columns.
+        with_scores: Whether the file has scores, which siftune computes from losses of the rows.
     """
 
     path: str
     selected: dict[str, bool]
     for_copies: bool
     texts: Mapping[str, tuple[str, str]] = {}
+    with_scores: bool = False
 
 
 def read_decisions(path: str, files: Sequence[str] = ()) -> Decisions:
@@ -151,10 +153,11 @@ def read_decisions(path: str, files: Sequence[str] = ()) -> Decisions:
         raise DataError(f"{path} cannot be read: {error.strerror}; give the path of a file that names rows.") from None
     first, _, _ = text.partition("\n")
     if Path(path).suffix.lower() == ".csv" or {PLACE, SELECTED} <= {*first.strip().split(",")}:
-        lines, for_copies = _csv_lines(path, text)
+        lines, columns = _csv_lines(path, text)
     else:
         places = (line.strip() for line in text.split("\n"))
-        lines, for_copies = [_Line(place, False) for place in places if place and not place.startswith("#")], False
+        lines, columns = [_Line(place, False) for place in places if place and not place.startswith("#")], []
+    for_copies = SELECTED in columns
     if not lines and not for_copies:
         raise DataError(f"{path} names no rows, so there is nothing to leave out; train without it.")
     selected: dict[str, bool] = {}
@@ -167,7 +170,7 @@ def read_decisions(path: str, files: Sequence[str] = ()) -> Decisions:
             raise DataError(f"{path} names {line.place} twice, once with yes and once with no: remove one of the lines")
         if line.texts is not None:
             texts[place] = line.texts
-    return Decisions(path, selected, for_copies, texts)
+    return Decisions(path, selected, for_copies, texts, SCORE in columns)
 
 
 class _Line(NamedTuple):
@@ -176,8 +179,8 @@ class _Line(NamedTuple):
     texts: tuple[str, str] | None = None
 
 
-def _csv_lines(path: str, text: str) -> tuple[list[_Line], bool]:
-    """The lines, and whether the file has the column `selected`."""
+def _csv_lines(path: str, text: str) -> tuple[list[_Line], list[str]]:
+    """The lines, and the names of the columns."""
     before = csv.field_size_limit(_WIDEST)  # fields hold texts of rows
     try:
         reader = csv.DictReader(io.StringIO(text))
@@ -198,7 +201,7 @@ def _csv_lines(path: str, text: str) -> tuple[list[_Line], bool]:
                 lines.append(_Line(place, selected, (fields["prompt"], fields["completion"]) if has_texts else None))
             except ValueError as error:
                 raise DataError(f"{path}: {error}, for {place}.") from None
-        return lines, SELECTED in columns
+        return lines, columns
     finally:
         csv.field_size_limit(before)
 

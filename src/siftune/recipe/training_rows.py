@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from siftune.base.errors import DataError
+from siftune.base.errors import DataError, RecipeError
 from siftune.base.text import counted, file_of, one_line, path_and_split
 from siftune.data.decisions import absolute_place, read_decisions, remaining_rows
 from siftune.data.read import load_rows
@@ -77,6 +77,7 @@ def read_rows(recipe: Recipe, reader: ReadOnce | None = None, named: Sequence[st
 
     Raises:
         DataError: A file cannot be read, or no rows remain to hold out or to train on.
+        RecipeError: A private run has a list of rows with scores.
     """
     bad: list[DataError] = []
     reader = reader or ReadOnce()
@@ -97,8 +98,13 @@ def read_rows(recipe: Recipe, reader: ReadOnce | None = None, named: Sequence[st
     files = [list(weighted(load(name, limit=recipe.limit))) for name in train_files(recipe)]
     target = list(weighted(load(recipe.target))) if recipe.target else []
     if recipe.drop_rows is not None:
-        every = [row for rows in files for row in rows]
-        remaining = {id(row) for row in remaining_rows(read_decisions(recipe.drop_rows, named), every, target)}
+        decisions, every = read_decisions(recipe.drop_rows, named), [row for rows in files for row in rows]
+        if recipe.dp_epsilon is not None and decisions.with_scores:
+            raise RecipeError(
+                f"the scores of {recipe.drop_rows} were computed from losses of rows, which no noise of dp_epsilon "
+                "covers: leave drop_rows or dp_epsilon out"
+            )
+        remaining = {id(row) for row in remaining_rows(decisions, every, target)}
         *files, target = ([row for row in rows if id(row) in remaining] for rows in (*files, target))
     train: list[Row] = []
     heldout: list[Row] = []

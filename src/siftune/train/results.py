@@ -100,7 +100,7 @@ class Results:
         step = self.trainer.state.global_step
         if not step:
             return "no step was finished"
-        name = next(iter(self._parts("")))
+        name = next(iter(self._parts("", self.returned())))
         saved = f"the {name} after step {step} is in {self.folder.path / name}"
         newest = next(whole_checkpoints(self.folder.checkpoints), None)
         if newest is None:
@@ -108,8 +108,12 @@ class Results:
         where = "there" if step_of(newest) == step else f"step {step_of(newest)}"
         return f"{saved}, and `siftune train --resume {self.folder.path}` continues from {where}"
 
-    def write(self, status: str, summary: dict[str, Any]) -> None:
-        """Write trained weights, run.json and the model card."""
+    def returned(self) -> Mapping[str, Callable[[Path], None]]:
+        """Further results of the source, before the weights of tuned layers are rounded to the model's dtype."""
+        return self.source.returned(self.trainer.model, self._privacy().get("privacy"))
+
+    def write(self, status: str, summary: dict[str, Any], returned: Mapping[str, Callable[[Path], None]]) -> None:
+        """Write trained weights, `returned`, run.json and the model card."""
         if self.source.usage is not None:  # a kit: its files are untrusted, and are not opened again
             card = card_with_usage(self.recipe, summary, Origin(self.recipe.model), self.source.usage)
         else:
@@ -117,7 +121,7 @@ class Results:
             base = origin_of(self.recipe.model)
             card = model_card(self.recipe, summary, base, self.folder.adapter.absolute(), chat)
         with disk_faults(self.folder.path):
-            self.folder.replace(self._parts(card))
+            self.folder.replace(self._parts(card, returned))
             about = {"source": dict(self.source.identity), "weights": self.folder.weights(), "rows": self.digest}
             self.folder.write_run(status=status, summary=summary, **about)
             self.folder.write("README.md", card)
@@ -127,9 +131,8 @@ class Results:
         privacy = self.trainer.privacy
         return {} if privacy is None else {"privacy": statement(privacy.mechanism, self.trainer.state.global_step)}
 
-    def _parts(self, card: str) -> Mapping[str, Callable[[Path], None]]:
+    def _parts(self, card: str, returned: Mapping[str, Callable[[Path], None]]) -> Mapping[str, Callable[[Path], None]]:
         """Subfolders and their writers: the adapter first, then what the source adds or has in its place."""
-        returned = self.source.returned(self.trainer.model, self._privacy().get("privacy"))
         if returned and not isinstance(self.trainer.model, PeftModel):
             return returned
         return {self.folder.adapter.name: partial(self._save_weights, card), **returned}

@@ -254,11 +254,12 @@ def _run(results: Results, fit: Callable[[], None], release: Callable[[], None])
         raise type(error)(f"{error} So far, {results.text()}.") from error
     finally:
         with held_back() as signals:
+            returned = results.returned() if trainer.is_world_process_zero() else {}
             release()
             summary = results.summary(time.monotonic() - started)
             if trainer.is_world_process_zero() and (status == "finished" or trainer.state.global_step > 0):
                 folder.drop_half_written()
-                results.write(status, summary)
+                results.write(status, summary, returned)
     if signals:
         raise KeyboardInterrupt
     return summary

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from siftune.base.errors import RecipeError, TrainingError, UnsupportedError
 from siftune.data.batches import Collator, numbered
+from siftune.data.decisions import Decision, decisions_csv
 from siftune.engine.groups import group_by_layer
 from siftune.methods.dp import callback as module
 from siftune.methods.dp.accounting import Mechanism, spent
@@ -26,6 +27,7 @@ from siftune.methods.dp.sampling import PoissonBatches
 from siftune.methods.dp.secret import Secret
 from siftune.recipe.checks import check
 from siftune.recipe.schema import Recipe
+from siftune.recipe.training_rows import read_rows
 from siftune.train import private
 from siftune.train.private import privacy_of
 from siftune.train.run import train
@@ -288,6 +290,20 @@ REFUSED = [
 def test_recipes_that_keep_no_promise_are_refused(settings, message):
     with pytest.raises(RecipeError, match=f"^{message}"):
         check(Recipe(train="rows.jsonl", **{**PROMISE, **settings}))
+
+
+@pytest.mark.parametrize("name", ["dropped.csv", "list.txt"])
+def test_rows_are_not_chosen_by_their_losses(told, rows, tmp_path, name):
+    """Lists of siftune have scores; a list of places may have been made without looking at losses."""
+    last = Decision(f"{rows}:3", False, [2.5], "rows", "", "")
+    (tmp_path / name).write_text(decisions_csv([last]) if name == "dropped.csv" else f"{rows}:3\n")
+    given = told(tmp_path / "run", drop_rows=str(tmp_path / name))
+    if name == "list.txt":
+        assert len(read_rows(given).parts["train"]) == 23
+        return
+    with pytest.raises(RecipeError, match=f"scores of .*{name} were computed from losses .* dp_epsilon covers"):
+        train(given, QUIET)
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_must_be_enough():

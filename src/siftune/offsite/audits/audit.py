@@ -24,11 +24,10 @@ from typing import Any
 from torch import Tensor
 
 from siftune.base.environment import hardware, versions
-from siftune.base.errors import KitError, RecipeError
+from siftune.base.errors import RecipeError
 from siftune.base.files import Progress
 from siftune.base.text import jsonable
 from siftune.data.read import load_rows
-from siftune.models.load import load_model
 from siftune.offsite.audits.gradients import GradientCosine, gradient_cosine
 from siftune.offsite.audits.members import (
     AuditRows,
@@ -64,10 +63,11 @@ from siftune.offsite.audits.settings import AuditOptions, AuditSettings
 from siftune.offsite.audits.stages import Job, attack, calibration_leak, choose_candidates, choose_rows, recovered
 from siftune.offsite.exchange.calibration import in_batches
 from siftune.offsite.exchange.load import load_kit
+from siftune.offsite.exchange.plug import load_base
 from siftune.offsite.exchange.returned import read_return
 from siftune.offsite.exchange.updates import compare
 from siftune.offsite.kit.folder import read_kit
-from siftune.offsite.kit.manifest import ROWS, fingerprint
+from siftune.offsite.kit.manifest import ROWS
 
 Scores = dict[str, RowScores]  # by condition
 _COMPARED = 64  # held-out rows on which gradients are compared, at most
@@ -182,12 +182,7 @@ def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audi
     returned = None if options.returned is None else read_return(options.returned, kit)
     train = load_rows(options.train, "train", options.limit, options.columns)
     held_out = load_rows(options.eval, "test", options.eval_limit, options.columns)
-    base, tokenizer = load_model(options.model, options.dtype)
-    if fingerprint(base) != kit.manifest.fingerprint:
-        raise KitError(
-            f"{options.kit}/manifest.json: base.fingerprint is not that of the model {options.model}; give the model "
-            "that the kit was made of, with the --dtype that it was made with"
-        )
+    base, tokenizer = load_base(options.model, kit, options.dtype)
     emulator, _ = load_kit(kit, options.dtype)
     models = on_accelerator(OffsiteModels(base, emulator, kit.manifest.split, tokenizer))
     settings = options.settings()
@@ -249,8 +244,8 @@ def own_audit(
     settings = settings or AuditSettings()
     settings.check()
     compare(read_outer(models.emulator, models.split), returned)
-    everything = list(range(len(rows.train)))
-    job = Job(models, rows, settings, everything, choose_candidates(rows, settings, everything), progress)
+    candidates = choose_candidates(rows, settings, range(len(rows.train)))  # all rows may be the return's
+    job = Job(models, rows, settings, choose_rows(rows, settings), candidates, progress)
     plug = partial(plugged, models.emulator, models.split, returned)
     before = score_losses(models.emulator, rows.held_out, settings.eval_batch_size)
     with plug():

@@ -104,7 +104,13 @@ def with_calibration(
     first, second = (
         tokenize_rows(part, tokenizer, calibration.tokens, options.template, False) for part in (own[:count], others)
     )
-    return replace(rows, calibrated=first, uncalibrated=second.select(not_among(second, first)))
+    left = not_among(second, first)
+    if not left:
+        raise DataError(
+            f"all {len(others)} other rows of {options.calibration_others or options.calibration} are copies of rows "
+            "that calibrated the kit: give others of the same source with --calibration-others FILE"
+        )
+    return replace(rows, calibrated=first, uncalibrated=second.select(left))
 
 
 def accuracy_name(rows: AuditRows) -> str | None:
@@ -131,12 +137,15 @@ def score_losses(model: nn.Module, data: Dataset, batch_size: int) -> RowScores:
     """Measure the loss alone, on any rows.
 
     Raises:
-        DataError: A row has no label.
+        DataError: A row has no label, or a loss that is not finite.
     """
     losses = perplexity(model, token_rows(data), batch_size)
     bare = np.flatnonzero(losses.tokens == 0)
     if bare.size:
         raise DataError(f"row {bare[0]} has no label after its first token, so it has no loss; leave it out.")
+    broken = np.flatnonzero(~np.isfinite(losses.nll))
+    if broken.size:
+        raise DataError(f"row {broken[0]}: the model's loss is not finite: leave the row out, or give --dtype float32")
     return RowScores(losses.nll, losses.tokens.astype(np.float64))
 
 

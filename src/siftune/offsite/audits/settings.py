@@ -126,10 +126,19 @@ class AuditOptions(AuditSettings):
                 "neither model nor return given: the owner names the base with --model, a data owner who has no base "
                 "the return with --return"
             )
-        if not self.model and self.calibration:
-            raise RecipeError("calibration is tried out on the base: name it with --model")
+        if not self.model:
+            self._check_without_base()
         if self.calibration_others and not self.calibration:
             raise RecipeError("calibration_others goes with the kit's own rows: name them with --calibration")
+
+    def _check_without_base(self) -> None:
+        """Refuse what a data owner's audit, of a return under the emulator, does not do."""
+        if self.calibration:
+            raise RecipeError("calibration is tried out on the base: name it with --model")
+        if not self.membership:
+            raise RecipeError("without the base, membership is all that is attacked: leave out --no-membership")
+        if self.recovery_lrs:
+            raise RecipeError("recovery is tried out beside the base: name it with --model, or leave out recovery_lrs")
 
     def settings(self) -> AuditSettings:
         """The settings alone."""

@@ -13,7 +13,7 @@ from siftune.offsite.emulator.model import outer_names
 from siftune.offsite.exchange.returned import open_return, read_return
 from siftune.offsite.exchange.tune import KitSource
 from siftune.offsite.kit.folder import is_kit, read_kit
-from siftune.recipe.schema import Recipe, train_files
+from siftune.recipe.schema import Recipe, rate_of, train_files
 from siftune.train.folder.run_folder import RunFolder
 from siftune.train.folder.weights import put_in
 from siftune.train.source import Source
@@ -68,24 +68,26 @@ def refuse_export(name: str) -> NoReturn:
     )
 
 
-def next_steps(recipe: Recipe, run: RunFolder) -> list[str]:
-    """Lines on the return of a run, and on what data owner and model owner do with it."""
+def next_steps(recipe: Recipe, run: RunFolder, steps: int) -> list[str]:
+    """Lines on the return of a run of some steps, and on what data owner and model owner do with it."""
     return [
         f"return in {run.returned}: send it to the model's owner, who runs "
         "`siftune plug --model BASE --kit KIT --return RETURN --out TUNED`",
-        f"before you send it, measure what it reveals: {_audit(recipe, run)}",
+        f"before you send it, measure what it reveals: {_audit(recipe, run, steps)}",
         f"next: `siftune eval {shlex.quote(str(run.path))} --data FILE`",
     ]
 
 
-def _audit(recipe: Recipe, run: RunFolder) -> str:
-    """The command that audits a return with the rows and settings of its training."""
+def _audit(recipe: Recipe, run: RunFolder, steps: int) -> str:
+    """The command that audits a return with the rows and settings of its training, which shadow models have too."""
     files, defaults = train_files(recipe), AuditOptions()
     words = ["siftune", "audit", "--kit", recipe.model, "--return", str(run.returned), "--train", files[0]]
     words += ["--eval", recipe.eval or "OTHERS"]
     for name in ("limit", "columns", "template", "max_length", "completion_only"):
         if (value := getattr(recipe, name)) != getattr(defaults, name):
             words += as_flag(name, value)
-    is_part = len(files) > 1 or recipe.eval_share or recipe.drop_rows or recipe.target
+    trained = {"steps": steps, "lr": rate_of(recipe), "batch_size": recipe.batch_size * recipe.accumulate}
+    words += [word for name, value in trained.items() for word in as_flag(name, value)]
+    is_part = len(files) > 1 or recipe.eval_share or recipe.drop_rows or recipe.target or recipe.bad_rows == "drop"
     rows = ", with a file of exactly the rows that it was tuned on as --train" if is_part else ""
     return f"`{shlex.join(words)}`{rows}"

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.base.errors import ModelError
-from siftune.models.load import DTYPES, fit_for_this_machine, set_padding
+from siftune.models.load import DTYPES, set_padding, usable_dtype
 from siftune.offsite.emulator.assemble import EmulatorParts, materialise
 from siftune.offsite.kit.folder import Kit, load_config, load_tokenizer, load_weights, read_kit
 from siftune.offsite.kit.manifest import EMULATOR, OUTER
@@ -50,10 +50,11 @@ def _load(kit: Kit, dtype: str) -> PreTrainedModel:
         raise ModelError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     frozen, outer = load_weights(kit, EMULATOR), load_weights(kit, OUTER)
     floats = next(t.dtype for t in frozen.values() if t.is_floating_point())
-    target = floats if dtype == "auto" else getattr(torch, dtype)
-    parts = EmulatorParts(load_config(kit), kit.manifest.split, kit.manifest.middle, frozen, outer)
-    model = materialise(parts, target)
-    return fit_for_this_machine(model) if dtype == "auto" else model
+    config = load_config(kit)
+    # at once: by way of the frozen part's dtype, outer layers in float32 would be rounded
+    target = usable_dtype(floats, config.model_type) if dtype == "auto" else getattr(torch, dtype)
+    parts = EmulatorParts(config, kit.manifest.split, kit.manifest.middle, frozen, outer)
+    return materialise(parts, target)
 
 
 def kit_tokenizer(kit: Kit) -> PreTrainedTokenizerBase:

@@ -79,8 +79,8 @@ def merged(
     """Merge returns, from `candidates`, by checked weights.
 
     Returns:
-        The outer layers with the merged update in them, in float32 or wider, and what became of every return. A single
-        return is not computed with: its tensors are as they came, and factors are put into the base's.
+        The outer layers with the merged update in them, in float32 or wider, and what became of every return. Whole
+        tensors of a single return are as they came, unless the base has more digits.
 
     Raises:
         KitError: Two returns make the same update.
@@ -88,8 +88,8 @@ def merged(
     if len(returns) == 1:
         [one] = returns
         moves = one.part.report.whole.change > 0
-        values = {name: _stored(one.tuned[name], before[name]) for name in before}
-        return values, [replace(one.part, cosine=1.0 if moves else None)]
+        single = {name: _of_one(old.detach(), one.tuned[name].detach()) for name, old in before.items()}
+        return single, [replace(one.part, cosine=1.0 if moves else None)]
     norms = [candidate.part.report.whole.change for candidate in returns]
     weights = shares(weights or [1.0] * len(returns))
     values, dots, square = {}, torch.zeros(len(returns), dtype=torch.float64), 0.0
@@ -112,6 +112,13 @@ def merged(
         )
         for candidate, weight, norm, dot in zip(returns, weights, norms, dots, strict=True)
     ]
+
+
+def _of_one(before: Tensor, after: Tensor) -> Tensor:
+    """A tensor of a single return; a base that is wider than the kit keeps what the kit rounded."""
+    if torch.promote_types(before.dtype, after.dtype) == after.dtype:
+        return _stored(after, before)
+    return _stored(in_float64(before) + _update(before, after), before)
 
 
 def _update(before: Tensor, after: Tensor) -> Tensor:

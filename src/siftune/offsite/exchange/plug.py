@@ -5,6 +5,7 @@ model that got worse on them. Of several returns each must pass by itself, and t
 model worse either.
 """
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.base.errors import KitError, UnsupportedError
 from siftune.base.files import new_folder
@@ -73,15 +74,17 @@ def plug(
     rows = settings.eval and load_rows(settings.eval, "test", settings.eval_limit, settings.columns)
     with new_folder(out) as partial, ExitStack() as stack:
         opened = [stack.enter_context(open_return(path, kit)) for path in returns]
-        model, tokenizer = load_model(model_source, settings.dtype)
+        model, tokenizer = load_base(model_source, kit, settings.dtype)
         if settings.dtype == "auto":
             model = in_dtype(model, model.config.dtype or model.dtype)  # back from float32 without a loss
         own = None
         if rows:
-            own = OwnRows(prepare_rows(rows, tokenizer, (PERPLEXITY,), settings.template), settings.loss_limit)
+            own = OwnRows(
+                prepare_rows(rows, copy.deepcopy(tokenizer), (PERPLEXITY,), settings.template), settings.loss_limit
+            )
             if torch.accelerator.is_available():
                 model = model.to(torch.accelerator.current_accelerator())
-        report = plug_in(model, kit, opened, settings.max_update, own, settings.weights)
+        report = _plug_in(model, kit, opened, settings.max_update, own, settings.weights)
         with quiet_bars():
             save_model(model, partial)
         save_tokenizer(tokenizer, partial)
@@ -126,6 +129,44 @@ def plug_in(
         >>> plug_in(base, kit, [returned], rows=rows).rounding  # of `read_return`; here nothing was tuned
         0.0
     """
+    _check_in_memory(model)
+    check_base(model, kit)
+    return _plug_in(model, kit, returns, max_update, rows, weights)
+
+
+def load_base(source: str, kit: Kit, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the base of a kit, and its tokenizer.
+
+    It is checked in the dtype, in which the kit may have been made, or else as the checkpoint has it.
+
+    Args:
+        source: For `load_model`, as is `dtype`.
+        kit: The kit.
+        dtype: The model's.
+
+    Raises:
+        KitError: It is another model.
+    """
+    model, tokenizer = load_model(source, dtype)
+    _check_in_memory(model)
+    if dtype != "auto" and fingerprint(model) != kit.manifest.fingerprint:
+        wanted = model.dtype
+        model, tokenizer = load_model(source)
+        check_base(model, kit)
+        return in_dtype(model, wanted), tokenizer
+    check_base(model, kit)
+    return model, tokenizer
+
+
+def _plug_in(
+    model: PreTrainedModel,
+    kit: Kit,
+    returns: Sequence[Mapping[str, Tensor]],
+    max_update: float,
+    rows: OwnRows | None,
+    weights: Sequence[float] | None,
+) -> UpdateReport:
+    """As `plug_in`, for a model that was checked."""
     check_weights(weights, len(returns))
     before = _outer(model, kit)
     checked = candidates(before, returns, max_update, kit.manifest.model_type)
@@ -198,10 +239,12 @@ def check_base(model: PreTrainedModel, kit: Kit) -> None:
         check_of_base(kit.config, kit.manifest, model.config)
 
 
+def _check_in_memory(model: PreTrainedModel) -> None:
+    if any(tensor.device.type == "meta" for tensor in model.state_dict().values()):
+        raise UnsupportedError("weights of the model are not in memory: load it on one device, the processor will do")
+
+
 def _outer(model: PreTrainedModel, kit: Kit) -> dict[str, Tensor]:
     """The tensors of a kit's base that returns are put into, by neutral name."""
     state: dict[str, Tensor] = model.state_dict()
-    if any(tensor.device.type == "meta" for tensor in state.values()):
-        raise UnsupportedError("weights of the model are not in memory: load it on one device, the processor will do")
-    check_base(model, kit)
     return {neutral: state[name] for neutral, name in outer_names(model, kit.manifest.split).items()}

@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siftune.base.errors import RecipeError
+from siftune.base.numerics import in_float64
 from siftune.models.adapters.registry import ADAPTER_TYPES
 from siftune.models.layers import find_layers, layer_numbers
 from siftune.offsite.emulator.model import Split, places
 from siftune.offsite.exchange.load import kit_tokenizer, load_kit
 from siftune.offsite.exchange.returned import DOWN, UP, largest_rank, write_return
-from siftune.offsite.kit.folder import Kit, is_kit, read_kit
+from siftune.offsite.kit.folder import Kit, is_kit, load_weights, read_kit
+from siftune.offsite.kit.manifest import OUTER
 from siftune.offsite.kit.tensors import DTYPES, check_finite
 from siftune.offsite.maths.drd import canonical
 from siftune.recipe.schema import Recipe
@@ -41,6 +44,7 @@ answers.
 _FITTING: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
     "lora_bias": (False,),
+    "alora_invocation_tokens": (None,),
 }
 
 
@@ -133,8 +137,11 @@ class KitSource:
                     )
 
     def returned(self, model: nn.Module, privacy: Mapping[str, Any] | None = None) -> dict[str, Callable[[Path], None]]:
-        """The return."""
-        return {"return": partial(save_return, model=model, kit=self.kit, privacy=privacy)}
+        """The return. The tensors of complete layers are taken now: at the end they get the model's dtype again."""
+        if isinstance(model, PeftModel):
+            return {"return": partial(save_return, model=model, kit=self.kit, privacy=privacy)}
+        tuned, dtype = _state(model, self.kit)
+        return {"return": partial(_write_whole, tuned=tuned, dtype=dtype, kit=self.kit, privacy=privacy)}
 
 
 def source_of(name: str) -> Source:
@@ -161,8 +168,32 @@ def save_return(folder: Path, model: nn.Module, kit: Kit, privacy: Mapping[str, 
     """
     tensors = thin_layers(model, kit)
     if tensors is None:
-        merged = merged_layers(model, kit.manifest.split)
-        tensors = {name: merged[name].to(DTYPES[spec.dtype]) for name, spec in kit.manifest.outer.items()}
+        _write_whole(folder, *_state(model, kit), kit, privacy)
+    else:
+        write_return(folder, tensors, kit, privacy)
+
+
+def _state(model: Any, kit: Kit) -> tuple[dict[str, Tensor], torch.dtype]:
+    """The outer layers of an emulator, of `merged_layers`, and the dtype in which it was loaded."""
+    return merged_layers(model, kit.manifest.split), model.get_input_embeddings().weight.dtype  # these never train
+
+
+def _write_whole(
+    folder: Path, tuned: Mapping[str, Tensor], dtype: torch.dtype, kit: Kit, privacy: Mapping[str, Any] | None
+) -> None:
+    """Write a return of whole tensors, in the kit's dtypes.
+
+    An emulator in a narrower dtype than that of the kit's outer layers has these rounded. What was tuned is then put on
+    the kit's own tensors, so that those which did not train are the kit's.
+    """
+    dtypes = {name: DTYPES[spec.dtype] for name, spec in kit.manifest.outer.items()}
+    narrow = {name for name, own in dtypes.items() if torch.promote_types(own, dtype) != dtype}
+    own = load_weights(kit, OUTER) if narrow else {}
+    tensors = {}
+    for name, tensor in tuned.items():
+        if name in narrow:
+            tensor = in_float64(own[name]) + (in_float64(tensor) - in_float64(own[name].to(dtype)))
+        tensors[name] = tensor.to(dtypes[name])
     write_return(folder, tensors, kit, privacy)
 
 
@@ -223,6 +254,8 @@ def _factors(module: BaseTunerLayer) -> tuple[Tensor, Tensor] | None:
 
 def _merged(layer: nn.Module) -> dict[str, Tensor]:
     """State of a copy of a layer, merged: merging into half precision and taking out again would leave its rounding."""
+    if not any(isinstance(module, BaseTunerLayer) for module in layer.modules()):
+        return layer.state_dict()
     layer = copy.deepcopy(layer)
     for tensor in (*layer.parameters(), *layer.buffers()):
         if tensor.dtype in (torch.bfloat16, torch.float16):

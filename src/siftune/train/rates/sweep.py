@@ -104,7 +104,8 @@ def open_sweep(
             "%d of %d held-out rows are training rows too: their loss measures memorization", both, len(rows["eval"])
         )
     digests = {f"the {name} rows": digest_of(part) for name, part in rows.items()}
-    return LRSweep(grid, recipes, LRFolder(out).begin({**facts_of(recipe, recipes), **digests}), source, rows, read.bad)
+    folder = LRFolder(out).begin({**facts_of(recipe, recipes), **digests, **source.identity})
+    return LRSweep(grid, recipes, folder, source, rows, read.bad)
 
 
 def run_missing(sweep: LRSweep, progress: Progress) -> Iterator[LRRun]:

@@ -77,7 +77,7 @@ def test_a_kit_of_another_base(on_disk, tmp_path):
     other.lm_head.weight.data[0, 0] += 1
     other.save_pretrained(tmp_path / "other")
     TOKENIZER.save_pretrained(tmp_path / "other")
-    with pytest.raises(KitError, match=r"manifest\.json: base\.fingerprint is not that of the model"):
+    with pytest.raises(KitError, match=r"was made from a model with fingerprint"):
         audit_paths(options(on_disk, model=str(tmp_path / "other")))
 
 

@@ -145,6 +145,16 @@ def test_a_data_owner_whose_emulator_is_the_base_sees_what_the_owner_sees():
     assert own.loss.auc.value > 0.9
 
 
+def test_shadow_models_of_a_data_owner_see_each_row_as_often_as_those_of_the_owner():
+    """Also if the steps do not suffice for all rows, as where few are given for many rows."""
+    settings = replace(QUICK, steps=2, batch_size=4, shadows=2, membership=True, membership_rows=16)
+    data, both = cut(32, 16, settings), models(whole)
+    returned = outer_tuned(both, data, replace(settings, steps=24))
+    own, owners = own_audit(alone(both), data, returned, settings), audit(both, data, settings, returned).membership
+    assert own == owners
+    assert own.online.auc.low < own.online.auc.high
+
+
 @pytest.mark.slow
 def test_a_data_owner_sees_nearly_what_the_owner_sees():
     settings = replace(LEARNT, steps=60, membership=True)
@@ -192,6 +202,8 @@ def test_what_a_data_owner_cannot_audit():
         ("--model", {"model": ""}),
         ("calibration", {"model": "", "returned": Path("R"), "calibration": "c.jsonl"}),
         ("--calibration", {"calibration_others": "c.jsonl"}),
+        ("--no-membership", {"model": "", "returned": Path("R"), "membership": False}),
+        ("recovery_lrs", {"model": "", "returned": Path("R"), "recovery_lrs": (1e-3,)}),
     ],
 )
 def test_settings_out_of_range(name, changes):

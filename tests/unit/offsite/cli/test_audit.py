@@ -4,7 +4,10 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load, save
 from support.commands import error_of, siftune
+from support.hostile import forge
 from support.kits import edit
 from support.tiny_run import save_rows
 
@@ -47,6 +50,21 @@ def test_rows_that_follow_are_the_others(half, parties, tmp_path):
     few = save_rows(tmp_path / "few.jsonl", 6)
     with pytest.raises(DataError, match="all of which calibrated the kit"):
         audit_paths(options(half, parties, rows, calibration=str(few)))
+    with pytest.raises(DataError, match=r"all 6 other rows of .*few\.jsonl are copies of rows that calibrated the kit"):
+        audit_paths(options(half, parties, rows, calibration=str(few), calibration_others=str(few)))
+
+
+def test_losses_that_are_not_finite_are_one_sentence(half, parties, others, tmp_path, capsys):
+    def largest(data):  # of bfloat16 within the limit on numbers
+        norms = {name: tensor for name, tensor in load(data).items() if name.endswith("norm.weight")}
+        return save(
+            {**load(data), **{name: torch.full_like(norm, 65280.0) for name, norm in norms.items()}}, {"format": "pt"}
+        )
+
+    kit = forge(parties / "kit", tmp_path, "emulator.safetensors", "", largest)
+    paths = ["--model", half, "--kit", kit, "--train", parties / "rows.jsonl", "--eval", others]
+    found = error_of(capsys, "audit", *paths, "--steps", "1", "--template", "none", "--dtype", "float16")
+    assert "not finite" in found
 
 
 def test_a_kit_on_own_texts_has_no_rows(half, parties, others, tmp_path):

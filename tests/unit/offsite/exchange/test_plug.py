@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.emulators import FAMILIES, base, calibration, made_kit, settings
+from support.seen import assert_same
 from support.tiny_run import save_rows
 from support.tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -171,6 +172,40 @@ def test_the_dtype_can_be_chosen(tmp_path):
     found = load_file(tmp_path / "tuned" / "model.safetensors")
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
     assert torch.equal(found["model.layers.2.mlp.up_proj.weight"], tuned["last.0.mlp.up_proj.weight"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_base_can_be_tuned_to_a_narrower_dtype(model, kit, tmp_path, dtype):
+    source, back = saved(model, tmp_path / "base"), tmp_path / "return"
+    write_return(back, moved(kit), kit)
+    result = plug(source, kit, [back], tmp_path / "tuned", PlugSettings(dtype=dtype))
+    whole = plug(source, kit, [back], tmp_path / "whole")
+    assert (result.dtype, whole.dtype) == (dtype, "float32")
+    assert 0 == whole.report.rounding < result.report.rounding < 0.5
+    found, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "tuned", tmp_path / "whole"))
+    assert_same(found, {name: tensor.to(getattr(torch, dtype)) for name, tensor in wanted.items()})
+
+
+def test_a_base_in_the_dtype_that_its_kit_was_made_in(model, tmp_path):
+    half = made_kit(copy.deepcopy(model).to(torch.bfloat16), tmp_path / "kit")
+    write_return(tmp_path / "return", moved(half), half)
+    source, where = saved(model, tmp_path / "base"), (half, [tmp_path / "return"], tmp_path / "tuned")
+    with pytest.raises(KitError, match="with the --dtype that the kit was made with"):
+        plug(source, *where)
+    with pytest.raises(KitError, match="fingerprint"):
+        plug(source, *where, PlugSettings(dtype="float16"))
+    assert plug(source, *where, PlugSettings(dtype="bfloat16")).dtype == "bfloat16"
+
+
+def test_a_template_for_the_rows_is_not_that_of_the_model(model, kit, tmp_path):
+    source, rows = saved(model, tmp_path / "base"), save_rows(tmp_path / "rows.jsonl", 4)
+    template = tmp_path / "other.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}")
+    write_return(tmp_path / "return", moved(kit, 0.0), kit)
+    settings = PlugSettings(eval=str(rows), template=template, max_loss_increase=9.0)
+    plug(source, kit, [tmp_path / "return"], tmp_path / "tuned", settings)
+    own, tuned = (AutoTokenizer.from_pretrained(folder).chat_template for folder in (source, tmp_path / "tuned"))
+    assert own == tuned
 
 
 def test_nothing_is_written_where_something_is_wrong(model, kit, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
+from support.emulators import made_kit
 from support.kits import edit, read_json
 from support.seen import assert_same
 from support.tiny_kit import OUTER, SPLIT, base_model, save_kit
@@ -23,7 +24,9 @@ from siftune.cli.main import main
 from siftune.models.adapters.attach import attach_adapter
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.model import outer_names
+from siftune.offsite.exchange import load as load_module
 from siftune.offsite.exchange import tune as module
+from siftune.offsite.exchange.emulate import KitOptions
 from siftune.offsite.exchange.load import load_emulator
 from siftune.offsite.exchange.returned import open_return, read_return, write_return
 from siftune.offsite.exchange.tune import merged_layers, save_return, source_of
@@ -138,6 +141,30 @@ def test_a_kit_of_half_precision(half_kit, rows, tmp_path):
             assert_same(returned, {neutral: state[full] for neutral, full in names.items()})
 
 
+@pytest.fixture(scope="module")
+def mixed_kit(tmp_path_factory):
+    """A kit whose frozen part is in bfloat16, and whose outer layers have more digits."""
+    return made_kit(base_model(), tmp_path_factory.mktemp("kits") / "mixed", KitOptions(torch.bfloat16))
+
+
+@pytest.mark.parametrize("shape", [{"adapter": "full"}, {"adapter": "dora"}, {"rank": 64}], ids=str)
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
+def test_outer_layers_are_not_rounded_to_the_frozen_part_s_dtype(mixed_kit, rows, tmp_path, monkeypatch, shape, dtype):
+    monkeypatch.setattr(load_module, "usable_dtype", lambda dtype, _: dtype)  # as where bfloat16 is fast
+    given = {"method": "dense", "steps": 2, "lr": 1e-5, "layers": (0,), **shape}
+    train(recipe(mixed_kit.path, rows, tmp_path / "run", dtype=dtype, **given), QUIET)
+    before, after = shipped(mixed_kit), read_return(tmp_path / "run" / "return", mixed_kit)
+    assert {tensor.dtype for tensor in (*before.values(), *after.values())} == {torch.float32}
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert moved
+    assert all(name.startswith("first.0.") for name in moved)
+    largest = 1e-3 if "dora" in shape.values() else 1e-4  # PEFT rounds DoRA's magnitudes to the base's dtype
+    for name in moved:
+        change = (after[name].double() - before[name].double()).abs()
+        assert float((change > 0).double().mean()) > 0.9  # rounding would leave most numbers as they were
+        assert float(change.max()) < largest
+
+
 def test_some_of_the_outer_layers(kit, rows, tmp_path):
     train(recipe(kit.path, rows, tmp_path / "run", steps=2, method="dense", adapter="full", layers=(-1,)), QUIET)
     before, after = shipped(kit), read_return(tmp_path / "run" / "return", kit)
@@ -206,8 +233,12 @@ def test_a_run_on_an_earlier_adapter_continues_by_its_own_recipe(kit, rows, tmp_
         ({"layers_to_transform": OUTER, "init_lora_weights": "pissa"}, "init_lora_weights pissa, but a return"),
         ({"layers_to_transform": OUTER, "init_lora_weights": "olora"}, "init_lora_weights olora, but a return"),
         ({"layers_to_transform": OUTER, "lora_bias": True}, "lora_bias True, but a return"),
+        (
+            {"layers_to_transform": OUTER, "alora_invocation_tokens": [5]},
+            r"alora_invocation_tokens \[5\], but a return",
+        ),
     ],
-    ids=["middle", "embeddings", "norms", "pissa", "olora", "biases"],
+    ids=["middle", "embeddings", "norms", "pissa", "olora", "biases", "alora"],
 )
 def test_an_earlier_adapter_that_no_return_can_hold_is_refused(kit, rows, tmp_path, settings, words):
     given = earlier(kit, tmp_path / "adapter", **settings)
@@ -364,7 +395,8 @@ def test_the_command_names_the_return(kit, rows, tmp_path, capsys):
     last = captured.err.splitlines()[-3:]
     assert last[0].startswith(f"return in {tmp_path}/run/return: send it to the model's owner, who runs `siftune plug ")
     audit = (
-        f"`siftune audit --kit {kit.path} --return {tmp_path}/run/return --train {rows} --eval OTHERS --template none`"
+        f"`siftune audit --kit {kit.path} --return {tmp_path}/run/return --train {rows} --eval OTHERS --template none "
+        "--steps 1 --lr 0.0005 --batch-size 16`"
     )
     assert last[1].endswith(audit)
     assert last[2] == f"next: `siftune eval {tmp_path}/run --data FILE`"
@@ -372,6 +404,14 @@ def test_the_command_names_the_return(kit, rows, tmp_path, capsys):
     assert "Send the folder RUN/return, and nothing else" in card
     assert "siftune plug --model BASE --kit KIT --return RUN/return --out TUNED" in card
     assert read_kit(kit.path).digest == json.loads((tmp_path / "run/return/manifest.json").read_text())["kit"]
+
+
+def test_the_audit_of_a_run_that_left_out_bad_rows_names_no_file_with_them(kit, rows, tmp_path, capsys):
+    rows.write_text(rows.read_text() + '{"prompt": "no completion"}\n')
+    words = ["train", "--model", str(kit.path), "--train", str(rows), "--template", "none", "--steps", "1"]
+    assert main([*words, "--bad-rows", "drop", "--out", str(tmp_path / "run")]) == 0
+    audit = capsys.readouterr().err.splitlines()[-2]
+    assert audit.endswith("`, with a file of exactly the rows that it was tuned on as --train")
 
 
 @pytest.fixture(scope="module")

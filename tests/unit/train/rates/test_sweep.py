@@ -213,6 +213,17 @@ def test_other_rows_under_the_same_name_and_a_second_process_are_refused_and_cha
     assert {path: path.read_bytes() for path in sweep.folder.path.iterdir()} == before
 
 
+def test_another_model_of_the_same_name_is_refused(plain, tmp_path):
+    def named(digest):
+        return type("Named", (module.ModelSource,), {"identity": {"kit": digest}})
+
+    out, cells = tmp_path / "sweep", grid("dense", rates=(1e-3,))
+    list(run_missing(open_sweep(plain, cells, out, named("one")), lambda *_: None))
+    assert not open_sweep(plain, cells, out, named("one")).missing()
+    with pytest.raises(InputError, match="kit"):
+        open_sweep(plain, cells, out, named("two"))
+
+
 def test_more_than_one_process(plain, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="a sweep runs in one process"):
