@@ -196,6 +196,13 @@ $run --methods dense outer kit-uniform=kit,kit.allot:uniform --lrs 5e-4
 $run --methods ist --lrs 1e-3
 $run --models qwen0.5b --methods untrained outer kit --lrs 5e-4
 """,
+    "planted.jsonl": """
+run="python -m lab.pays.run S1 --data FOLDER --out planted.jsonl --cells mix --lrs 5e-4 --methods"
+more="target=target,dtype:float32 sifted=sifted,dtype:float32"
+$run few=few,dtype:float32 $more
+$run $more --known 16
+python -m lab.pays.report planted.jsonl
+""",
     "private.jsonl": """
 run="python -m lab.pays.run S5 --data FOLDER --out private.jsonl --cells"
 $run clean,clean-options,clean-boolq --lrs 2e-3 --seeds 0,1,2 --methods dp opacus
@@ -242,6 +249,7 @@ NOTES: dict[str, str] = {
     "`upper-three-quarters` used. They support target rows and layers in docs/measured_target.md and "
     "docs/measured_layers.md; docs/which_method.md; rates in docs/guide.md; and the table of README.md, but no figure "
     "of sifting.",
+    "planted.jsonl": "*mix* as in `pays`, with siftune's commands. It supports docs/sifting.md.",
     "letters.jsonl": "Answers are right if their letter is the likeliest of A to E. Of 1,668 held-out questions, 28 "
     "begin like a training row that has other options. `outer` tunes a kit's layers on the model itself. It supports "
     "docs/measured_quality.md and docs/measured_kits.md, which other pages quote.",

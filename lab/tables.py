@@ -70,6 +70,13 @@ def _natural(path: Path) -> str:
     return "\n\n".join(parts)
 
 
+def _planted(path: Path) -> str:
+    """Cells with planted errors, and the differences to a user's baselines."""
+    lines = read(path)
+    differences = [f"# Differences to {name}\n\n{pays.differences(lines, name)}" for name in ("few", "target")]
+    return "\n\n".join([pays.report(lines), *differences])
+
+
 def _is_plain_intents(job: dict[str, Any]) -> bool:
     """Whether a job is of the usual model and length, with 100 known rows."""
     name, known, method = job["cell"]["name"], job["cell"]["known"], job["method"]["name"]
@@ -150,6 +157,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "lira_epsilon.jsonl": lambda path: lira_epsilon.report(read(path)),
     **dict.fromkeys(_OFFSITE, lambda path: offsite.report(read(path))),
     "pays.jsonl": _pays,
+    "planted.jsonl": _planted,
     "private.jsonl": _private,
     "quality.jsonl": _quality,
     "rows.jsonl": lambda path: rows.report(read(path)),

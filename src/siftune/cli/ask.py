@@ -62,7 +62,7 @@ def run(options: Options) -> dict[str, Any]:
     # everything that can be refused without loading a model comes first
     subject = find_subject(options.run, base=options.base)
     template = template_of(subject, options.template)
-    rows = _rows(options)
+    rows = _rows(options, subject.recipe.columns if subject.recipe is not None else ())
     base, tuned = _ask(subject, rows, template, options)
     prompts = [text_of(row).prompt for row in rows]
     labels = ("answer",) if tuned is None else ("base", "tuned")
@@ -80,8 +80,8 @@ def run(options: Options) -> dict[str, Any]:
     return {"run": subject.name, "model": subject.base, "answers": answers}
 
 
-def _rows(options: Options) -> "list[Row]":
-    """The prompts."""
+def _rows(options: Options, columns: Columns) -> "list[Row]":
+    """The prompts; `columns` are those of the run, if none are given."""
     from siftune.data.read import load_rows
     from siftune.data.rows import Row
     from siftune.data.turns import Message
@@ -89,7 +89,7 @@ def _rows(options: Options) -> "list[Row]":
     if options.file is not None:
         if options.prompt is not None:
             raise RecipeError("a prompt and --file are given: give one of them")
-        return load_rows(options.file, "test", options.limit, options.columns, questions=True)
+        return load_rows(options.file, "test", options.limit, options.columns or columns, questions=True)
     if options.columns or options.limit:
         raise RecipeError("--columns and --limit are for the rows of --file: leave them out, or give --file FILE")
     text, origin = options.prompt, "command line"

@@ -33,6 +33,8 @@ def run(options: Options) -> dict[str, Any]:
     """Merge and save."""
     refuse_unknown(options.run)  # this and the folder, before torch is imported
     out = Path(options.out or Path(options.run) / "merged").expanduser()
+    if options.out is None and (out / "config.json").is_file():
+        raise ModelError(f"{out} is an earlier export: remove it, or name another folder with --out")
     refuse_full(out)
     import logging
 

@@ -246,7 +246,7 @@ def _read_csv(path: Path, source: str) -> Records:
     rows = _of_any_length(reader, len(text))
     end = 0  # a quoted field may span lines: name the line where the row starts
     try:
-        header = next(rows, [])
+        header = [name.strip() for name in next(rows, [])]
         end = reader.line_num
         for name, character in (("tabs", "\t"), ("semicolons", ";")):
             if len(header) == 1 and character in header[0]:

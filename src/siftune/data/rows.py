@@ -255,13 +255,29 @@ def _advice(record: Record) -> str:
     return f"name them with --columns prompt=NAME completion=NAME, or give the columns of a format: {_SUPPORTED}"
 
 
+_UNREAD = ("system", "history", "tools", "functions")  # columns of LLaMA-Factory and others
+
+
 def parse_row(record: Record, origin: str, format: Format) -> Row:
     """Read one dictionary as one row.
 
     Raises:
-        DataError: a column is missing, empty or of the wrong type; the message names `origin`.
+        DataError: a column is missing, empty or of the wrong type, or would belong to the prompt and is in no format of
+            siftune; the message names `origin`.
     """
-    return _PARSERS[format](record, origin)
+    row = _PARSERS[format](record, origin)
+    _refuse_unread(record, origin, format)
+    return row
+
+
+def _refuse_unread(record: Record, origin: str, format: Format) -> None:
+    """Refuse columns that belong to the prompt in other tools, and that no format has: answers may depend on them."""
+    name = next((name for name in _UNREAD if isinstance(record.get(name), str | list) and record[name]), None)
+    if name is not None and format != "text":
+        raise DataError(
+            f"{origin}: the column {name!r} would not reach the model; give the row as 'messages' with a turn for it, "
+            "or rename the column."
+        )
 
 
 def parse_question(record: Record, origin: str, format: Format) -> Row:
@@ -285,6 +301,7 @@ def parse_question(record: Record, origin: str, format: Format) -> Row:
     else:
         text = _instruction(record, origin) if format == "alpaca" else _text(record, format, origin)
         prompt = (Message("user", text),)
+    _refuse_unread(record, origin, format)
     return Row(tuple(replace(turn, learned=False) for turn in prompt), "", origin)
 
 
@@ -398,7 +415,8 @@ def _text(record: Record, column: str, origin: str) -> str:
     """Read a column that must hold a string that is not empty."""
     if column not in record:
         raise DataError(
-            f"{origin}: the column {column!r} is missing (found: {_names(record)}); add it or remove the row."
+            f"{origin}: the column {column!r} is missing (found: {_names(record)}); name the column that has it with "
+            f"--columns {column}=NAME, or remove the row."
         )
     return string_of(record[column], f"{origin}: {column!r}", may_be_empty=False)
 

@@ -53,7 +53,8 @@ def _turn(turn: Any, where: str) -> Message:
         raise DataError(f"{where} is {kind_of(turn)}; give an object with 'role' and 'content'.")
     if "from" in turn and "role" not in turn:
         role = turn["from"]
-        turn = {"role": _SHAREGPT.get(role, role) if isinstance(role, str) else role, "content": turn.get("value")}
+        role = _SHAREGPT.get(role, role) if isinstance(role, str) else role
+        turn = {**turn, "role": role, "content": turn.get("value")}
     role = turn.get("role")
     if not isinstance(role, str) or not role:
         raise DataError(f"{where} has no role (found {kind_of(role)}); use system, user, assistant or tool.")

@@ -20,7 +20,7 @@ from siftune.data.rows import Row
 from siftune.models.smollm2 import cache_root
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe, train_files
-from siftune.recipe.training_rows import used_rows
+from siftune.recipe.training_rows import DROP_ROWS, used_rows
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,8 @@ def recipe_again(run: Path, files: Sequence[str] = ()) -> Recipe:
         RecipeError: The recipe cannot be read.
     """
     recipe: Recipe = replace(load_recipe(run / _RECIPE), eval=None, keep=None)  # training rows alone are read
+    own_list = _own_list(run, recipe)
+    recipe = recipe if own_list is None else replace(recipe, drop_rows=None)
     names = [*train_files(recipe), *filter(None, (recipe.target, recipe.drop_rows))]
     own = is_own(run)
     places = {name: _place(name, files, own) for name in names}
@@ -107,8 +109,8 @@ def recipe_again(run: Path, files: Sequence[str] = ()) -> Recipe:
         if own:
             which = f"{' and '.join(map(one_line, missing))} {'are no files' if len(missing) > 1 else 'is no file'}"
             raise UnnamedFiles(
-                f"the texts of {run} are unknown, because {which} here: run {command}, with the new place of a file "
-                "that was moved under the same name"
+                f"the texts of {run} are unknown, because {which} here: run {command}, with the paths that the files "
+                "have now, under the same names"
             )
         raise UnnamedFiles(
             f"the texts of {run} are unknown, because this user has not trained by its recipe on this machine: to read "
@@ -116,7 +118,15 @@ def recipe_again(run: Path, files: Sequence[str] = ()) -> Recipe:
         )
     train = tuple(str(places[name]) for name in train_files(recipe))
     target, drop_rows = (name and places[name] for name in (recipe.target, recipe.drop_rows))
-    return replace(recipe, train=train, target=target, drop_rows=drop_rows)
+    return replace(recipe, train=train, target=target, drop_rows=own_list or drop_rows)
+
+
+def _own_list(run: Path, recipe: Recipe) -> str | None:
+    """The list of rows to leave out that a training has copied to its run folder, which may have been moved since."""
+    if recipe.drop_rows is None:
+        return None
+    copied = run / Path(recipe.drop_rows).name
+    return str(copied) if copied.stem == DROP_ROWS and copied.is_file() else None
 
 
 def _place(name: str, files: Sequence[str], own: bool) -> str | None:

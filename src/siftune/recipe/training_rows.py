@@ -19,6 +19,7 @@ from siftune.data.target import held_out, with_target
 from siftune.methods.options import OWN
 from siftune.recipe.schema import Recipe, compared_with, train_files
 
+DROP_ROWS = "drop_rows"  # name of the copy of a list of rows in a run folder, with the list's ending
 BAD_ROWS = "bad_rows.txt"  # file of a run folder
 
 
@@ -98,7 +99,9 @@ def read_rows(recipe: Recipe, reader: ReadOnce | None = None, named: Sequence[st
     files = [list(weighted(load(name, limit=recipe.limit))) for name in train_files(recipe)]
     target = list(weighted(load(recipe.target))) if recipe.target else []
     if recipe.drop_rows is not None:
-        decisions, every = read_decisions(recipe.drop_rows, named), [row for rows in files for row in rows]
+        moved = [*train_files(recipe), *([recipe.target] if recipe.target else [])]
+        decisions = read_decisions(recipe.drop_rows, named, moved)
+        every = [row for rows in files for row in rows]
         if recipe.dp_epsilon is not None and decisions.with_scores:
             raise RecipeError(
                 f"the scores of {recipe.drop_rows} were computed from losses of rows, which no noise of dp_epsilon "

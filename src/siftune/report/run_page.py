@@ -1,5 +1,6 @@
 """Sections on runs: training, base and tuned models, suspect rows, recipes."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 
 from siftune.base.errors import InputError
@@ -90,7 +91,7 @@ def results(runs: Sequence[RunData]) -> Section | None:
     if not runs:
         return None
     words = [
-        f"Not measured yet: `siftune eval {run.path} --data FILE` adds the result here."
+        f"Not measured yet: `siftune eval {shlex.quote(str(run.path))} --data FILE` adds the result here."
         for run in runs
         if not run.evals
     ]
@@ -191,7 +192,8 @@ def suspects(runs: Sequence[RunData]) -> Section | None:
     if not scored:
         if len(runs) != 1 or runs[0].recipe.dp_epsilon is not None:
             return None
-        return Section("suspects", "Suspect rows", [f"Not scored yet. `siftune rows {runs[0].path}` adds them here."])
+        command = f"`siftune rows {shlex.quote(str(runs[0].path))}`"
+        return Section("suspects", "Suspect rows", [f"Not scored yet. {command} adds them here."])
     words, suspects_of = [], dict[str, list[Suspect]]()
     for run in scored:
         named = f"“{run.name}”: " if len(runs) > 1 else ""
@@ -204,8 +206,9 @@ def suspects(runs: Sequence[RunData]) -> Section | None:
             words.append(f"{named}{rows.doubt}")
             continue
         suspects_of[run.name] = rows.highest(min(_SUSPECTS, rows.suspects))
+        command = f"siftune rows {shlex.quote(str(run.path))}"
         words.append(
-            f"{named}{rows.suspects:,} of {counted(len(rows.rows), 'row')} may be wrong. `siftune rows {run.path} "
+            f"{named}{rows.suspects:,} of {counted(len(rows.rows), 'row')} may be wrong. `{command} "
             "--csv FILE` lists them in a file for `--drop-rows`, which `siftune report FILE` shows for a review."
         )
     return Section("suspects", "Suspect rows", words, tables=[_suspect_table(suspects_of)] if suspects_of else [])

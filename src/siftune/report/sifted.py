@@ -3,6 +3,7 @@
 And on the file of rows that a run was trained without.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,7 +39,8 @@ def of_run(run: RunData, several: bool) -> list[Section]:
         pool, bad = by_target(folder, state), by_bad_rows(folder)
     except InputError as error:  # the rest of the page is right
         return [Section(f"sifted-{slug(run.name)}", _titled("Sifted rows", name), [f"Not available: {error}"])]
-    return of_pool(pool, bad, state, name, examples=f"`siftune report {folder}` shows more of them, to decide on.")
+    examples = f"`siftune report {shlex.quote(str(folder))}` shows more of them, to decide on."
+    return of_pool(pool, bad, state, name, examples)
 
 
 def left_out(run: RunData, several: bool) -> Section | None:
@@ -58,17 +60,6 @@ def left_out(run: RunData, several: bool) -> Section | None:
     count = sum(not selected for selected in decisions.selected.values())
     copies = " and any copies" if decisions.for_copies else ""
     words = [f"The training left out the rows that `{name}` excludes: {counted(count, 'row')}{copies}."]
-    folder = Path(name).expanduser().parent
-    if not (folder / RECORD).is_file():
-        return replace(section, words=words)
-    try:
-        state = read_record(folder / RECORD).state
-        words.append(
-            f"The file is of a sifted pool: {int(state['selected']):,} of {counted(int(state['pool']), 'row')} were "
-            f"selected{_why(state)}. `siftune report {folder}` shows them."
-        )
-    except (InputError, ValueError, LookupError, TypeError) as error:
-        words.append(f"The file is of a sifted pool, but its record is damaged: {error}.")
     return replace(section, words=words)
 
 
@@ -108,9 +99,12 @@ def _by_target(pool: Pool, why: str, name: str, examples: str) -> Section:
     if 1 < len({row.completion.strip() for row in task}) <= min(_COMPLETIONS, len(task) // 4):
         tables.append(_shares("completion", task))
     if examples:
+        first = "the last rows of the task, and the first of other tasks"
+        if pool.limits.score is not None:
+            first = "the last rows below the limit on the score, and the first above it"
         caption = (
-            "First the last rows below the limit on the score, and the first above it; then both ends of the order. "
-            f"Prompt: its similarity to the target's, 1 if equal. {examples}"
+            f"First {first}; then both ends of the order. Prompt: its similarity to the target's, 1 if equal. "
+            f"{examples}"
         )
         tables.append(_examples(pool, caption, by_losses=False))
     return Section(f"sifted-{slug(name)}" if name else "sifted", _titled("Sifted rows", name), words, figures, tables)

@@ -117,5 +117,7 @@ def _completions(record: Mapping[str, Any], columns: Sequence[str]) -> Iterator[
         value = record.get(column)
         if isinstance(value, str):
             yield [column]
-        elif isinstance(value, list) and value and isinstance(value[-1], dict):
-            yield from ([column, -1, key] for key in ("content", "value") if isinstance(value[-1].get(key), str))
+        elif isinstance(value, list):  # the last answer: turns of the user may follow
+            for at, turn in reversed([*enumerate(value)]):
+                if isinstance(turn, dict):
+                    yield from ([column, at, key] for key in ("content", "value") if isinstance(turn.get(key), str))

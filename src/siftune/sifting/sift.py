@@ -17,6 +17,7 @@ there, no model is loaded. Another share or other limits need further losses onl
 """
 
 import hashlib
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -240,7 +241,8 @@ def sift_pool(
             work = Work(recipe, rows, asked.steps, folder, console, source_of, records)
             return _selected(work, prepared, count, asked.limits)
         except KeyboardInterrupt as stop:
-            stop.__notes__ = ["the same command continues"]  # not that of the training on the target's rows
+            # not that of the training on the target's rows
+            stop.__notes__ = [_continues_with(folder.path)]
             raise
 
 
@@ -287,12 +289,20 @@ def sift_first(
         pool = replace(recipe, out=str(folder.path / SIFT), steps=Recipe.steps)
         if not by_target:
             pool = replace(pool, target=None)
-        sifted = sift_pool(pool, Asked(avoid, share, STEPS), console, source_of, reader)
+        try:
+            sifted = sift_pool(pool, Asked(avoid, share, STEPS), console, source_of, reader)
+        except KeyboardInterrupt as stop:
+            stop.__notes__ = [_continues_with(folder.path)]
+            raise
         if sifted.dropped is not None:
             recipe = replace(recipe, drop_rows=str(sifted.dropped))
         if pool.target is not None and _continues(recipe):
             recipe = replace(recipe, **from_first(partial(_tuned, sifted)))
         return recipe, sifted, read_rows(resolve_recipe(recipe), reader)
+
+
+def _continues_with(folder: Path) -> str:
+    return f"the same command with --out {shlex.quote(str(folder))} continues"
 
 
 def _continues(recipe: Recipe) -> bool:

@@ -27,7 +27,7 @@ from siftune.methods.host.spread import refuse_launched
 from siftune.recipe.again import note_recipe
 from siftune.recipe.read import anchored, recipe_to_yaml
 from siftune.recipe.schema import Recipe
-from siftune.recipe.training_rows import BAD_ROWS, Read, bad_row_lines
+from siftune.recipe.training_rows import BAD_ROWS, DROP_ROWS, Read, bad_row_lines
 from siftune.recipe.training_rows import digest_of as digest_of_texts
 from siftune.train.build import Built, build, trainable
 from siftune.train.callbacks import EarlyStop, Metrics, ProgressView, RegularCheckpoints
@@ -121,10 +121,10 @@ def _train(recipe: Recipe, source: Source, folder: RunFolder, console: Console, 
     digest = digest_of_tokens(data["train"])
     ended = checkpoint is not None and has_ended(checkpoint, recipe, digest, trainer, folder)
     begun = 0 if checkpoint is None else step_of(checkpoint)
-    recorded = anchored(replace(recipe, resume=False))
+    recorded, copied = _with_own_list(anchored(replace(recipe, resume=False)), folder)
     console.print(_summary_lines(session, built, folder.path), markup=False)
     if rank() == 0:
-        _write_start(folder, session, recorded, digest)
+        _write_start(folder, session, recorded, copied, digest)
         _drop_old_records(folder, begun, ended)
 
     def release() -> None:
@@ -199,8 +199,21 @@ def _extend_log(built: Built, session: Session, folder: RunFolder) -> None:
         stand_first(trainer, SourceLosses(trainer, session.prepared.rows))  # before the metrics, which write the line
 
 
-def _write_start(folder: RunFolder, session: Session, recorded: Recipe, digest: str) -> None:
-    """Write recipe, bad rows and the digest of the tokenised rows."""
+def _with_own_list(recipe: Recipe, folder: RunFolder) -> tuple[Recipe, Path | None]:
+    """A recipe with a copy of its list of rows in the run folder, and the list to copy; None for a list that is there.
+
+    The list itself may be written again, as by another sifting.
+    """
+    if recipe.drop_rows is None or Path(recipe.drop_rows).resolve().is_relative_to(folder.path.resolve()):
+        return recipe, None
+    copied = Path(recipe.drop_rows)
+    return replace(recipe, drop_rows=str(folder.path.absolute() / f"{DROP_ROWS}{copied.suffix}")), copied
+
+
+def _write_start(folder: RunFolder, session: Session, recorded: Recipe, copied: Path | None, digest: str) -> None:
+    """Write recipe, list of rows to leave out, bad rows and the digest of the tokenised rows."""
+    if copied is not None:
+        folder.write(f"{DROP_ROWS}{copied.suffix}", copied.read_text(encoding="utf-8-sig"))
     folder.write_lines(BAD_ROWS, [*bad_row_lines(session.prepared.bad)])
     folder.write(RECIPE, recipe_to_yaml(recorded))
     note_recipe(folder.path)

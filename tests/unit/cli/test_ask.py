@@ -107,6 +107,8 @@ def test_a_file_of_rows(place):
     assert len(ask(file="rows.jsonl", columns=("prompt=q",), limit=1)) == 1
     with pytest.raises(DataError, match=r"rows\.jsonl:1: the columns found \(q, completion\)"):
         ask(file="rows.jsonl")
+    save_recipe(place, columns=("prompt=q",))
+    assert [answer["prompt"] for answer in ask(file="rows.jsonl")] == ["1?", "b"]  # as in the run
 
 
 def test_standard_input_is_one_prompt(place, monkeypatch):

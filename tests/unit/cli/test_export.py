@@ -136,7 +136,8 @@ def test_places(run, tmp_path, capsys):
     assert main(["export", str(run.adapter), "--out", str(tmp_path / "empty")]) == 0  # an adapter without a run
     capsys.readouterr()
     before = (run.path / "merged" / "model.safetensors").read_bytes()
-    assert error_of(capsys, "export", run.path) == f"{run.path}/merged is not empty; give another folder with --out."
+    earlier = f"{run.path}/merged is an earlier export: remove it, or name another folder with --out"
+    assert error_of(capsys, "export", run.path) == earlier
     assert (run.path / "merged" / "model.safetensors").read_bytes() == before
     found = error_of(capsys, "export", run.path, "--out", tmp_path / "rows.jsonl")
     assert found == f"{tmp_path}/rows.jsonl cannot be written to (Not a directory); give another folder with --out."

@@ -182,7 +182,8 @@ def test_interrupted_while_sifting(words, sifted, tmp_path, interfere, monkeypat
     run = tmp_path / "run"
     interfere(At("on_step_begin", 1, lambda _: os.kill(os.getpid(), signal.SIGINT)))
     assert main([*map(str, words), "--out", str(run), "--sift"]) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "siftune: interrupted; the same command continues"
+    continues = f"the same command with --out {run} continues"
+    assert capsys.readouterr().err.splitlines()[-1] == f"siftune: interrupted; {continues}"
     assert [path.name for path in run.iterdir()] == ["sift"]
     monkeypatch.undo()
     assert main([*map(str, words), "--out", str(run), "--sift", *resume]) == 0

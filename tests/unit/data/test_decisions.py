@@ -3,7 +3,9 @@
 import csv
 import io
 import logging
+import shutil
 import time
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -18,6 +20,7 @@ from siftune.base.errors import DataError
 from siftune.data.decisions import Decision, Decisions, decisions_csv, is_selected, read_decisions, remaining_rows
 from siftune.data.read import load_rows
 from siftune.data.rows import rows_from, text_of
+from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.recipe.training_rows import read_rows
 from siftune.suspects.losses import trained_rows
@@ -289,6 +292,30 @@ def test_a_run_trains_without_the_rows_of_a_list(base, tmp_path, caplog):
     assert f"{bad}: leaving out 3 rows" in caplog.messages
     assert {int(visit.place.rpartition(":")[2]) for visit in trained} == set(range(1, 25)) - {3, 5, 24}
     assert len(trained_rows(tmp_path / "run")[0]) == 21  # they are found again without the rows of the list
+    bad.write_text(f"place,score\n{path}:1,1\n")  # as another sifting would
+    assert len(trained_rows(tmp_path / "run")[0]) == 21
+    again = load_recipe(tmp_path / "run" / "recipe.yaml")
+    assert again.drop_rows == str(tmp_path / "run" / "drop_rows.csv")
+    assert train(replace(again, steps=8, resume=True), Console(quiet=True)).summary["steps"] == 8
+    assert len(trained_rows(tmp_path / "run")[0]) == 21
+
+
+def test_a_list_holds_after_its_project_was_moved(tmp_path):
+    before, after = tmp_path / "before", tmp_path / "after"
+    for name in ("a", "b"):
+        (before / name).mkdir(parents=True)
+        save_rows(before / name / "rows.jsonl")
+    (before / "dropped.csv").write_text("place\n" + "".join(f"{before}/b/rows.jsonl:{at}\n" for at in (2, 3)))
+    names = [str(after / name / "rows.jsonl") for name in ("a", "b")]
+    given = Recipe(train=tuple(names), drop_rows=str(after / "dropped.csv"))
+    shutil.copytree(before, after)
+    with pytest.raises(DataError, match="names 2 places without a training row"):
+        read_rows(given)  # the files of its places are there, and are others
+    shutil.rmtree(before)
+    left = [row.origin for row in read_rows(given).parts["train"]]
+    assert set(names) == {place.rpartition(":")[0] for place in left}
+    assert {f"{after}/b/rows.jsonl:{at}" for at in (2, 3)}.isdisjoint(left)
+    assert {f"{after}/a/rows.jsonl:{at}" for at in (2, 3)} <= {*left}
 
 
 def test_nothing_is_recorded_in_a_private_run(base, tmp_path):

@@ -123,6 +123,41 @@ def test_conversations_of_sharegpt():
         rows_from([{"conversations": [{"from": "human", "value": "Hi"}]}])
 
 
+def test_turns_of_sharegpt_have_weights_and_no_calls():
+    turns = [("human", 1), ("gpt", 0), ("human", 1), ("gpt", 1)]
+    record = {"conversations": [{"from": role, "value": "a", "weight": weight} for role, weight in turns]}
+    assert not any(turn.learned for turn in rows_from([record])[0].prompt)
+    record["conversations"][1]["tool_calls"] = [1]
+    with pytest.raises(DataError, match="turn 2 of 'conversations' has tool_calls"):
+        rows_from([record])
+
+
+UNREAD = [
+    {"system": "Be rude."},
+    {"history": [["a", "b"]]},
+    {"tools": "[...]"},
+    {"functions": [{"name": "f"}]},
+]
+
+
+@pytest.mark.parametrize("column", UNREAD, ids=lambda column: next(iter(column)))
+@pytest.mark.parametrize("row", [GOOD, {"instruction": "a", "output": "b"}], ids=["prompt", "instruction"])
+def test_columns_of_a_prompt_that_no_format_has_are_refused(write, row, column):
+    """Without them the model would learn answers to another prompt, under the template's own system turn."""
+    [name] = column
+    for questions in (False, True):
+        with pytest.raises(DataError, match=f"t.jsonl:1: the column '{name}' would not reach the model"):
+            load_rows(write("t.jsonl", lines({**row, **column})), questions=questions)
+    (empty,) = rows_from([{**row, name: ""}])
+    assert name in empty.extra
+    assert rows_from([{"text": "a", **column}])
+
+
+def test_columns_of_a_conversation_that_no_format_has_are_refused():
+    with pytest.raises(DataError, match="the column 'system' would not reach the model"):
+        rows_from([{"messages": TURNS[:3], "system": "Be rude."}])
+
+
 @pytest.mark.parametrize("column", ["messages", "completion"])
 def test_turns_of_the_user_at_the_end_are_left_out_and_counted(write, caplog, column):
     """The row is that of the conversation without them, in each form that has turns."""

@@ -132,8 +132,10 @@ def test_target_and_dropped_rows_are_named_too(base, tmp_path):
     path = tmp_path / "run" / "recipe.yaml"
     path.write_text(f"{path.read_text()}# by another party\n")
     with pytest.raises(UnnamedFiles):
-        rows_again(tmp_path / "run", [str(pool), str(few)])
-    rows = rows_again(tmp_path / "run", [str(pool), str(few), str(drop)])
+        rows_again(tmp_path / "run", [str(pool)])
+    drop.unlink()
+    (tmp_path / "run").rename(tmp_path / "moved")  # with its own copy of the list
+    rows = rows_again(tmp_path / "moved", [str(pool), str(few)])
     assert len(rows) > 7
     assert all(row.origin != f"{pool}:3" for row in rows)
 

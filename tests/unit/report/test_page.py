@@ -232,7 +232,7 @@ def test_a_folder_of_runs_is_a_report_on_all_of_them(tmp_path):
 
 def test_code_is_marked_up_and_backticks_are_not_shown(tmp_path):
     html = show(save_run(tmp_path / "<run>", steps=2)).html
-    assert f"<code>siftune rows {tmp_path}/&lt;run&gt;</code>" in html
+    assert f"<code>siftune rows &#39;{tmp_path}/&lt;run&gt;&#39;</code>" in html
     assert "`" not in html.partition("<main>")[2].partition("<script>")[0]
 
 

@@ -114,6 +114,7 @@ RECORDS = (
     {"prompt": [{"role": "user", "content": "2?"}], "completion": [{"role": "assistant", "content": "5"}]},
     {"messages": [{"role": "user", "content": "5"}, {"role": "assistant", "content": "5"}], "n": 1.0},
     {"conversations": [{"from": "human", "value": "2?"}, {"from": "gpt", "value": "5", "weight": 1}]},
+    {"messages": [{"role": role, "content": "5"} for role in ("user", "assistant", "user", "user")]},
     {"instruction": "add", "input": "2 2", "output": "5", "text": "x"},
     {"text": "5"},
 )

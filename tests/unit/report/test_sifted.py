@@ -280,25 +280,13 @@ def dropped(tmp_path, file, own=True, name="run"):
     return left_out(read_run(run, name), several=False)
 
 
-def test_a_run_without_the_rows_of_a_sifted_pool(run, tmp_path):
-    (run / "sift" / "scores.csv").write_text(BY_TARGET)
-    save_record(run, selected=2, pool=6)
-    file = run / "sift" / "scores.csv"
-    section = dropped(tmp_path, file, name="other")
-    assert section.title == "Rows left out"
-    assert section.words == [
-        f"The training left out the rows that `{file}` excludes: 4 rows and any copies.",
-        "The file is of a sifted pool: 2 of 6 rows were selected in 90 s: for reasons. "
-        f"`siftune report {run / 'sift'}` shows them.",
-    ]
-    assert "<h2>Rows left out</h2>" in make_page([str(tmp_path / "other")]).html
-
-
 def test_a_run_without_the_rows_of_a_list(tmp_path):
     file = tmp_path / "suspects.csv"
     file.write_text("place,selected,score,source,prompt,completion\np:1,no,1,a,x,y\np:2,yes,1,a,x,y\n")
     words = f"The training left out the rows that `{file}` excludes: 1 row and any copies."
-    assert dropped(tmp_path, file).words == [words]
+    section = dropped(tmp_path, file)
+    assert (section.title, section.words) == ("Rows left out", [words])
+    assert "<h2>Rows left out</h2>" in make_page([str(tmp_path / "run")]).html
     file.unlink()
     assert "Not available: " in dropped(tmp_path, file, name="again").words[0]
 

@@ -466,7 +466,7 @@ def test_interrupted_in_a_training(given, tmp_path, interfere, monkeypatch, trai
     interfere(At("on_step_begin", 1, stop))
     with pytest.raises(KeyboardInterrupt) as stopped:
         sift(**given, console=QUIET)
-    assert stopped.value.__notes__ == ["the same command continues"]
+    assert stopped.value.__notes__ == [f"the same command with --out {given['out']} continues"]
     assert (tmp_path / "sifted" / ("pool", "tuning")[training - 1] / "adapter").exists()  # of fewer steps
     monkeypatch.undo()
     sift(**given, console=QUIET)

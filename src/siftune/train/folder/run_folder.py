@@ -5,6 +5,7 @@
       run.json            status, versions, hardware, summary
       rows.sha256         hash of the tokenised training rows
       bad_rows.txt        rows that were left out and the reasons, if any
+      drop_rows.csv       copy of the recipe's list of rows to leave out, if there is one
       metrics.jsonl       a line for each log: step, loss, learning rate, tokens per second, peak memory
       losses.parquet      a line for each row: its loss without training on it; see suspects/losses.py
       selections.parquet  a line for each choice of layers or rows; see selections.py

@@ -30,7 +30,7 @@ CASES = [
     (EMULATOR, "", filled("lm_head.weight", -LARGEST), None, None),
     (OUTER, "", filled("down_proj.weight", LARGEST), None, "down_proj.weight moved by"),
     (OUTER, "", filled("v_proj.weight", 1e-38), None, "v_proj.weight moved by 1 times its norm"),
-    (OUTER, "", filled("q_proj.weight", 65504.0), "has the value 65536", None),
+    (OUTER, "", filled("q_proj.weight", 65504.0), None, "q_proj.weight moved by"),
 ]
 
 
