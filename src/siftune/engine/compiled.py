@@ -11,6 +11,7 @@ compilations. The numbers of rows and tokens are symbolic: batches of another sh
 one row, batches without padding, which need no mask, and rows too long for the products of `models.attention`.
 """
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +27,12 @@ from siftune.base.text import one_line
 from siftune.engine.substitution import as_one
 
 _KINDS = 6  # largest number of parts with different code or shapes; dynamo itself stops at eight forms of one code
+
+
+def forget_compiled() -> None:
+    """Have torch compile again what it has compiled: such code does not run hooks that were added since."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 class CompiledParts:

@@ -15,8 +15,9 @@ from siftune.engine.groups import LayerGroup
 from siftune.engine.substitution import Substitution
 from siftune.models.adapters.bottleneck import BottleneckLayer
 from siftune.models.adapters.full import original_weights
+from siftune.models.modules import expert_count
 
-_TAKE_APART = ("pissa", "olora", "corda", "loftq")  # values of PEFT's init_lora_weights
+_TAKE_APART = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of PEFT's init_lora_weights
 
 
 @contextmanager
@@ -98,7 +99,7 @@ def refuse_taken_apart(model: nn.Module) -> None:
         AdapterError: There is one.
     """
     for config in getattr(model, "peft_config", {}).values():
-        init = str(getattr(config, "init_lora_weights", ""))
+        init = str(getattr(config, "init_lora_weights", "")).lower()
         if init.startswith(_TAKE_APART):
             raise AdapterError(
                 f"an adapter initialized with {init} holds a part of the base, so that its response cannot be damped: "
@@ -111,7 +112,9 @@ def is_scaled(module: Any) -> bool:
     return isinstance(module, BottleneckLayer) or (
         isinstance(module, LoraLayer)
         # these put the product of the matrices into a weight, and their output is not linear in it
-        and not isinstance(module, ParamWrapper | MultiheadAttention)
+        and not isinstance(module, MultiheadAttention)
+        # a router returns its choice of experts beside its logits, so that its output cannot be damped
+        and not (isinstance(module, ParamWrapper) and expert_count(module.get_base_layer()))
         and not isinstance(module.base_layer, BaseTunerLayer)
         and not any(name in module.lora_variant for name in module.active_adapters)
     )

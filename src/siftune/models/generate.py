@@ -40,6 +40,9 @@ def continued(
     gaps = [longest - len(ids) for ids in begins]
     padded = [[settings.pad_token_id] * gap + [*ids] for gap, ids in zip(gaps, begins, strict=True)]
     seen = [[0] * gap + [1] * (longest - gap) for gap in gaps]
+    # TRL has mixtures of experts return the logits of their routers, of which `generate` makes no use
+    asks = getattr(model.config.get_text_config(), "output_router_logits", False)
+    routers = {"output_router_logits": False} if asks else {}
     own = model.generation_config
     model.generation_config = settings
     try:
@@ -47,6 +50,7 @@ def continued(
             input_ids=torch.tensor(padded, device=device),
             attention_mask=torch.tensor(seen, device=device),
             stopping_criteria=StoppingCriteriaList([_Report(longest, report)]),
+            **routers,
         )
     finally:
         model.generation_config = own

@@ -68,6 +68,7 @@ class LabelHead:
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Replace the labels by those of fewer positions."""
+        self._positions = None  # Ctrl-C may have left those of a pass: torch then runs no hooks
         labels = kwargs.get("labels")
         acts = model.training or self._comparing
         if not acts or not isinstance(labels, Tensor) or kwargs.get("shift_labels") is not None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from support.adapted import ADAPTED, adapted, two_active_adapters
+from support.adapted import ADAPTED, adapted, from_config, two_active_adapters
 from support.tiny import batch, logits, tiny
 from torch import nn
 
@@ -90,6 +91,19 @@ def test_suppress_restores_after_an_error(models, name):
     error = RuntimeError("stop")
     assert not damping.__exit__(type(error), error, None)
     assert snapshot(model) == state
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_without_adapters_on_routers_the_model_is_its_base(family):
+    """They are adapted by all-linear, too, and return their choice of experts beside its logits."""
+    model = from_config(LoraConfig(r=2, target_modules="all-linear"), family).double()
+    groups = group_by_layer(model)
+    with model.disable_adapter():
+        wanted = logits(model)
+    with suppress(groups, range(len(groups)), 0.0):
+        found = logits(model)
+    torch.testing.assert_close(found, wanted)
+    assert float((logits(model) - wanted).abs().max()) > 0.1
 
 
 def test_suppress_restores_scales_that_products_would_not():

@@ -149,6 +149,23 @@ def test_a_pass_that_fails_leaves_the_next_one_complete():
         assert torch.equal(model.eval()(**inputs).logits, wanted)
 
 
+def test_a_pass_that_ctrl_c_ends_leaves_the_next_one_complete():
+    """torch runs hooks after an `Exception` only."""
+    model, inputs = built("llama"), batch(tiny("llama"))
+    wanted = model.eval()(**inputs).logits
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with LabelHead(model):
+        result(model, inputs)
+        handle = model.model.layers[1].register_forward_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            model.train()(**inputs)
+        handle.remove()
+        assert torch.equal(model.eval()(**inputs).logits, wanted)
+
+
 def test_it_leaves_no_trace():
     model, inputs = built("llama"), batch(tiny("llama"))
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from siftune.engine.compiled import forget_compiled
 from siftune.methods.drivers.batches import RowDraws, UserBatches
 from siftune.methods.drivers.layer_driver import LayerChoice, LayerPolicy, LayerSelection, LayerStack
 from siftune.methods.host import deepspeed
 from siftune.methods.host.callback import (
     SelectionCallback,
     calling_trainer,
+    optimizer_to_training,
     plain_optimizer,
+    restored_on_interrupt,
     rows_of_pass,
     trainer_loss,
     while_training,
@@ -84,6 +87,7 @@ class LayerCallback(SelectionCallback[LayerSelection]):
             UnsupportedError: The optimizer is DeepSpeed's.
         """
         deepspeed.refuse_in_loops(optimizer)
+        forget_compiled()
         draws = UserBatches(batches) if batches is not None else None
         optimizer = plain_optimizer(optimizer)
         selection = LayerSelection(model, self.policy, seed=self.seed, draws=draws, loss=loss, layers=self.layers)
@@ -99,6 +103,8 @@ class LayerCallback(SelectionCallback[LayerSelection]):
         self._clear()
         model: nn.Module = kwargs["model"]
         refuse_wrappers(args, model)
+        if args.torch_compile:
+            forget_compiled()
         trainer = calling_trainer(self)
         self._lines.begin(trainer)
         deepspeed.keep_unsharded(trainer, model, self.layers)
@@ -117,6 +123,7 @@ class LayerCallback(SelectionCallback[LayerSelection]):
         loader = kwargs.get("train_dataloader")
         if loader is not None and selection.policy.needs_rows:
             selection.draws = RowDraws.of_loader(loader, selection.generator, "use RST, which needs none")
+        self._guard(trainer)
         self._step = None
         self._resume(state)
 
@@ -128,8 +135,10 @@ class LayerCallback(SelectionCallback[LayerSelection]):
         if self._step == state.global_step:  # a stream ended in mid-step, which the Trainer continues as if it began
             return
         self._step = state.global_step
+        optimizer_to_training(kwargs.get("optimizer"))
         selection.steps = state.global_step
-        choice = selection.begin()
+        with restored_on_interrupt(calling_trainer(self)):
+            choice = selection.begin()
         self._means.note({"layers": len(choice.layers)})
         if self.on_select is not None:
             self.on_select(choice)

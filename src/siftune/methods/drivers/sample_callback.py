@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from siftune.base.errors import RecipeError, UnsupportedError
 from siftune.base.text import counted
+from siftune.engine.compiled import forget_compiled
 from siftune.engine.groups import LayerGroup
 from siftune.methods.drivers.batches import RowDraws, UserBatches
 from siftune.methods.drivers.sample_choice import Choosing, SampleChoice
@@ -22,7 +23,9 @@ from siftune.methods.host import deepspeed
 from siftune.methods.host.callback import (
     SelectionCallback,
     calling_trainer,
+    optimizer_to_training,
     plain_optimizer,
+    restored_on_interrupt,
     resumed_from,
     rows_of_pass,
     trainer_loss,
@@ -105,6 +108,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
                 'support="rest"'
             )
         deepspeed.refuse_in_loops(optimizer)
+        forget_compiled()
         draws = None if batches is None else UserBatches(batches)
         selection = SampleSelection(
             model, self.rule, seed=self.seed, draws=draws, loss=loss, layers=self.layers, pairs=bool(self.pairs)
@@ -121,6 +125,8 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         """Find the layers, set the tape, and continue from a checkpoint's state."""
         self._clear()
         refuse_wrappers(args, kwargs["model"])
+        if args.torch_compile:
+            forget_compiled()
         self._waiting = []
         trainer = calling_trainer(self)
         samples = rows_of_pass(args, trainer)
@@ -155,6 +161,7 @@ class SampleCallback(SelectionCallback[SampleSelection]):
             rows = None if self.support_source == "sample" else self._user_rows()
             instead = 'use GAST with support="rest", which needs none'
             selection.draws = RowDraws.of_loader(loader, selection.generator, instead, rows)
+        self._guard(trainer)
         if self._resume(state) and not selection.rule.follows_all(state.global_step):  # else the mean is not needed
             self._load_mean(selection)
 
@@ -179,8 +186,10 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         selection = self._begun
         if self.support_source is not None:  # the Trainer does so before each batch, but later
             kwargs["model"].train()
+            optimizer_to_training(kwargs.get("optimizer"))
         selection.steps = state.global_step
-        selection.begin()
+        with restored_on_interrupt(calling_trainer(self)):
+            selection.begin()
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

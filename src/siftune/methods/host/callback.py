@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -117,6 +118,7 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
         super().__post_init__()
         self._selection: T | None = None
         self._resumed: Mapping[str, Any] | None = None
+        self._guarded: list[tuple[Trainer, str]] = []
         self._means = Means()
         self._lines = LogLines(self.group, self._figures)
 
@@ -130,8 +132,18 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
         After an exception in training they remove themselves as soon as the model trains again.
         """
         self._lines.remove()
+        for trainer, name in self._guarded:
+            vars(trainer).pop(name, None)
+        self._guarded.clear()
         if self._selection is not None:
             self._selection.remove()
+
+    def _guard(self, trainer: Trainer | None) -> None:
+        """Restore the model if Ctrl-C ends a pass: torch runs the hooks that end it only after an `Exception`."""
+        for name in () if trainer is None else ("compute_loss", "prediction_step"):
+            if name not in vars(trainer):  # else an earlier callback does so for all
+                setattr(trainer, name, _restoring(trainer, getattr(trainer, name)))
+                self._guarded.append((trainer, name))
 
     @property
     def _begun(self) -> T:
@@ -181,6 +193,37 @@ class SelectionCallback(Settings, TrainerCallback, ExportableState, Generic[T]):
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
             raise _unreadable(type(self).__name__, error) from error
         return True
+
+
+def _restoring(trainer: Trainer, run: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a Trainer that removes the hooks of all selection callbacks if Ctrl-C ends it."""
+
+    @wraps(run)
+    def restoring(*args: Any, **kwargs: Any) -> Any:
+        with restored_on_interrupt(trainer):
+            return run(*args, **kwargs)
+
+    return restoring
+
+
+@contextmanager
+def restored_on_interrupt(trainer: Trainer | None) -> Iterator[None]:
+    """Remove the hooks of a Trainer's selection callbacks if Ctrl-C ends the block, whose parameters may be swapped."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        for callback in [] if trainer is None else trainer.callback_handler.callbacks:
+            if isinstance(callback, SelectionCallback):
+                callback.remove()
+        raise
+
+
+def optimizer_to_training(optimizer: Any) -> None:
+    """Have an optimizer that averages weights put those that train into the model, as the Trainer does, but later."""
+    if callable(getattr(optimizer, "train", None)):
+        optimizer.train()
 
 
 def rows_of_pass(args: TrainingArguments, trainer: Trainer | None) -> int:
@@ -321,13 +364,18 @@ def _calls(callback: TrainerCallback) -> Iterator[tuple[Trainer, Mapping[str, An
 def _metrics_unchanged(trainer: Trainer) -> Iterator[None]:
     """Keep scoring out of the metrics and tokens that TRL's trainers collect in `compute_loss`."""
     tokens = getattr(trainer, "_total_train_tokens", None)
-    metrics: dict[str, dict[str, list[float]]] = getattr(trainer, "_metrics", None) or {}
-    before = {mode: {name: list(v) for name, v in values.items()} for mode, values in metrics.items()}
+    every: list[dict[str, dict[str, list[float]]]] = [
+        metrics for name in ("_metrics", "_stored_metrics") if (metrics := getattr(trainer, name, None)) is not None
+    ]
+    before = [
+        {mode: {name: list(v) for name, v in values.items()} for mode, values in metrics.items()} for metrics in every
+    ]
     try:
         yield
     finally:
-        for mode, values in before.items():
-            metrics[mode].clear()
-            metrics[mode].update(values)
+        for metrics, saved in zip(every, before, strict=True):
+            for mode, values in metrics.items():
+                values.clear()
+                values.update(saved.get(mode, {}))
         if tokens is not None:
             trainer._total_train_tokens = tokens

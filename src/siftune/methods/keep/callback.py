@@ -41,7 +41,7 @@ from siftune.engine.suppression import adapted_modules, refuse_taken_apart, supp
 from siftune.engine.tape import unrecorded
 from siftune.methods.drivers.batches import collated
 from siftune.methods.host import deepspeed
-from siftune.methods.host.callback import LogLines, calling_trainer, loss_scale, saved_state
+from siftune.methods.host.callback import LogLines, calling_trainer, loss_scale, optimizer_to_training, saved_state
 from siftune.methods.host.spread import refuse_wrappers
 from siftune.methods.keep.maths import Reference, divergence, reference
 from siftune.methods.options import KEEP_WEIGHT, OWN
@@ -155,6 +155,7 @@ class Keep(TrainerCallback, ExportableState):  # type: ignore[misc]
         if state.global_step % self.every or self._step == state.global_step:  # a stream may end in mid-step
             return
         self._step = state.global_step
+        optimizer_to_training(kwargs.get("optimizer"))
         trainer = calling_trainer(self)
         context = nullcontext() if trainer is None else trainer.compute_loss_context_manager()
         factor = self.weight * self.every * loss_scale(trainer)

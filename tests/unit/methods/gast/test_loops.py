@@ -9,7 +9,7 @@ from support.adapted import adapted
 from support.oracles import flat, gradients, rest_scores, sample_gradients, summed_loss
 from support.tiny import batch
 
-from siftune import GAST, IST
+from siftune import GAST, IST, RST
 from siftune.base.errors import RecipeError
 from siftune.engine.groups import group_by_layer
 
@@ -237,3 +237,21 @@ def test_what_attach_needs(model):
     with pytest.raises(RecipeError, match="batches"):
         GAST(2, "sample").attach(model)
     GAST(2, "sample", choice="random").attach(model).remove()  # a random choice compares with nothing
+
+
+@pytest.mark.parametrize("method", [GAST(2, "rest", choice="topk"), RST(active=0.25)], ids=["gast", "rst"])
+def test_a_compiled_model_that_has_trained_before(method):
+    """torch keeps the code that it compiled without hooks."""
+    found = []
+    for compiled in (False, True):
+        model = adapted().train()
+        inputs = batch(model, 4)
+        run = torch.compile(model, backend="eager") if compiled else model
+        run(**inputs).loss.backward()
+        model.zero_grad()
+        with method.attach(run):
+            run(**inputs).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad)

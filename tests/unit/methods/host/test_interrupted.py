@@ -1,12 +1,13 @@
 """Training after a training that an exception ended; two methods on the same layers."""
 
 import pytest
+import torch
 from support.every_method import NAMES, FirstGradients, built
 from support.seen import assert_same
 from support.trainers import At, adapted, arguments, rows, stop, train, weights
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, get_constant_schedule
 
-from siftune import GAST, IST, RST, LabelLogits
+from siftune import GAST, IST, RST, Keep, LabelLogits
 from siftune.base.errors import RecipeError, SiftuneError
 
 
@@ -41,6 +42,81 @@ def interrupted(folder, name):
 def test_an_interrupted_training_leaves_nothing_to_plain_training(tmp_path, name):
     model = interrupted(tmp_path, name)
     assert_same(first_gradients(tmp_path, model=model), first_gradients(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("name", NAMES)
+def test_ctrl_c_within_a_module_leaves_the_model_as_it_was(tmp_path, name, kind):
+    """Parameters are swapped there, and torch runs the hooks that restore them only after an `Exception`."""
+    passes = len(passes_of(tmp_path, name, kind))
+    for last in {1, passes // 2, passes}:  # in a pass of the method, of training, of evaluation
+        model = adapted(kind=kind)
+        before = {key: (id(p), p.requires_grad) for key, p in model.named_parameters()}
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(KeyboardInterrupt):
+            passes_of(tmp_path, name, kind, model, last)
+        assert {key: (id(p), p.requires_grad) for key, p in model.named_parameters()} == before
+        assert {key: value.shape for key, value in model.state_dict().items()} == {
+            key: value.shape for key, value in state.items()
+        }
+
+
+def passes_of(folder, name, kind, model=None, last=0):
+    """Calls of an adapted module in two steps with evaluation; Ctrl-C comes in the last one."""
+    model, calls = model or adapted(kind=kind), []
+
+    def count(*_):
+        calls.append(None)
+        if len(calls) == last:
+            raise KeyboardInterrupt
+
+    module = model.base_model.model.model.layers[1].self_attn.q_proj.lora_B["default"]
+    handle = module.register_forward_pre_hook(count)
+    settings = arguments(folder, max_steps=2, eval_strategy="steps", eval_steps=1)
+    try:
+        Trainer(model, settings, train_dataset=rows(), eval_dataset=rows(4), callbacks=built(name)).train()
+    finally:
+        handle.remove()
+    return calls
+
+
+class Averaging(torch.optim.AdamW):
+    """As optimizers that average weights: those of the average are in the model after `eval()`."""
+
+    is_training = True
+
+    def train(self):
+        self.is_training = True
+
+    def eval(self):
+        self.is_training = False
+
+
+@pytest.mark.parametrize("name", [*NAMES, "keep"])
+def test_passes_of_methods_see_the_weights_that_train(tmp_path, name):
+    model, seen, evaluating = adapted(), [], []
+    optimizer = Averaging([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+    class Own(Trainer):
+        def evaluate(self, *args, **kwargs):
+            evaluating.append(None)
+            try:
+                return super().evaluate(*args, **kwargs)
+            finally:
+                evaluating.pop()
+
+    def note(*_):
+        if not evaluating:
+            seen.append(optimizer.is_training)
+
+    model.register_forward_pre_hook(note)
+    callbacks = [Keep(texts=4, length=8, every=1)] if name == "keep" else built(name)
+    Own(
+        model, arguments(tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1), train_dataset=rows(),
+        eval_dataset=rows(4), callbacks=callbacks, optimizers=(optimizer, get_constant_schedule(optimizer)),
+    ).train()  # fmt: skip
+    assert len(seen) >= 4
+    assert all(seen)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,5 +1,6 @@
 """IST and RST in Trainers of transformers and TRL, and in plain loops."""
 
+import copy
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -109,13 +110,15 @@ def test_sharded_and_copied_models_are_refused(tmp_path, method, bad, message):
 
 
 def test_scoring_keeps_the_metrics_that_were_there():
-    trainer = SimpleNamespace(
-        _metrics={"train": defaultdict(list, loss=[1.0]), "eval": defaultdict(list, entropy=[2.0])}
-    )
-    with _metrics_unchanged(trainer):
-        trainer._metrics["eval"]["entropy"].append(9.0)
-        trainer._metrics["eval"]["new"].append(9.0)
-    assert trainer._metrics == {"train": {"loss": [1.0]}, "eval": {"entropy": [2.0]}}
+    before = {"train": {"loss": [1.0]}, "eval": {"entropy": [2.0]}}
+    for name in ("_metrics", "_stored_metrics"):
+        metrics = defaultdict(lambda: defaultdict(list))
+        metrics.update({mode: defaultdict(list, copy.deepcopy(values)) for mode, values in before.items()})
+        with _metrics_unchanged(SimpleNamespace(**{name: metrics})):
+            metrics["eval"]["entropy"].append(9.0)
+            metrics["eval"]["new"].append(9.0)
+            metrics["test"]["new"].append(9.0)
+        assert {mode: values for mode, values in metrics.items() if values} == before
 
 
 def test_dpo_trainer_scores_with_its_own_loss(tmp_path):

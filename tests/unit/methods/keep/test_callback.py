@@ -236,11 +236,18 @@ def test_refuses_weights_whose_base_is_not_the_suppressed_model(tmp_path):
     model.get_output_embeddings().weight.requires_grad_()
     with pytest.raises(UnsupportedError, match=r"lm_head.* trains"):
         train(tmp_path, keeping(), model=model)
-    part_of_base = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
-    with pytest.raises(SiftuneError, match="pissa"):
-        train(tmp_path, keeping(), model=part_of_base)
-    with pytest.raises(SiftuneError, match="pissa"):
-        IST().attach(part_of_base, batches=[])
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "OLoRA", "lora_ga"])
+def test_refuses_adapters_that_hold_a_part_of_the_base(tmp_path, init):
+    """PEFT reads the name in any case; LoRA-GA needs gradients to begin, which do not matter here."""
+    begins = init if init != "lora_ga" else True
+    model = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=begins))
+    model.peft_config["default"].init_lora_weights = init
+    with pytest.raises(SiftuneError, match=init.lower()):
+        train(tmp_path, keeping(), model=model)
+    with pytest.raises(SiftuneError, match=init.lower()):
+        IST().attach(model, batches=[])
 
 
 @pytest.mark.parametrize(
