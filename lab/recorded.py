@@ -99,8 +99,10 @@ $run intents-b --methods target --steps 360
 $run intents-a --rows 720 --models qwen0.5b --methods few target sifted-base --steps 45
 $run tasks-intents --models qwen0.5b --methods few sifted --steps 45
 more="--models qwen0.5b --steps 45 --methods few=few,dtype:float32 sifted=sifted,dtype:float32"
-$run tasks-slots $more
+$run tasks-slots $more target=target,dtype:float32
+$run tasks-intents --models qwen0.5b --steps 45 --methods target=target,dtype:float32
 $run intents-b --rows 720 --seeds 0,1 $more target=target,dtype:float32
+$run intents-b --known 16 --steps 90 --methods target=target,dtype:float32 sifted=sifted,dtype:float32
 $run tasks-intents --methods retrieved=retrieved,share:0.171,dtype:float32 --steps 90 --seeds 0,1,2
 $run tasks-intents --methods rds=rds,share:0.171,dtype:float32 --steps 90
 $run tasks-slots --methods retrieved=retrieved,share:0.174,dtype:float32 --steps 90

@@ -65,7 +65,7 @@ def _natural(path: Path) -> str:
     intents = [_of_one_cell(line, "intents") for line in lines if _is_plain_intents(line["job"])]
     parts.append("# All intents: a run of a pool and a seed counts as a seed")
     parts += [pays.differences(intents, name) for name in ("few", "target", "target, 210 steps", "sifted-base")]
-    for name in ("few", "retrieved", "retrieved (2)", "target, 210 steps"):
+    for name in ("few", "retrieved", "retrieved (2)", "target (2)", "target, 210 steps"):
         parts.append(f"# Differences to {name}\n\n{pays.differences(lines, name)}")
     return "\n\n".join(parts)
 
