@@ -127,6 +127,9 @@ def check_source(source: str) -> None:
         raise DataError(f"{source} {state}; {hint}.")
 
 
+_OTHERS = (".tsv", ".gz", ".bz2", ".xz", ".zst", ".zip")  # what `datasets` also reads in a folder
+
+
 def _kinds_in(folder: Path) -> dict[str, str]:
     """Kinds of data files in a folder, with the name of the first file of each.
 
@@ -134,7 +137,8 @@ def _kinds_in(folder: Path) -> dict[str, str]:
     """
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json", "README.md")):
         return {}
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in _READERS and path.is_file()]
+    endings = {*_READERS, *_OTHERS}
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in endings and path.is_file()]
     kinds = {".jsonl": "JSON", ".ndjson": "JSON", ".json": "JSON"}
     found: dict[str, str] = {}
     for path in files:

@@ -109,7 +109,11 @@ def read_set(source: str, split: str, endings: Iterable[str]) -> Iterator[tuple[
         if folder.is_dir():
             _check_card(folder, source)
         builder = datasets.load_dataset_builder(name, configuration or None)
-        _check_files(builder.config.data_files or {}, name, source)
+        files = {str(own): paths for own, paths in (builder.config.data_files or {}).items()}
+        _check_files(files, name, source)
+        if folder.is_dir():
+            _refuse_unread(files, folder, source, endings)
+            _tell([os.path.relpath(path, folder.resolve()) for path in files.get(split, ())], source)
         builder.download_and_prepare()
         data = builder.as_dataset(split=split)
     except DataError:
@@ -153,11 +157,25 @@ def _check_files(files: Mapping[Any, Iterable[str]], name: str, source: str) -> 
     paths = [str(path) for each in files.values() for path in each]
     if folder.is_dir():
         _refuse_outside(map(Path, paths), folder, source)
-        _tell([os.path.relpath(path, folder.resolve()) for path in paths], source)
         return
     for path in paths:
         if not path.rpartition("::")[2].startswith(f"hf://datasets/{name}@"):
             raise DataError(_elsewhere(source, path))
+
+
+def _refuse_unread(files: Mapping[str, Iterable[str]], folder: Path, source: str, endings: Iterable[str]) -> None:
+    """Refuse a folder without a card in which some names have splits: `datasets` would leave out the others."""
+    if any((folder / card).is_file() for card in ("README.md", ".huggingface.yaml")):
+        return
+    read = {Path(path).resolve() for paths in files.values() for path in paths}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        is_data = path.suffix.lower() in endings and not any(part.startswith((".", "__")) for part in name.parts)
+        if is_data and path.is_file() and path.resolve() not in read:
+            raise DataError(
+                f"{source}: {one_line(str(name))} would not be read, since its name has no split, as other names have; "
+                "name the files."
+            )
 
 
 def _refuse_outside(paths: Iterable[Path], folder: Path, source: str) -> None:

@@ -420,17 +420,19 @@ def test_a_split_of_a_file_is_refused(tmp_path):
         load_rows(f"{tmp_path}/rows.jsonl@test", "train")
 
 
-def test_a_folder_of_mixed_files_is_refused_unless_it_has_a_card(tmp_path):
+@pytest.mark.parametrize("other", ["c.csv", "c.tsv", "c.jsonl.gz"])
+def test_a_folder_of_mixed_files_is_refused_unless_it_has_a_card(tmp_path, other):
     """`datasets` reads the files of one kind and ignores the others."""
     (tmp_path / "deep").mkdir()
     for number, name in enumerate(("deep/a.jsonl", "b.json")):
         (tmp_path / name).write_text(json.dumps({"text": f"row {number}"}) + "\n")
     assert len(load_rows(str(tmp_path))) == 2
-    (tmp_path / "c.csv").write_text("text\nrow 2\n")
-    with pytest.raises(DataError, match=r"several kinds, such as b.json and c.csv; name the files"):
+    (tmp_path / other).write_text("text\nrow 2\n")
+    with pytest.raises(DataError, match=rf"several kinds, such as b.json and {other}; name the files"):
         load_rows(str(tmp_path))
-    (tmp_path / "README.md").write_text("A data set.\n")
-    assert load_rows(str(tmp_path))
+    if other == "c.csv":
+        (tmp_path / "README.md").write_text("A data set.\n")
+        assert load_rows(str(tmp_path))
 
 
 def test_a_folder_with_the_sign_in_its_name_is_no_split(tmp_path):

@@ -46,6 +46,19 @@ def test_a_split_of_a_folder_of_files(tmp_path):
     assert len(load_rows(f"{tmp_path}@test", "train")) == 2
 
 
+@pytest.mark.parametrize("name", ["extra.jsonl", "more/extra.jsonl"])
+def test_a_folder_is_read_completely_or_refused(tmp_path, caplog, name):
+    """Beside names with splits, `datasets` leaves out all others."""
+    caplog.set_level("INFO")
+    for place in ("train.jsonl", "test.jsonl", name):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        jsonl(tmp_path / place, GOOD)
+    assert refused(tmp_path).startswith(f"{tmp_path}: {name} would not be read, since its name has no split")
+    (tmp_path / name).unlink()
+    assert len(load_rows(str(tmp_path))) == 1
+    assert f"{tmp_path}: reading train.jsonl" in caplog.messages
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A data set of one file, beside a secret."""
