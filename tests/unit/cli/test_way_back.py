@@ -202,5 +202,7 @@ def test_no_file_of_a_kit_is_opened_but_to_be_checked_and_to_be_loaded(
     # once more, before it is checked, only for its kind: train and eval ask whether it is a kit, plug and verify
     # whether kit and return are swapped (offsite/cli/paths.py); nothing that was read then is used
     looked_at = {"manifest.json"}
+    # and again, for a return of whole layers, what a narrower dtype has rounded: it is held to its hash once more
+    looked_at |= {"adapter.safetensors"} if command == "train full" else set()
     names = {path.name for path in kit.iterdir()}
     assert counts == {name: 1 + (name in loaded) + (name in looked_at) for name in names}
