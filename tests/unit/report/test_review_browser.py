@@ -118,7 +118,9 @@ def test_a_training_follows_the_decisions_of_a_page(browser, base, tmp_path, cap
     selected = {place for place, selected in wanted.items() if selected}
     assert {visit.place for visit in trained} == {*selected, f"{corrected}:1"}
     siftune(capsys, "report", tmp_path / "run", "--out", tmp_path / "run.html")
-    assert f"<code>{decisions}</code> excludes: {36 - sum(wanted.values())} rows" in (tmp_path / "run.html").read_text()
+    copied = tmp_path / "run" / "drop_rows.csv"
+    assert copied.read_text() == decisions.read_text()
+    assert f"<code>{copied}</code> excludes: {36 - sum(wanted.values())} rows" in (tmp_path / "run.html").read_text()
 
 
 def test_without_a_decision_the_file_says_what_the_list_says(browser, tmp_path):
