@@ -123,6 +123,11 @@ def test_conversations_of_sharegpt():
         rows_from([{"conversations": [{"from": "human", "value": "Hi"}]}])
 
 
+def test_names_of_columns_may_have_spaces_around_them(write):
+    (row,) = load_rows(write("t.csv", "prompt, completion\n1 + 1 =, 2\n"))
+    assert (row.prompt[0].content, row.completion, row.extra) == ("1 + 1 =", " 2", {})
+
+
 def test_turns_of_sharegpt_have_weights_and_no_calls():
     turns = [("human", 1), ("gpt", 0), ("human", 1), ("gpt", 1)]
     record = {"conversations": [{"from": role, "value": "a", "weight": weight} for role, weight in turns]}
