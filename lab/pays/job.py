@@ -21,6 +21,7 @@ from lab.pays.measure import measure_file, nats_per_token
 from lab.pays.natural import natural_pool
 from lab.pays.pool import ASKED, Pool, asked, make_pool, public_rows
 from lab.pays.rivals import RULES, Candidates, choose
+from lab.pays.tokens import on_tokens
 from siftune.base.json_files import hash_of_json
 from siftune.methods.dp import callback as dp
 from siftune.methods.dp.secret import Secret
@@ -150,7 +151,9 @@ class _Work:
         return line
 
     def _engine(self) -> Any:
-        """The steps of another engine in a private run."""
+        """The steps of another engine in a private run, or training on a share of the tokens."""
+        if "tokens" in self.method:
+            return on_tokens(self.method["tokens"])
         if "engine" not in self.method:
             return nullcontext()
         from lab.dp_trainers import in_place  # imports Opacus

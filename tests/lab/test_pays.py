@@ -21,6 +21,7 @@ from lab.pays.cells import cells_of
 from lab.pays.job import run_job, words_of
 from lab.pays.methods import METHODS
 from lab.pays.rivals import RULES, Candidates, choose, hardest, in_turn, weighted_states
+from siftune.train import run as run_module
 
 
 def test_methods_are_commands(suite):
@@ -285,6 +286,45 @@ def test_a_second_sifting_counts_rows_of_the_pool(small_pools, base, suite, tmp_
         texts = [row for row, of in zip(pool, groups, strict=True) if of == group]
         assert count == len(texts)
         assert chosen == sum(row in texts for row in selected)
+
+
+@pytest.mark.lab
+def test_a_share_of_the_tokens_trains(small_pools, base, suite, tmp_path, monkeypatch):
+    trained = []
+
+    def build(recipe, model, tokenizer, data, *rest):
+        trained.append(data["train"])
+        return original(recipe, model, tokenizer, data, *rest)
+
+    original = run_module.build
+    monkeypatch.setattr(run_module, "build", build)
+    every = line_of(base, "sifted", suite, tmp_path / "sifted")
+    own = line_of(base, "sifted-tokens", suite, tmp_path / "tokens")
+    assert own["groups"] == every["groups"]
+    whole, cleaned = trained[len(trained) // 2 - 1], trained[-1]
+    assert cleaned["input_ids"] == whole["input_ids"]
+
+    def losses(name, ids, place):
+        logits = load_tuned(name)[0](torch.tensor([ids])).logits[0, place - 1]
+        return nn.functional.cross_entropy(logits[None].float(), torch.tensor([ids[place]])).item()
+
+    with chdir(tmp_path / "tokens"), torch.inference_mode():
+        excess = {
+            (row, place): losses(base, ids, place) - losses("run/sift/tuning", ids, place)
+            for row, (ids, labels) in enumerate(zip(whole["input_ids"], whole["labels"], strict=True))
+            for place, label in enumerate(labels)
+            if label != -100
+        }
+    remaining = {
+        (row, place)
+        for row, labels in enumerate(cleaned["labels"])
+        for place, label in enumerate(labels)
+        if label != -100 and label == whole["labels"][row][place]
+    }
+    assert sum(label != -100 for labels in cleaned["labels"] for label in labels) == len(remaining)
+    assert len(remaining) == pytest.approx(0.6 * len(excess), abs=1)
+    others = [value for place, value in excess.items() if place not in remaining]
+    assert min(excess[place] for place in remaining) > max(others) - 1e-5
 
 
 @pytest.mark.lab
