@@ -36,6 +36,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from siftune.base.text import counted
 from siftune.sifting.share import share_like_decoys
 
 Floats = NDArray[np.float64]
@@ -146,14 +147,14 @@ def choose_by_losses(
     if in_order < _SEPARATION:
         return Choice(
             task_R,
-            f"{prompts}; the model cannot tell right completions from wrong ones: it prefers a held-out row of the "
-            f"target to a prompt with another row's completion in only {in_order:.1%} of all pairs",
+            f"{prompts}; the model cannot tell right completions from wrong ones, and none is left out: it prefers a "
+            f"held-out row of the target to a prompt with another row's completion in only {in_order:.1%} of all pairs",
         )
     wrong = share_like_decoys(scores_R[task_R], decoys_D, _DECOYS)
     if wrong < _WRONG:
         return Choice(
             task_R,
-            f"{prompts}; the model cannot tell wrong completions, or there are none: {wrong:.1%} of the rows are as "
+            f"{prompts}; hardly any completion looks wrong, and none is left out: {wrong:.1%} of the rows are as "
             "unlikely as prompts of the target with the completion of another row",
         )
     limit = float(np.quantile(target_T, _WITHIN, method="higher"))
@@ -228,8 +229,8 @@ def choose_by_margins(
     if wrong < _BEYOND:
         return Choice(
             task_R,
-            f"{prompts}; the model cannot tell wrong answers, or there are none: it prefers the answer of another row "
-            f"to only {wrong:.1%} of the answers",
+            f"{prompts}; hardly any answer looks wrong, and none is left out: the answer of another row fits better in "
+            f"only {wrong:.1%} of the rows",
         )
     remaining_R = within_R | _likeliest_of_answers(scores_R, task_R, answers_R)
     gone = 1 - remaining_R.sum() / task_R.sum()
@@ -301,10 +302,13 @@ def unlike(scores_R: Floats, bad_B: Floats) -> Choice:
         )
     within_R = scores_R <= np.quantile(bad_B, _REACHED, method="higher")
     if within_R.mean() <= _MOST:
-        return Choice(~within_R, f"left out, as like the bad rows as the held-out ones: {within_R.sum():,}")
+        return Choice(
+            ~within_R,
+            f"left out, as like the bad rows as nine in ten of those held out: {counted(int(within_R.sum()), 'row')}",
+        )
     likely_R = scores_R < 0
     if likely_R.mean() <= _MOST:
-        reason = f"left out, made more likely by the training on the bad rows: {likely_R.sum():,}"
+        reason = f"left out, made more likely by the training on the bad rows: {counted(int(likely_R.sum()), 'row')}"
         return Choice(~likely_R, reason)
     return Choice(
         every, f"the training on the bad rows made {likely_R.mean():.0%} of the pool more likely: none is dropped"

@@ -49,7 +49,9 @@ def test_rows_above_the_limit_are_left_out_if_rows_are_as_unlikely_as_decoys():
     target, decoys, task = np.array([0.1] * 8 + [0.5, 3.0]), np.full(8, 4.0), np.ones(100, bool)
     for unlikely, left_out in ((5, 6), (4, 0)):
         pool = np.repeat([0.2, 0.5, 0.6, 4.0], [90, 9 - unlikely, 1, unlikely])
-        assert (~choose_by_losses(pool, target, decoys, task).rows_R).sum() == left_out
+        choice = choose_by_losses(pool, target, decoys, task)
+        assert (~choice.rows_R).sum() == left_out
+        assert ("hardly any completion looks wrong, and none is left out: 4.0%" in choice.reason) == (not left_out)
 
 
 def test_nothing_is_left_out_if_decoys_are_few_or_as_likely_as_held_out_rows():
@@ -87,6 +89,10 @@ def test_the_choice_by_margins_is_that_of_exact_arithmetic(rows, held_out):
     choice = choose_by_margins(values, np.array(held_out, np.float64), task, np.array(answers))
     assert choice.rows_R.tolist() == expected
     assert choice.limit == (1.0 if limited else None)
+    seen = "hardly any answer looks wrong", "cannot tell right answers", "too few rows"
+    told = [fault in choice.reason for fault in seen]
+    compared_enough, is_right = len(compared) >= 8, 5 * right >= 3 * len(compared)
+    assert told == [compared_enough and is_right and not limited, compared_enough and not is_right, not compared_enough]
 
 
 @pytest.mark.parametrize(("margin", "warned"), [(2.9, True), (3.0, False)])
