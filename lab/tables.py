@@ -59,14 +59,18 @@ def _private(path: Path) -> str:
 
 
 def _natural(path: Path) -> str:
-    """All cells, those of intents as one, and the differences to a user's first baseline and to longer trainings."""
-    lines = read(path)
+    """All cells, those of intents as one, the differences to a user's first baseline and to longer trainings, rates."""
+    every = read(path)
+    lines = [line for line in every if line["job"]["lr"] == 5e-4]
     parts = [pays.report(lines)]
     intents = [_of_one_cell(line, "intents") for line in lines if _is_plain_intents(line["job"])]
     parts.append("# All intents: a run of a pool and a seed counts as a seed")
     parts += [pays.differences(intents, name) for name in ("few", "target", "target, 210 steps", "sifted-base")]
     for name in ("few", "retrieved", "retrieved (2)", "target (2)", "target, 210 steps"):
         parts.append(f"# Differences to {name}\n\n{pays.differences(lines, name)}")
+    cells = {key([line["job"]["cell"], line["job"]["model"]]) for line in every if line not in lines}
+    rates = [line for line in every if key([line["job"]["cell"], line["job"]["model"]]) in cells]
+    parts += ["# At the best of several learning rates", pays.report(rates), pays.differences(rates, "few")]
     return "\n\n".join(parts)
 
 
