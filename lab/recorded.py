@@ -106,7 +106,16 @@ $run intents-b --known 16 --steps 90 --methods target=target,dtype:float32 sifte
 $run tasks-intents --methods retrieved=retrieved,share:0.171,dtype:float32 --steps 90 --seeds 0,1,2
 $run tasks-intents --methods rds=rds,share:0.171,dtype:float32 --steps 90
 $run tasks-slots --methods retrieved=retrieved,share:0.174,dtype:float32 --steps 90
-python -m lab.pays.report natural.jsonl
+$run tasks-intents --models qwen0.5b --methods few sifted target --steps 45 --seeds 1,2
+$run tasks-intents --models qwen1.5b --methods few sifted --steps 45
+$run tasks-intents --methods target --steps 90 --seeds 1
+$run tasks-intents --methods few sifted --steps 90 --lrs 2.5e-4,1e-3,2e-3,4e-3
+$run tasks-intents --methods few sifted --steps 90 --lrs 2e-3 --seeds 1,2
+$run tasks-intents --methods retrieved=retrieved,share:0.171 --steps 90 --lrs 2e-3
+$run tasks-intents --methods random=random,share:0.171 --steps 90
+$run intents-b --methods sifted-twice --steps 45    # commit 2bda5b0b
+$run tasks-slots --methods sifted-tokens --steps 90    # commit 2bda5b0b
+python -m lab.pays.report natural.jsonl    # further rates: --lr 2e-3
 """,
     "offsite.jsonl": rf"""{_OFFSITE}
 $run --rows 256 --keeps 0.7,0.5 --seeds 0 --out offsite.jsonl --methods "gradot, whitened, MLP refit" \
@@ -198,11 +207,13 @@ $run --methods dense outer kit-uniform=kit,kit.allot:uniform --lrs 5e-4
 $run --methods ist --lrs 1e-3
 $run --models qwen0.5b --methods untrained outer kit --lrs 5e-4
 """,
-    "planted.jsonl": """
+    "planted.jsonl": r"""
 run="python -m lab.pays.run S1 --data FOLDER --out planted.jsonl --cells mix --lrs 5e-4 --methods"
 more="target=target,dtype:float32 sifted=sifted,dtype:float32"
 $run few=few,dtype:float32 $more
 $run $more --known 16
+python -m lab.pays.run S1 --data FOLDER --out planted.jsonl --cells reverse,arithmetic-10 --lrs 5e-4 \
+    --methods few target sifted
 python -m lab.pays.report planted.jsonl
 """,
     "private.jsonl": """
@@ -217,7 +228,10 @@ run="python -m lab.pays.run S2 --data FOLDER --out pays.jsonl --cells uniform-30
 $run --seeds 0,1,2 --methods dense "sample 12 of 16=method:gast,gast.support:sample,gast.select:12"
 """,
     "sift_scores.jsonl": """
-python -m lab.pays.scores intents-b --data FOLDER --out sift_scores.jsonl
+run="python -m lab.pays.scores --data FOLDER --out sift_scores.jsonl"
+$run intents-b
+$run raters
+$run translations-el --rows 720 --model gemma3    # and qwen0.5b
 """,
     "scores.json": """
 python -m lab.pays.scores intents-a --data FOLDER --out scores.jsonl    # similar: scores of what `siftune sift` records
@@ -240,7 +254,9 @@ NOTES: dict[str, str] = {
     "natural.jsonl": "It supports docs/sifting.md, which README.md and docs/which_method.md quote. Lines "
     "of `sifted-base` were recorded by `siftune train --sift` when it began with the base. `retrieved`, `rds` and 210 "
     "steps of *intents-b* ran on a Xeon without AMX: their times do not compare with the others. Their rules choose as "
-    "many rows as sifting did on seed 0.",
+    "many rows as sifting did on seed 0. `sifted-twice` sifts the selected rows again; `sifted-tokens` trains on the "
+    "60 % of the label tokens whose loss falls most by the training on the target (Rho-1, Token Cleaning). Neither "
+    "pays, and both are gone.",
     "avoid.jsonl": "Lines without `commit` are of earlier code, which had a second implementation of `--avoid`; their "
     "methods other than `dense`, `oracle` and `right late` are scores. They support docs/avoid.md, which is quoted in "
     "README.md and docs/which_method.md.",
@@ -251,7 +267,7 @@ NOTES: dict[str, str] = {
     "`upper-three-quarters` used. They support target rows and layers in docs/measured_target.md and "
     "docs/measured_layers.md; docs/which_method.md; rates in docs/guide.md; and the table of README.md, but no figure "
     "of sifting.",
-    "planted.jsonl": "*mix* as in `pays`, with siftune's commands. It supports docs/sifting.md.",
+    "planted.jsonl": "Cells as in `pays`, with siftune's commands. It supports docs/sifting.md.",
     "letters.jsonl": "Answers are right if their letter is the likeliest of A to E. Of 1,668 held-out questions, 28 "
     "begin like a training row that has other options. `outer` tunes a kit's layers on the model itself. It supports "
     "docs/measured_quality.md and docs/measured_kits.md, which other pages quote.",

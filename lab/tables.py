@@ -66,7 +66,7 @@ def _natural(path: Path) -> str:
     intents = [_of_one_cell(line, "intents") for line in lines if _is_plain_intents(line["job"])]
     parts.append("# All intents: a run of a pool and a seed counts as a seed")
     parts += [pays.differences(intents, name) for name in ("few", "target", "target, 210 steps", "sifted-base")]
-    for name in ("few", "retrieved", "retrieved (2)", "target (2)", "target, 210 steps"):
+    for name in ("few", "retrieved", "retrieved, float32", "target, float32", "target, 210 steps"):
         parts.append(f"# Differences to {name}\n\n{pays.differences(lines, name)}")
     cells = {key([line["job"]["cell"], line["job"]["model"]]) for line in every if line not in lines}
     rates = [line for line in every if key([line["job"]["cell"], line["job"]["model"]]) in cells]
@@ -76,8 +76,8 @@ def _natural(path: Path) -> str:
 
 def _planted(path: Path) -> str:
     """Cells with planted errors, and the differences to a user's baselines."""
-    lines = read(path)
-    differences = [f"# Differences to {name}\n\n{pays.differences(lines, name)}" for name in ("few", "target")]
+    lines, bases = read(path), ("few", "few, bfloat16", "target", "target, bfloat16")
+    differences = [f"# Differences to {name}\n\n{pays.differences(lines, name)}" for name in bases]
     return "\n\n".join([pays.report(lines), *differences])
 
 

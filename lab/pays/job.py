@@ -21,7 +21,6 @@ from lab.pays.measure import measure_file, nats_per_token
 from lab.pays.natural import natural_pool
 from lab.pays.pool import ASKED, Pool, asked, make_pool, public_rows
 from lab.pays.rivals import RULES, Candidates, choose
-from lab.pays.tokens import on_tokens
 from siftune.base.json_files import hash_of_json
 from siftune.methods.dp import callback as dp
 from siftune.methods.dp.secret import Secret
@@ -133,7 +132,8 @@ class _Work:
     def _train(self, seconds: float) -> Record:
         commands = self.commands
         before, commands.sifted = commands.seconds, None
-        first = self._sift() if self.method.get("rows") == "sifted" else None
+        if self.method.get("rows") == "sifted":
+            self._sift()
         with self._engine():
             commands.run(*words_of(self.job))
         summary = summary_of("run")
@@ -143,17 +143,12 @@ class _Work:
             "followed": summary["followed"],
         }
         if commands.sifted is not None:
-            selected = commands.sifted.selected
-            if first is not None and "sift" in self.method:  # numbers among the rows that were selected first
-                selected = [first[number] for number in selected]
-            line |= {**self._groups(selected), "sift_seconds": round(commands.sift_seconds, 1)}
+            line |= {**self._groups(commands.sifted.selected), "sift_seconds": round(commands.sift_seconds, 1)}
             line["reason"] = commands.sifted.reason
         return line
 
     def _engine(self) -> Any:
-        """The steps of another engine in a private run, or training on a share of the tokens."""
-        if "tokens" in self.method:
-            return on_tokens(self.method["tokens"])
+        """The steps of another engine in a private run."""
         if "engine" not in self.method:
             return nullcontext()
         from lab.dp_trainers import in_place  # imports Opacus

@@ -1,11 +1,10 @@
 """Methods to compare, as plain dictionaries, and their variants on the command line.
 
 rows       rows that train: "pool", the default, "few" for those of the target alone, "sifted" for those that
-           `siftune sift` selects, without its adapter, or a rule of `rivals.py`; with `sift`, these are sifted again
+           `siftune sift` selects, without its adapter, or a rule of `rivals.py`
 share      with a rule: share of the pool that it chooses; if not given, as many rows as sifting selects
 target     give the target's rows with --target
 sift       give --sift; a number is its value
-tokens     with `sift`: share of the label tokens of the selected rows that trains; see `tokens.py`
 flags      further flags of `siftune train`, by name
 untrained  measure the base model
 engine     for a private run: what clips and noises in place of siftune, "opacus" or "opacus-ghost"
@@ -29,8 +28,6 @@ METHODS: dict[str, Method] = {
     "target": {"target": True},
     "sifted": {"target": True, "sift": True},
     "sifted-base": {"target": True, "rows": "sifted"},
-    "sifted-tokens": {"target": True, "sift": True, "tokens": 0.6},
-    "sifted-twice": {"target": True, "rows": "sifted", "sift": True},
     "random": {"target": True, "rows": "random"},
     "oracle": {"target": True, "rows": "oracle"},
     "retrieved": {"target": True, "rows": "retrieved"},
@@ -47,15 +44,7 @@ METHODS: dict[str, Method] = {
     "kit": {"kit": {}},
 }
 
-_OWN = (
-    "rows",
-    "share",
-    "target",
-    "sift",
-    "untrained",
-    "engine",
-    "tokens",
-)  # other options are flags of `siftune train`
+_OWN = ("rows", "share", "target", "sift", "untrained", "engine")  # other options are flags of `siftune train`
 
 
 def method_of(words: str) -> Method:

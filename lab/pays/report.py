@@ -57,7 +57,8 @@ def differences(lines: Sequence[Line], base: str) -> str:
 def grouped(lines: Sequence[Line]) -> dict[tuple[str, str], Cell]:
     """Sort runs by (scenario and model, cell), method, rate and seed; the last of equal jobs counts.
 
-    A cell has one number of steps, its most frequent one; of methods with another it stands behind their names.
+    A cell has one number of steps, its most frequent one; of methods with another it stands behind their names. Of
+    variants that share a name, later ones have their dtype behind it, or a number.
     """
     steps: dict[tuple[str, ...], Counter[int]] = {}
     for line in lines:
@@ -69,7 +70,7 @@ def grouped(lines: Sequence[Line]) -> dict[tuple[str, str], Cell]:
         usual = steps[_place(job)].most_common(1)[0][0]
         where = f"{job['scenario']}, {job['model']}, {usual} steps of {job['batch']}"
         cell = sections.setdefault((where, f"{job['cell']['name']}, {job['cell']['known']} known"), {})
-        name = names.setdefault(json.dumps(job["method"], sort_keys=True), _free(job["method"]["name"], names))
+        name = names.setdefault(json.dumps(job["method"], sort_keys=True), _free(line, names))
         name += f", {job['steps']} steps" if job["steps"] != usual else ""
         cell.setdefault(name, {}).setdefault(job["lr"], {})[job["seed"]] = line
     return sections
@@ -79,9 +80,11 @@ def _place(job: Line) -> tuple[str, ...]:
     return job["scenario"], job["model"], str(job["batch"]), job["cell"]["name"], str(job["cell"]["known"])
 
 
-def _free(name: str, names: Mapping[str, str]) -> str:
-    taken = set(names.values())
-    return next(free for free in [name, *(f"{name} ({i})" for i in range(2, len(taken) + 3))] if free not in taken)
+def _free(line: Line, names: Mapping[str, str]) -> str:
+    name, taken = line["job"]["method"]["name"], set(names.values())
+    with_dtype = [f"{name}, {line['dtype']}"] if "dtype" in line else []
+    numbered = (f"{name} ({i})" for i in range(2, len(taken) + 3))
+    return next(free for free in [name, *with_dtype, *numbered] if free not in taken)
 
 
 def best_rate(rates: Mapping[float, Runs]) -> float:

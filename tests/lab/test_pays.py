@@ -21,7 +21,6 @@ from lab.pays.cells import cells_of
 from lab.pays.job import run_job, words_of
 from lab.pays.methods import METHODS
 from lab.pays.rivals import RULES, Candidates, choose, hardest, in_turn, weighted_states
-from siftune.train import run as run_module
 
 
 def test_methods_are_commands(suite):
@@ -270,64 +269,6 @@ def test_jobs_run_commands(small_pools, base, suite, tmp_path):
 
 
 @pytest.mark.lab
-def test_a_second_sifting_counts_rows_of_the_pool(small_pools, base, suite, tmp_path):
-    own = line_of(base, "twice=sifted-twice,dtype:float32,sift:0.5", suite, tmp_path / "twice")
-    first, selected = (
-        [json.loads(text) for text in (tmp_path / "twice" / folder / "sifted.jsonl").read_text().splitlines()]
-        for folder in ("sifted", "run/sift")
-    )
-    assert [words.split()[1] for words in own["commands"]] == ["sift", "train"]
-    assert "--dtype float32" in own["commands"][0]
-    assert own["selected"] == len(selected) == len(first) // 2
-    groups = [row["group"] for row in job_module.draw(own["job"], suite).train]
-    pool = [json.loads(text) for text in (tmp_path / "twice" / "pool.jsonl").read_text().splitlines()]
-    assert len(groups) == len(pool)
-    for group, (count, chosen) in own["groups"].items():
-        texts = [row for row, of in zip(pool, groups, strict=True) if of == group]
-        assert count == len(texts)
-        assert chosen == sum(row in texts for row in selected)
-
-
-@pytest.mark.lab
-def test_a_share_of_the_tokens_trains(small_pools, base, suite, tmp_path, monkeypatch):
-    trained = []
-
-    def build(recipe, model, tokenizer, data, *rest):
-        trained.append(data["train"])
-        return original(recipe, model, tokenizer, data, *rest)
-
-    original = run_module.build
-    monkeypatch.setattr(run_module, "build", build)
-    every = line_of(base, "sifted", suite, tmp_path / "sifted")
-    own = line_of(base, "sifted-tokens", suite, tmp_path / "tokens")
-    assert own["groups"] == every["groups"]
-    whole, cleaned = trained[len(trained) // 2 - 1], trained[-1]
-    assert cleaned["input_ids"] == whole["input_ids"]
-
-    def losses(name, ids, place):
-        logits = load_tuned(name)[0](torch.tensor([ids])).logits[0, place - 1]
-        return nn.functional.cross_entropy(logits[None].float(), torch.tensor([ids[place]])).item()
-
-    with chdir(tmp_path / "tokens"), torch.inference_mode():
-        excess = {
-            (row, place): losses(base, ids, place) - losses("run/sift/tuning", ids, place)
-            for row, (ids, labels) in enumerate(zip(whole["input_ids"], whole["labels"], strict=True))
-            for place, label in enumerate(labels)
-            if label != -100
-        }
-    remaining = {
-        (row, place)
-        for row, labels in enumerate(cleaned["labels"])
-        for place, label in enumerate(labels)
-        if label != -100 and label == whole["labels"][row][place]
-    }
-    assert sum(label != -100 for labels in cleaned["labels"] for label in labels) == len(remaining)
-    assert len(remaining) == pytest.approx(0.6 * len(excess), abs=1)
-    others = [value for place, value in excess.items() if place not in remaining]
-    assert min(excess[place] for place in remaining) > max(others) - 1e-5
-
-
-@pytest.mark.lab
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "oracle"])
 def test_rules_choose_as_many_rows_as_sifting(small_pools, base, suite, tmp_path, rule):
     recorded = line_of(base, "share=target,sift:0.25", suite, tmp_path / "share")
@@ -343,8 +284,9 @@ def test_rules_choose_as_many_rows_as_sifting(small_pools, base, suite, tmp_path
 @pytest.mark.lab
 def test_rules_sift_if_no_line_of_this_code_is_recorded(small_pools, base, suite, tmp_path):
     recorded = {**line_of(base, "sifted", suite, tmp_path / "sifted"), "commit": "another"}
-    own = line_of(base, "random", suite, tmp_path / "random", [recorded])
+    own = line_of(base, "random=random,dtype:float32", suite, tmp_path / "random", [recorded])
     assert [words.split()[1] for words in own["commands"]] == ["sift", "train"]
+    assert all("--dtype float32" in words for words in own["commands"])
     assert own["selected"] == recorded["selected"]
 
 

@@ -76,6 +76,7 @@ def run(options: Options) -> dict[str, Any]:
     console.print(
         f"done: {counted(summary['steps'], 'step')}{_since(summary)} in {summary['seconds']:.0f} s, {_losses(summary)}"
         f"peak {summary['peak_memory_mb']:,.0f} MB\n"
+        f"{_rise(summary, recipe)}"
         f"{_followed(summary['followed'])}"
         f"{_whereabouts(finished, recipe)}",
         markup=False,
@@ -153,6 +154,18 @@ def _losses(summary: dict[str, Any]) -> str:
     kept = f" at step {summary['kept_step']}, which is kept" if "kept_step" in summary else ""
     earlier = f" after step {summary['eval_step']}" if "eval_step" in summary else ""
     return losses if held_out is None else f"{losses}held-out loss {held_out:.4f}{kept}{earlier}, "
+
+
+_RISE = 1.0  # nats per label token by which the last loss is above the first, at least (ours)
+
+
+def _rise(summary: dict[str, Any], recipe: Recipe) -> str:
+    """Say that the loss has risen, as at too high a rate."""
+    first, last = summary["loss_first"], summary["loss_last"]
+    if last is None or last < first + _RISE:
+        return ""
+    rate = f", now {recipe.lr:g}" if recipe.lr is not None else ""
+    return f"warning: the loss rose from {first:.2f} to {last:.2f}, so the model is probably worse: lower --lr{rate}\n"
 
 
 def _followed(shares: dict[str, float]) -> str:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from siftune.cli.main import main
 from siftune.train import source as module
+from siftune.train.results import Results
 
 SETTINGS = """\
 template: none
@@ -77,6 +78,20 @@ def test_what_it_came_to_is_told(words, rows, capsys):
     assert re.search(r"^step 3/6  held-out loss \d+\.\d{4}$", captured.err, re.MULTILINE)
     assert f"step 6/6  held-out loss {result['eval_loss']:.4f}\n" in captured.err
     assert f"{rows}: 24 rows\n" in captured.err
+
+
+@pytest.mark.parametrize(("last", "warned"), [(1.5, True), (1.49, False)])
+def test_a_loss_that_rises_is_reported(words, capsys, monkeypatch, last, warned):
+    def summary(self, seconds):
+        return {**found(self, seconds), "loss_first": 0.5, "loss_last": last}
+
+    found = Results.summary
+    monkeypatch.setattr(Results, "summary", summary)
+    assert main([*words, "--lr", "1e-3"]) == 0
+    told = capsys.readouterr().err
+    warning = "warning: the loss rose from 0.50 to 1.50, so the model is probably worse: lower --lr, now 0.001\n"
+    assert (warning in told) == warned
+    assert ("warning:" in told) == warned
 
 
 def test_the_recipe_of_a_run_gives_the_run_again(words, base, tmp_path):
