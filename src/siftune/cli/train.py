@@ -1,5 +1,6 @@
 """`siftune train`: fine-tune from a recipe, from flags, or both."""
 
+import logging
 import shlex
 from collections.abc import Callable
 from dataclasses import fields
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from siftune.recipe.training_rows import Read
     from siftune.train.run import Run
     from siftune.train.source import Source
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(config=CONFIG)
@@ -76,11 +79,11 @@ def run(options: Options) -> dict[str, Any]:
     console.print(
         f"done: {counted(summary['steps'], 'step')}{_since(summary)} in {summary['seconds']:.0f} s, {_losses(summary)}"
         f"peak {summary['peak_memory_mb']:,.0f} MB\n"
-        f"{_rise(summary, recipe)}"
         f"{_followed(summary['followed'])}"
         f"{_whereabouts(finished, recipe)}",
         markup=False,
     )
+    _warn_of_rise(summary, recipe)
     left = {"adapter": finished.folder.adapter, "return": finished.folder.returned}
     return {"run": path, **{name: folder for name, folder in left.items() if folder.exists()}, **summary}
 
@@ -159,13 +162,13 @@ def _losses(summary: dict[str, Any]) -> str:
 _RISE = 1.0  # nats per label token by which the last loss is above the first, at least (ours)
 
 
-def _rise(summary: dict[str, Any], recipe: Recipe) -> str:
-    """Say that the loss has risen, as at too high a rate."""
+def _warn_of_rise(summary: dict[str, Any], recipe: Recipe) -> None:
+    """Warn if the loss has risen, as at too high a rate."""
     first, last = summary["loss_first"], summary["loss_last"]
-    if last is None or last < first + _RISE:
-        return ""
-    rate = f", now {recipe.lr:g}" if recipe.lr is not None else ""
-    return f"warning: the loss rose from {first:.2f} to {last:.2f}, so the model is probably worse: lower --lr{rate}\n"
+    if last is not None and last >= first + _RISE:
+        rate = "" if recipe.lr is None else f", now {recipe.lr:g}"
+        message = "the loss rose from %.2f to %.2f, so the model is probably worse than before: lower --lr%s"
+        logger.warning(message, first, last, rate)
 
 
 def _followed(shares: dict[str, float]) -> str:

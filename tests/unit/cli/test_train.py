@@ -89,9 +89,11 @@ def test_a_loss_that_rises_is_reported(words, capsys, monkeypatch, last, warned)
     monkeypatch.setattr(Results, "summary", summary)
     assert main([*words, "--lr", "1e-3"]) == 0
     told = capsys.readouterr().err
-    warning = "warning: the loss rose from 0.50 to 1.50, so the model is probably worse: lower --lr, now 0.001\n"
-    assert (warning in told) == warned
-    assert ("warning:" in told) == warned
+    warning = (
+        "siftune: the loss rose from 0.50 to 1.50, so the model is probably worse than before: lower --lr, now 0.001"
+    )
+    assert (f"{warning}0.001" in told) == warned
+    assert ("the loss rose" in told) == warned
 
 
 def test_the_recipe_of_a_run_gives_the_run_again(words, base, tmp_path):
