@@ -92,7 +92,7 @@ def test_a_loss_that_rises_is_reported(words, capsys, monkeypatch, last, warned)
     warning = (
         "siftune: the loss rose from 0.50 to 1.50, so the model is probably worse than before: lower --lr, now 0.001"
     )
-    assert (f"{warning}0.001" in told) == warned
+    assert (warning in told) == warned
     assert ("the loss rose" in told) == warned
 
 
