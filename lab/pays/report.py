@@ -28,7 +28,7 @@ Runs = dict[int, Line]  # one method at one rate, by seed
 Cell = dict[str, dict[float, Runs]]  # method -> rate -> runs
 
 _NONE = "–"
-_BASES = ("few", "target")
+_BASES = tuple(name + dtype for name in ("few", "target") for dtype in ("", ", float32", ", bfloat16"))
 _DENSE = "dense"
 _CEILINGS = ("oracle", "ceiling")  # the correct rows of the task; in earlier lines without the target's rows
 
@@ -104,7 +104,7 @@ def base_of(best: Mapping[str, Runs]) -> str:
     Args:
         best: Methods' runs at their best rates.
     """
-    own = [name for name in _BASES if name in best]
+    own = [name for name in best if name in _BASES]
     return max(own, key=lambda name: _right(best[name])) if own else _DENSE if _DENSE in best else next(iter(best))
 
 
@@ -207,9 +207,13 @@ def _selected(runs: Runs) -> list[str]:
 
 
 def _time(best: Mapping[str, Runs], name: str, base: str) -> str:
-    """Processor time relative to the base on the seeds that both have: of the commands, in earlier lines of a step."""
+    """Processor time relative to the base, on the seeds that both have on one machine.
+
+    It is that of the commands, in earlier lines of a step.
+    """
+    shared = [(line, best[base][seed]) for seed, line in best[name].items() if seed in best[base]]
+    pairs = [(own, other) for own, other in shared if own.get("hardware") == other.get("hardware")]
     for key in ("processor_seconds", "processor_seconds_per_step"):
-        pairs = [(line, best[base][seed]) for seed, line in best[name].items() if seed in best[base]]
         ratios = [own[key] / other[key] for own, other in pairs if key in own and key in other]
         if ratios:
             return f"{np.mean(ratios):.2f}"

@@ -151,6 +151,17 @@ def test_the_base_is_the_better_use_of_the_target():
     )
 
 
+def test_variants_of_another_dtype_are_named_by_it_and_may_be_the_base():
+    exact = line("target", [1, 1, 1, 1], dtype="float32", processor_seconds=20, hardware="another machine")
+    exact["job"]["method"]["flags"] = {"dtype": "float32"}
+    text = report.report([*LINES, exact])
+    assert "Base: target, float32." in text
+    times = {row.split(" | ")[0]: row.split(" | ")[-1] for row in text.splitlines() if row.startswith("| ")}
+    assert times["| target, float32"] == "1.00 |"
+    assert times["| target"] == times["| few"] == "– |"  # times of several machines do not compare
+    assert "Base: target." in report.report([*LINES, {**exact, "right": [0, 0, 0, 0]}])
+
+
 def test_earlier_lines_have_tables():
     """They have the time of a step, losses of other tasks and no selected rows."""
     own = {"processor_seconds_per_step": 2.0, "other_nats": {"text": 4.0}}
@@ -286,7 +297,7 @@ def test_rules_sift_if_no_line_of_this_code_is_recorded(small_pools, base, suite
     recorded = {**line_of(base, "sifted", suite, tmp_path / "sifted"), "commit": "another"}
     own = line_of(base, "random=random,dtype:float32", suite, tmp_path / "random", [recorded])
     assert [words.split()[1] for words in own["commands"]] == ["sift", "train"]
-    assert all("--dtype float32" in words for words in own["commands"])
+    assert all("--dtype float32" in command for command in own["commands"])
     assert own["selected"] == recorded["selected"]
 
 

@@ -163,11 +163,11 @@ _RISE = 1.0  # nats per label token by which the last loss is above the first, a
 
 
 def _warn_of_rise(summary: dict[str, Any], recipe: Recipe) -> None:
-    """Warn if the loss has risen, as at too high a rate."""
+    """Warn if the loss has risen, as at too high a rate; not if the weights of an earlier step are kept."""
     first, last = summary["loss_first"], summary["loss_last"]
-    if last is not None and last >= first + _RISE:
+    if last is not None and "kept_step" not in summary and last >= first + _RISE:
         rate = "" if recipe.lr is None else f", now {recipe.lr:g}"
-        message = "the loss rose from %.2f to %.2f, so the model is probably worse than before: lower --lr%s"
+        message = "the loss rose from %.2f to %.2f: unless the last rows are harder than the first, lower --lr%s"
         logger.warning(message, first, last, rate)
 
 

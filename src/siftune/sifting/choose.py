@@ -222,8 +222,8 @@ def choose_by_margins(
     if right < _RIGHT:
         return Choice(
             task_R,
-            f"{prompts}; the model cannot tell right answers from wrong ones: for {1 - right:.0%} of the held-out rows "
-            "of the target it prefers another row's answer",
+            f"{prompts}; the model cannot tell right answers from wrong ones, and none is left out: for "
+            f"{1 - right:.0%} of the held-out rows of the target it prefers another row's answer",
         )
     wrong = 1 - within_R.sum() / task_R.sum()
     if wrong < _BEYOND:

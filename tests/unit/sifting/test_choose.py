@@ -56,7 +56,8 @@ def test_rows_above_the_limit_are_left_out_if_rows_are_as_unlikely_as_decoys():
 
 def test_nothing_is_left_out_if_decoys_are_few_or_as_likely_as_held_out_rows():
     target, pool, task = np.array([0.1] * 8 + [0.5, 3.0]), np.array([0.2] * 5 + [9.0] * 5), np.ones(10, bool)
-    assert "cannot tell" in choose_by_losses(pool, target, np.full(8, 0.1), task).reason
+    reason = choose_by_losses(pool, target, np.full(8, 0.1), task).reason
+    assert "cannot tell right completions from wrong ones, and none is left out" in reason
     assert "too few" in choose_by_losses(pool, target, np.full(7, 9.0), task).reason
     for decoys in (np.full(8, 0.1), np.full(7, 9.0), np.empty(0)):
         assert choose_by_losses(pool, target, decoys, task).rows_R.all()
@@ -89,10 +90,13 @@ def test_the_choice_by_margins_is_that_of_exact_arithmetic(rows, held_out):
     choice = choose_by_margins(values, np.array(held_out, np.float64), task, np.array(answers))
     assert choice.rows_R.tolist() == expected
     assert choice.limit == (1.0 if limited else None)
-    seen = "hardly any answer looks wrong", "cannot tell right answers", "too few rows"
-    told = [fault in choice.reason for fault in seen]
-    compared_enough, is_right = len(compared) >= 8, 5 * right >= 3 * len(compared)
-    assert told == [compared_enough and is_right and not limited, compared_enough and not is_right, not compared_enough]
+    is_compared, is_right = len(compared) >= 8, 5 * right >= 3 * len(compared)
+    reasons = {
+        "hardly any answer looks wrong, and none is left out": is_compared and is_right and not limited,
+        "cannot tell right answers from wrong ones, and none is left out": is_compared and not is_right,
+        "too few rows": not is_compared,
+    }
+    assert {reason: reason in choice.reason for reason in reasons} == reasons
 
 
 @pytest.mark.parametrize(("margin", "warned"), [(2.9, True), (3.0, False)])
