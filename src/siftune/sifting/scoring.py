@@ -32,7 +32,7 @@ from siftune.sifting.choose import (
 from siftune.sifting.lines import answer_losses, bad_row_losses
 from siftune.sifting.pool import PARTS, Few
 from siftune.sifting.prompts import similarities
-from siftune.sifting.similarity import least_similarity
+from siftune.sifting.similarity import task_limit
 from siftune.sifting.tuning import (
     AVOID,
     of_training,
@@ -72,7 +72,7 @@ def choose_by_target(work: Work, prepared: Prepared, few: Few, count: int | None
         DataError: No row is within the limits, or a loss is not finite.
     """
     similar_R, similar_K = (np.round(part, DIGITS) for part in similarities(work, prepared, PARTS[few.name]))
-    least = least_similarity(similar_K) if limits.similarity is None else limits.similarity
+    least = task_limit(similar_R, similar_K) if limits.similarity is None else limits.similarity
     task_R = similar_R >= least
     if not task_R.any() and count is None:
         raise DataError(
@@ -117,11 +117,11 @@ def choose_by_target(work: Work, prepared: Prepared, few: Few, count: int | None
 
 
 def _likely(similar_R: Floats, similar_K: Floats) -> NDArray[np.bool_]:
-    """Rows of the pool that are of the task by the target's own limit; if there are none, the most similar ones, (R,).
+    """Rows of the pool that are of the task by `task_limit`; if there are none, the most similar ones, (R,).
 
     As many as the target has different prompts are then taken (ours).
     """
-    least = least_similarity(similar_K)
+    least = task_limit(similar_R, similar_K)
     if similar_R.max() < least:
         least = float(np.sort(similar_R)[-len(similar_K) :][0])
     return similar_R >= least

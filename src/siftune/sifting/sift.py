@@ -140,7 +140,7 @@ def sift(
 ) -> Sifted:
     """Select the rows of a pool that are like a few rows of a target, and unlike bad rows (ours; choose.py).
 
-    Rows with prompts like those of the target are of its task: see `least_similarity`. The model is tuned on most of
+    Rows with prompts like those of the target are of its task: see `task_limit`. The model is tuned on most of
     the target's rows, as long as the loss of the others falls. If the rows share a few answers, it is tuned on the
     task's rows first, and rows are left out to whose prompts another answer fits better: see `choose_by_margins`.
     Otherwise those are left out whose loss is above that of four in five of the target's other rows: see

@@ -9,7 +9,9 @@ texts of different tasks have cosines above 0.9. Prompts alone are compared, so 
 similar as one with the correct completion.
 
 A row is of the target's task if its prompt is as similar to the nearest target prompt as 95 % of the target's own
-prompts are to the nearest other one (ours). A few odd rows of the target therefore do not widen the task.
+prompts are to the nearest other one (ours). A few odd rows of the target therefore do not widen the task. Of a task
+whose prompts have many forms, a few target rows lack some. If the pool has a clear gap below that limit, the rows
+between are of the task as well (ours).
 
 Shapes: R texts, T positions, H hidden size, K texts of the target.
 """
@@ -137,3 +139,30 @@ def least_similarity(similar_K: Floats) -> float:
         0.8
     """
     return min(float(np.quantile(similar_K, _OUTSIDE, method="higher")), 1 - _ROUNDING)
+
+
+_GAP = 0.04  # width of a gap between the task and other tasks, at least (ours)
+_SPACINGS = 20  # the same, in mean distances of neighbouring similarities, so that a gap in a small pool is none (ours)
+_BELOW = 0.05  # share of the pool below a gap, at least: a few odd rows are no other task (ours)
+
+
+def task_limit(similar_R: Floats, similar_K: Floats) -> float:
+    """The lowest similarity of a row of the task: `least_similarity`, or that above the first gap below it (ours).
+
+    Args:
+        similar_R: Similarity of each prompt of the pool to the nearest of the target, at least one.
+        similar_K: That of each of the target's prompts to the nearest other one.
+
+    Example:
+        >>> pool = np.concatenate([np.linspace(-0.2, 0.4, 500), np.linspace(0.6, 1.0, 500)])
+        >>> task_limit(pool, np.array([0.8, 0.9, 0.9]))
+        0.6
+        >>> task_limit(np.linspace(-0.2, 1.0, 1000), np.array([0.8, 0.9, 0.9]))
+        0.9
+    """
+    least = least_similarity(similar_K)
+    below = np.append(np.sort(similar_R[similar_R < least]), least)
+    wide = max(_GAP, _SPACINGS * float(np.ptp(similar_R)) / len(similar_R))
+    gaps = np.flatnonzero(np.diff(below) >= wide)
+    gaps = gaps[gaps + 1 >= _BELOW * len(similar_R)]
+    return float(below[gaps[-1] + 1]) if len(gaps) else least

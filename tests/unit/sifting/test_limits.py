@@ -105,14 +105,19 @@ def test_rows_that_a_lower_similarity_brings_are_scored_alone(given, complete, m
     assert sift(**given, max_score=99, min_similarity=-1, console=QUIET).selected == [*range(36)]
 
 
-@pytest.mark.usefixtures("shared_answers")
-@pytest.mark.parametrize("first", [{"share": 10}, {"min_similarity": 0.95}])
-def test_a_limit_selects_the_same_rows_after_another_although_none_is_of_the_task(given, task, first):
-    """The target's own prompts are nearly equal, so that those of the pool are beyond its limit."""
+def write_nearly_equal_prompts(given, others):
+    """40 rows with the form of the target's prompts, and other ones; the target's prompts are nearly equal."""
     colours = ("red", "blue", "green")
     for name, numbers in (("train", range(40)), ("target", range(1000, 1012))):
         rows = [{"prompt": f"color {colours[n % 3]} item {n} ?", "completion": colours[n % 3]} for n in numbers]
-        write(given[name], [*rows, *(task.pool[:10] if name == "train" else [])])
+        write(given[name], [*rows, *(others if name == "train" else [])])
+
+
+@pytest.mark.usefixtures("shared_answers")
+@pytest.mark.parametrize("first", [{"share": 10}, {"min_similarity": 0.95}])
+def test_a_limit_selects_the_same_rows_after_another_although_none_is_of_the_task(given, task, first, monkeypatch):
+    monkeypatch.setattr("siftune.sifting.similarity._BELOW", 1)  # no gap widens the task
+    write_nearly_equal_prompts(given, task.pool[:10])
     with pytest.raises(DataError, match="no prompt of the pool"):
         sift(**given, console=QUIET)
     fresh = sift(**{**given, "out": given["out"] + " fresh"}, min_similarity=0.9, console=QUIET)
@@ -121,6 +126,13 @@ def test_a_limit_selects_the_same_rows_after_another_although_none_is_of_the_tas
     again = sift(**given, min_similarity=0.9, console=QUIET)
     np.testing.assert_allclose(again.scores, fresh.scores, atol=2e-5)
     assert again.selected == fresh.selected
+
+
+def test_other_tasks_behind_a_gap_widen_the_task(given, task):
+    write_nearly_equal_prompts(given, task.pool[:10])
+    sifted = sift(**given, console=QUIET)
+    assert np.isfinite(sifted.scores).tolist() == [True] * 40 + [False] * 10
+    assert sifted.similarity_limit == sifted.similar[:40].min()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from support.tiny import tiny
 
-from siftune.sifting.similarity import embed, least_similarity, nearest, nearest_other, prompt_of
+from siftune.sifting.similarity import embed, least_similarity, nearest, nearest_other, prompt_of, task_limit
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -56,3 +56,24 @@ def test_a_twentieth_of_the_targets_rows_and_at_least_one_do_not_set_the_limit(c
     assert least_similarity(own) == own[outside]
     odd = np.where(np.arange(count) < outside, -1.0, own)
     assert least_similarity(odd) == own[outside]
+
+
+def pool(*parts):
+    """Similarities of a pool: (first, last, count) of each part, evenly spaced, in another order."""
+    return np.random.default_rng(0).permutation(np.concatenate([np.linspace(*part) for part in parts]))
+
+
+@pytest.mark.parametrize(
+    ("parts", "limit"),
+    [
+        ([(-0.2, 0.4, 500), (0.5, 1.0, 500)], 0.5),
+        ([(-0.2, 0.3, 500), (0.4, 0.6, 200), (0.7, 1.0, 500)], 0.7),  # the first gap below; not another task, too
+        ([(-0.2, 0.3, 500), (0.32, 0.6, 200), (0.61, 1.0, 500)], 0.8),  # narrower than 0.04
+        ([(-0.2, 0.4, 49), (0.5, 1.0, 951)], 0.8),  # odd rows below the gap
+        ([(-0.2, 0.4, 50), (0.5, 1.0, 950)], 0.5),
+        ([(-0.2, 0.4, 100), (0.5, 1.0, 100)], 0.8),  # a distance of 0.1 in a pool of 200 rows
+        ([(-0.2, 0.4, 500), (0.85, 1.0, 500)], 0.8),  # no row between
+    ],
+)
+def test_rows_above_the_first_clear_gap_below_the_limit_are_of_the_task(parts, limit):
+    assert task_limit(pool(*parts), np.array([0.75, 0.8, 0.9])) == limit
