@@ -73,6 +73,8 @@ python -m lab.keep.report keep.jsonl
     "keep_epyc.jsonl": """
 python -m lab.keep.run --data FOLDER --out keep_epyc.jsonl --methods dense kl
 python -m lab.keep.run --data FOLDER --out keep_epyc.jsonl --methods dense --lrs 5e-4
+python -m lab.keep.run --data FOLDER --out keep_epyc.jsonl --models qwen0.5b --lrs 5e-4 \
+    --methods untrained dense prompts    # as --keep own
 """,
     "lira_epsilon.jsonl": """
 python -m lab.lira_epsilon --epsilons none,100,8,1 --models 16 --steps 30 --out lira_epsilon.jsonl
@@ -110,7 +112,13 @@ $run tasks-intents --models qwen0.5b --methods few sifted target --steps 45 --se
 $run tasks-intents --models qwen1.5b --methods few sifted --steps 45
 $run tasks-intents --methods target --steps 90 --seeds 1
 $run tasks-intents --methods few sifted --steps 90 --lrs 2.5e-4,1e-3,2e-3,4e-3
-$run tasks-intents --methods few sifted --steps 90 --lrs 2e-3 --seeds 1,2
+$run tasks-intents --methods few sifted --steps 90 --lrs 2e-3 --seeds 1,2,3,4
+$run tasks-intents --methods target --steps 90 --lrs 2e-3 --seeds 0,1
+$run tasks-slots --methods few sifted --steps 90 --lrs 2e-3 --seeds 0,1,2
+$run tasks-slots --methods target --steps 90 --lrs 2e-3
+$run intents-a,intents-b,intents-c --methods target --steps 90 --lrs 1e-3,2e-3
+$run intents-a,intents-b,intents-c --methods sifted --steps 45 --lrs 1e-3,2e-3
+$run intents-a,intents-b,intents-c --methods few --steps 90 --lrs 2e-3    # intents-a also --lrs 1e-3
 $run tasks-intents --methods retrieved=retrieved,share:0.171 --steps 90 --lrs 2e-3
 $run tasks-intents --methods random=random,share:0.171 --steps 90
 $run intents-b --methods sifted-twice --steps 45    # commit 2bda5b0b
@@ -207,13 +215,11 @@ $run --methods dense outer kit-uniform=kit,kit.allot:uniform --lrs 5e-4
 $run --methods ist --lrs 1e-3
 $run --models qwen0.5b --methods untrained outer kit --lrs 5e-4
 """,
-    "planted.jsonl": r"""
-run="python -m lab.pays.run S1 --data FOLDER --out planted.jsonl --cells mix --lrs 5e-4 --methods"
-more="target=target,dtype:float32 sifted=sifted,dtype:float32"
-$run few=few,dtype:float32 $more
-$run $more --known 16
-python -m lab.pays.run S1 --data FOLDER --out planted.jsonl --cells reverse,arithmetic-10 --lrs 5e-4 \
-    --methods few target sifted
+    "planted.jsonl": """
+run="python -m lab.pays.run S1 --data FOLDER --out planted.jsonl --lrs 5e-4 --methods"
+$run few target sifted --cells mix,reverse,arithmetic-10
+$run target sifted --cells mix --known 16 --seeds 0,1,2
+$run few --cells mix --known 16
 python -m lab.pays.report planted.jsonl
 """,
     "private.jsonl": """
