@@ -14,8 +14,10 @@ Otherwise the right answer is not among those of similar prompts, and the loss i
     s_i = K_i / sqrt(n_i)
 
 The mean over tokens hides one wrong word in a long answer, and the sum disfavours long answers: the root is between the
-two (ours). Rows of the target that the training leaves out are correct. Rows of the pool with a score above that of
-four in five of them are left out. Decoys are wrong rows made on purpose: prompts of these rows with other completions.
+two (ours). Rows of the target that the training leaves out are correct. Decoys are wrong rows made on purpose: prompts
+of these rows with other completions. Rows of the pool are left out if their scores are above those of four in five of
+the correct rows and of one in five decoys. A limit by the correct rows alone would be narrow: they are few, and the
+training stops where their loss is the lowest.
 
 In both cases, none is left out if the model cannot tell correct rows of the target from others, or if hardly any row of
 the pool looks wrong: then the pool has no errors, or only such that this comparison does not see.
@@ -91,7 +93,8 @@ class Choice(NamedTuple):
     limit: float | None = None
 
 
-_WITHIN = 0.8  # share of the held-out rows that the limit retains (ours)
+_WITHIN = 0.8  # share of the held-out rows that the limit retains, at least (ours)
+_AMONG_DECOYS = 0.2  # share of decoys that it retains, at least (ours)
 _SEPARATION = 0.6  # of decoys from held-out rows, at least (ours)
 _WRONG = 0.05  # share of the task's rows that are as unlikely as decoys, at least (ours)
 _DECOYS = 8  # at least (ours)
@@ -117,16 +120,16 @@ def choose_by_losses(
 ) -> Choice:
     """Select the rows of the target's task without those that contradict the target (ours).
 
-    Rows above the score that four in five held-out rows do not exceed are left out. All rows of the task are selected
-    if there are fewer than 8 decoys, if less than 60 % of the pairs of a decoy and a held-out row are in order, or if
-    less than 5 % of the rows are as unlikely as decoys. A limit that is given decides alone.
+    Rows are left out above the scores that four in five held-out rows and one in five decoys do not exceed. All rows of
+    the task are selected if there are fewer than 8 decoys, if less than 60 % of the pairs of a decoy and a held-out row
+    are in order, or if less than 5 % of the rows are as unlikely as decoys. A limit that is given decides alone.
 
     Args:
         scores_R: Scores of the pool; only those of rows of the task count, of which there must be one.
         target_T: Scores of the target's held-out rows.
         decoys_D: Scores of decoys of these.
         task_R: Rows of the pool that are of the task, by the similarity of their prompts.
-        limit: The highest score of a selected row; None: that of the held-out rows.
+        limit: The highest score of a selected row; None: that of the held-out rows and decoys.
 
     Example:
         >>> pool, task = np.array([0.2, 5.0, 4.5, 0.1]), np.array([True, True, True, False])
@@ -157,13 +160,14 @@ def choose_by_losses(
             f"{prompts}; hardly any completion looks wrong, and none is left out: {wrong:.1%} of the rows are as "
             "unlikely as prompts of the target with the completion of another row",
         )
-    limit = float(np.quantile(target_T, _WITHIN, method="higher"))
+    usual = float(np.quantile(target_T, _WITHIN, method="higher"))
+    limit = max(usual, float(np.quantile(decoys_D, _AMONG_DECOYS, method="lower")))
     within_R = task_R & (scores_R <= limit)
     left_out = 1 - within_R.sum() / task_R.sum()
     return Choice(
         within_R,
-        f"{prompts}, and their completions are within the range of {_WITHIN:.0%} of its held-out rows; those of "
-        f"{left_out:.0%} of the task's rows are less likely",
+        f"{prompts}; {left_out:.0%} of the task's rows are left out, since their completions are less likely than "
+        f"{_WITHIN:.0%} of those held out and as unlikely as completions of other rows",
         limit,
     )
 

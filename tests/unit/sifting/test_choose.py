@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from siftune.sifting.choose import choose_by_losses, choose_by_margins, lowest, separation, unlike
@@ -31,7 +31,12 @@ def test_the_lowest_are_those_of_the_task_and_the_first_of_equal_ones(rows, coun
 OF_TASK = SCORED.filter(lambda rows: any(of_it for _, of_it in rows))
 
 
-@given(OF_TASK, FEW, st.lists(LOSSES, max_size=60))
+HIGHER = st.lists(st.floats(2, 20, width=32), min_size=8, max_size=60)  # most decoys of most targets
+
+
+@given(OF_TASK, FEW, st.lists(LOSSES, max_size=60) | HIGHER)
+@example([(9.0, True), (1.0, True), (1.0, False), (3.0, True)], [0.1, 0.2], [2.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0])
+@example([(9.0, True), (1.0, True), (1.0, False), (3.0, True)], [0.1, 3.0], [2.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0])
 def test_the_choice_is_that_of_exact_arithmetic(rows, target, decoys):
     values, task = parts(rows)
     own = [value for value, of_it in zip(values, task, strict=True) if of_it]
@@ -41,21 +46,30 @@ def test_the_choice_is_that_of_exact_arithmetic(rows, target, decoys):
     ratios = [Fraction(sum(v >= t for v in own) * len(decoys), len(own) * sum(d >= t for d in decoys)) for t in middle]
     expected = list(task)
     if len(decoys) >= 8 and sum(pairs) / len(pairs) >= Fraction(3, 5) and min(ratios) >= Fraction(1, 20):
+        limit = max(limit, sorted(decoys)[(len(decoys) - 1) // 5])
         expected = [of_it and value <= limit for value, of_it in zip(values, task, strict=True)]
     assert choose_by_losses(values, np.array(target), np.array(decoys), task).rows_R.tolist() == expected
 
 
 def test_rows_above_the_limit_are_left_out_if_rows_are_as_unlikely_as_decoys():
     target, decoys, task = np.array([0.1] * 8 + [0.5, 3.0]), np.full(8, 4.0), np.ones(100, bool)
-    for unlikely, left_out in ((5, 6), (4, 0)):
-        pool = np.repeat([0.2, 0.5, 0.6, 4.0], [90, 9 - unlikely, 1, unlikely])
+    for unlikely, left_out in ((5, 5), (4, 0)):
+        pool = np.repeat([0.2, 0.5, 0.6, 4.5], [90, 9 - unlikely, 1, unlikely])
         choice = choose_by_losses(pool, target, decoys, task)
         assert (~choice.rows_R).sum() == left_out
         assert ("hardly any completion looks wrong, and none is left out: 4.0%" in choice.reason) == (not left_out)
 
 
+def test_the_limit_is_the_higher_of_those_by_held_out_rows_and_by_decoys():
+    pool, task, decoys = np.arange(10.0), np.ones(10, bool), np.array([3.0, 3.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0])
+    for held_out, limit in ((1.0, 3.0), (4.0, 4.0)):
+        choice = choose_by_losses(pool, np.full(5, held_out), decoys, task)
+        assert choice.limit == limit
+        assert choice.rows_R.tolist() == (pool <= limit).tolist()
+
+
 def test_nothing_is_left_out_if_decoys_are_few_or_as_likely_as_held_out_rows():
-    target, pool, task = np.array([0.1] * 8 + [0.5, 3.0]), np.array([0.2] * 5 + [9.0] * 5), np.ones(10, bool)
+    target, pool, task = np.array([0.1] * 8 + [0.5, 3.0]), np.array([0.2] * 5 + [9.5] * 5), np.ones(10, bool)
     reason = choose_by_losses(pool, target, np.full(8, 0.1), task).reason
     assert "cannot tell right completions from wrong ones, and none is left out" in reason
     assert "too few" in choose_by_losses(pool, target, np.full(7, 9.0), task).reason
