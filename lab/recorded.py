@@ -119,6 +119,8 @@ $run tasks-slots --methods target --steps 90 --lrs 2e-3
 $run intents-a,intents-b,intents-c --methods target --steps 90 --lrs 1e-3,2e-3
 $run intents-a,intents-b,intents-c --methods sifted --steps 45 --lrs 1e-3,2e-3
 $run intents-a,intents-b,intents-c --methods few --steps 90 --lrs 2e-3    # intents-a also --lrs 1e-3
+$run intents-a,intents-b,intents-c --methods few target --steps 90 --lrs 2e-3 --seeds 1,2
+$run intents-a,intents-b,intents-c --methods sifted --steps 45 --lrs 1e-3 --seeds 1,2
 $run tasks-intents --methods retrieved=retrieved,share:0.171 --steps 90 --lrs 2e-3
 $run tasks-intents --methods random=random,share:0.171 --steps 90
 $run intents-b --methods sifted-twice --steps 45    # commit 2bda5b0b

@@ -143,9 +143,9 @@ def sift(
     Rows with prompts like those of the target are of its task: see `task_limit`. The model is tuned on most of
     the target's rows, as long as the loss of the others falls. If the rows share a few answers, it is tuned on the
     task's rows first, and rows are left out to whose prompts another answer fits better: see `choose_by_margins`.
-    Otherwise those are left out whose loss is above that of four in five of the target's other rows: see
-    `choose_by_losses`. Rows like the bad ones are left out after a model tuned on the pool is tuned further on them:
-    see `unlike`.
+    Otherwise those are left out whose loss is above that of four in five of the target's other rows, and of one in five
+    of their prompts with other completions: see `choose_by_losses`. Rows like the bad ones are left out after a model
+    tuned on the pool is tuned further on them: see `unlike`.
 
     Args:
         train: The pool: a file or hub id, or several.
@@ -155,7 +155,7 @@ def sift(
         steps: Optimizer steps of a training on the pool, at most; on the target's rows, at most half as many follow.
         avoid: File or hub id of at least 8 rows with answers that the model must not give.
         max_score: Select rows of the task up to this score. None: if rows share answers, 1, and two in five rows of
-            each of the target's answers in any case; otherwise the limit of the target's held-out rows.
+            each of the target's answers in any case; otherwise the limit of `choose_by_losses`.
         min_similarity: Rows are of the task from this similarity of their prompts, -1 to 1. None: the limit of the
             target's own prompts. If the folder lacks losses of such rows, only these are computed.
         console: Console for progress; stderr by default.
