@@ -16,7 +16,7 @@ Otherwise the right answer is not among those of similar prompts, and the loss i
 The mean over tokens hides one wrong word in a long answer, and the sum disfavours long answers: the root is between the
 two (ours). Rows of the target that the training leaves out are correct. Decoys are wrong rows made on purpose: prompts
 of these rows with other completions. Rows of the pool are left out if their scores are above those of four in five of
-the correct rows and of one in five decoys. A limit by the correct rows alone would be narrow: they are few, and the
+the correct rows and of one in ten decoys. A limit by the correct rows alone would be narrow: they are few, and the
 training stops where their loss is the lowest.
 
 In both cases, none is left out if the model cannot tell correct rows of the target from others, or if hardly any row of
@@ -94,7 +94,7 @@ class Choice(NamedTuple):
 
 
 _WITHIN = 0.8  # share of the held-out rows that the limit retains, at least (ours)
-_AMONG_DECOYS = 0.2  # share of decoys that it retains, at least (ours)
+_AMONG_DECOYS = 0.1  # share of decoys that it retains, at least (ours)
 _SEPARATION = 0.6  # of decoys from held-out rows, at least (ours)
 _WRONG = 0.05  # share of the task's rows that are as unlikely as decoys, at least (ours)
 _DECOYS = 8  # at least (ours)
@@ -120,7 +120,7 @@ def choose_by_losses(
 ) -> Choice:
     """Select the rows of the target's task without those that contradict the target (ours).
 
-    Rows are left out above the scores that four in five held-out rows and one in five decoys do not exceed. All rows of
+    Rows are left out above the scores that four in five held-out rows and one in ten decoys do not exceed. All rows of
     the task are selected if there are fewer than 8 decoys, if less than 60 % of the pairs of a decoy and a held-out row
     are in order, or if less than 5 % of the rows are as unlikely as decoys. A limit that is given decides alone.
 

@@ -143,7 +143,7 @@ def sift(
     Rows with prompts like those of the target are of its task: see `task_limit`. The model is tuned on most of
     the target's rows, as long as the loss of the others falls. If the rows share a few answers, it is tuned on the
     task's rows first, and rows are left out to whose prompts another answer fits better: see `choose_by_margins`.
-    Otherwise those are left out whose loss is above that of four in five of the target's other rows, and of one in five
+    Otherwise those are left out whose loss is above that of four in five of the target's other rows, and of one in ten
     of their prompts with other completions: see `choose_by_losses`. Rows like the bad ones are left out after a model
     tuned on the pool is tuned further on them: see `unlike`.
 
