@@ -264,7 +264,7 @@ NOTES: dict[str, str] = {
     "steps of *intents-b* ran on a Xeon without AMX: their times do not compare with the others. Their rules choose as "
     "many rows as sifting did on seed 0. `sifted-twice` sifts the selected rows again; `sifted-tokens` trains on the "
     "60 % of the label tokens whose loss falls most by the training on the target (Rho-1, Token Cleaning). Neither "
-    "pays, and both are gone.",
+    "pays, and both are gone. Lines of *tasks-slots* before commit e28e21fa had a narrower limit of losses.",
     "avoid.jsonl": "Lines without `commit` are of earlier code, which had a second implementation of `--avoid`; their "
     "methods other than `dense`, `oracle` and `right late` are scores. They support docs/avoid.md, which is quoted in "
     "README.md and docs/which_method.md.",
@@ -275,7 +275,8 @@ NOTES: dict[str, str] = {
     "`upper-three-quarters` used. They support target rows and layers in docs/measured_target.md and "
     "docs/measured_layers.md; docs/which_method.md; rates in docs/guide.md; and the table of README.md, but no figure "
     "of sifting.",
-    "planted.jsonl": "Cells as in `pays`, with siftune's commands. It supports docs/sifting.md.",
+    "planted.jsonl": "Cells as in `pays`, with siftune's commands. It supports docs/sifting.md. The limit of losses "
+    "changed at commit e28e21fa; in pools with older lines, it selects the same rows.",
     "letters.jsonl": "Answers are right if their letter is the likeliest of A to E. Of 1,668 held-out questions, 28 "
     "begin like a training row that has other options. `outer` tunes a kit's layers on the model itself. It supports "
     "docs/measured_quality.md and docs/measured_kits.md, which other pages quote.",
