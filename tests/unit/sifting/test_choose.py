@@ -31,7 +31,7 @@ def test_the_lowest_are_those_of_the_task_and_the_first_of_equal_ones(rows, coun
 OF_TASK = SCORED.filter(lambda rows: any(of_it for _, of_it in rows))
 
 
-HIGHER = st.lists(st.floats(2, 20, width=32), min_size=8, max_size=60)  # most decoys of most targets
+HIGHER = st.lists(st.floats(2, 20, width=32), min_size=8, max_size=60)  # decoys that are often above the target
 
 
 @given(OF_TASK, FEW, st.lists(LOSSES, max_size=60) | HIGHER)
