@@ -266,7 +266,8 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
         >>> cross_entropy(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
         tensor([0.6931])
     """
-    losses: Tensor = _CrossEntropy.apply(logits_NV, targets_N)  # type: ignore[no-untyped-call]
+    apply: Any = _CrossEntropy.apply  # typed in some versions of torch only
+    losses: Tensor = apply(logits_NV, targets_N)
     return losses
 
 

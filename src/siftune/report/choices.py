@@ -163,7 +163,8 @@ def _shares(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) -> 
     """Shares followed by source over the run, in parts of it."""
     if not sources.names:
         return []
-    parts = [part for part in np.array_split(np.arange(len(batches)), min(_BINS, len(batches))) if len(part)]
+    split = np.array_split(np.arange(len(batches)), min(_BINS, len(batches)))
+    parts = [part.tolist() for part in split if len(part)]
     lines = []
     for colour, name in enumerate(sources.names):
         points = [(batches[part[-1]].step, _share([batches[i] for i in part], sources, name)) for part in parts]

@@ -68,7 +68,7 @@ def margins(
     size = len(number_of)
     sums_A = np.bincount(answer_R[given], losses, minlength=size)
     prompts_A = np.bincount(answer_R[given], minlength=size)
-    per_token = losses.sum() / max(tokens_R[given].sum(), 1)
+    per_token = losses.sum() / max(float(tokens_R[given].sum()), 1.0)
     usual_R = (sums_A[answer_R] + _PRIOR * per_token * tokens_R) / (prompts_A[answer_R] + _PRIOR)
 
     gain_RD = np.where(asked_RD, usual_R[decoys_RD] - decoy_loss_RD, -np.inf)
