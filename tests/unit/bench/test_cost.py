@@ -12,6 +12,7 @@ from support.tiny import tiny
 from support.tokenizer import byte_tokenizer
 from trl import SFTTrainer
 
+from siftune.base.environment import versions
 from siftune.base.errors import InputError, RecipeError, SiftuneError
 from siftune.bench import cost, worker
 from siftune.bench.cost import MEASURED, SUPPORTS, Measurement, Workload, measure, parse_methods, schedule
@@ -103,7 +104,7 @@ def test_a_fresh_process_measures_a_method(work):
     assert all(0 < step < 60 for step in found.seconds)
     assert 50 < found.peak_memory_mb < 20_000
     assert found.facts["dtype"] == "float32"
-    assert found.facts["versions"]["torch"] == torch.__version__
+    assert found.facts["versions"] == versions()  # against torch: tests/unit/base/test_environment.py
     if not torch.cuda.is_available():
         assert "1 threads" in found.facts["hardware"]
 
