@@ -91,9 +91,9 @@ class GAST(SampleCallback, GASTSettings):
         >>> output = trainer.train()
         >>> GAST(**GAST.with_target, support_set=rows).support
         'dataset'
-        >>> with GAST(select=2, support="rest").attach(model) as sift:
+        >>> with GAST(select=2, support="rest").attach(model) as selection:
         ...     model(**batch).loss.backward()
-        ...     sift.last.scores.shape, sift.last.selected.shape  # four layers, two of four rows
+        ...     selection.last.scores.shape, selection.last.selected.shape  # four layers, two of four rows
         (torch.Size([4, 4]), torch.Size([4, 2]))
     """
 

@@ -119,12 +119,12 @@ class IST(LayerCallback, ISTSettings):
             RecipeError: `batches` is missing.
 
         Example:
-            >>> with IST(active=0.5, interval=2).attach(model, batches=loader, optimizer=optimizer) as sift:
+            >>> with IST(active=0.5, interval=2).attach(model, batches=loader, optimizer=optimizer) as selection:
             ...     for batch in loader:
             ...         model(**batch).loss.backward()
             ...         optimizer.step()
             ...         optimizer.zero_grad()
-            ...     sift.importance.shape
+            ...     selection.importance.shape
             torch.Size([4])
         """
         if batches is None:
