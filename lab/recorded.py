@@ -113,9 +113,8 @@ $run tasks-intents --models qwen1.5b --methods few sifted --steps 45
 $run tasks-intents --methods target --steps 90 --seeds 1
 $run tasks-intents --methods few sifted --steps 90 --lrs 2.5e-4,1e-3,2e-3,4e-3
 $run tasks-intents --methods few sifted --steps 90 --lrs 2e-3 --seeds 1,2,3,4
-$run tasks-intents --methods target --steps 90 --lrs 2e-3 --seeds 0,1
 $run tasks-slots --methods few sifted --steps 90 --lrs 2e-3 --seeds 0,1,2
-$run tasks-slots --methods target --steps 90 --lrs 2e-3
+$run tasks-intents,tasks-slots --methods target --steps 90 --lrs 2e-3 --seeds 0,1,2
 $run intents-a,intents-b,intents-c --methods target --steps 90 --lrs 1e-3,2e-3
 $run intents-a,intents-b,intents-c --methods sifted --steps 45 --lrs 1e-3,2e-3
 $run intents-a,intents-b,intents-c --methods few --steps 90 --lrs 2e-3    # intents-a also --lrs 1e-3
@@ -123,6 +122,15 @@ $run intents-a,intents-b,intents-c --methods few target --steps 90 --lrs 2e-3 --
 $run intents-a,intents-b,intents-c --methods sifted --steps 45 --lrs 1e-3 --seeds 1,2
 $run tasks-intents --methods retrieved=retrieved,share:0.171 --steps 90 --lrs 2e-3
 $run tasks-intents --methods random=random,share:0.171 --steps 90
+$run raters --methods few target --steps 90 --lrs 1e-3,2e-3
+$run raters --methods sifted --steps 45 --lrs 1e-3,2e-3
+$run intents-a,intents-b,intents-c --methods target --steps 200 --lrs 2e-3
+$run intents-a,intents-b,intents-c,raters,tasks-intents,tasks-slots --methods dense --steps 90 --lrs 2e-3
+$run tasks-slots --models qwen0.5b --methods few sifted --steps 45 --seeds 0,1    # seed 1 also target
+$run intents-a --rows 720 --models qwen0.5b --methods sifted --steps 45 --seeds 0,1
+$run intents-a --rows 720 --models qwen0.5b --methods few target --steps 45 --seeds 1
+$run tasks-intents --models qwen0.5b --methods few target sifted --steps 45 --lrs 1e-3
+$run tasks-intents --methods ifd=ifd,share:0.171 less=less,share:0.171 --steps 90 --lrs 2e-3
 $run intents-b --methods sifted-twice --steps 45    # commit 2bda5b0b
 $run tasks-slots --methods sifted-tokens --steps 90    # commit 2bda5b0b
 python -m lab.pays.report natural.jsonl    # further rates: --lr 2e-3
@@ -237,8 +245,7 @@ $run --seeds 0,1,2 --methods dense "sample 12 of 16=method:gast,gast.support:sam
 """,
     "sift_scores.jsonl": """
 run="python -m lab.pays.scores --data FOLDER --out sift_scores.jsonl"
-$run intents-b
-$run raters
+$run intents-b    # also intents-a, intents-c, raters, mix, reverse
 $run translations-el --rows 720 --model gemma3    # and qwen0.5b
 """,
     "scores.json": """

@@ -96,7 +96,7 @@ class Choice(NamedTuple):
 _WITHIN = 0.8  # share of the held-out rows that the limit retains, at least (ours)
 _AMONG_DECOYS = 0.1  # share of decoys that it retains, at least (ours)
 _SEPARATION = 0.6  # of decoys from held-out rows, at least (ours)
-_WRONG = 0.05  # share of the task's rows that are as unlikely as decoys, at least (ours)
+_WRONG = 0.05  # share of the task's rows that are as unlikely as decoys beyond that of held-out rows, at least (ours)
 _DECOYS = 8  # at least (ours)
 
 
@@ -122,7 +122,8 @@ def choose_by_losses(
 
     Rows are left out above the scores that four in five held-out rows and one in ten decoys do not exceed. All rows of
     the task are selected if there are fewer than 8 decoys, if less than 60 % of the pairs of a decoy and a held-out row
-    are in order, or if less than 5 % of the rows are as unlikely as decoys. A limit that is given decides alone.
+    are in order, or if the share of rows that are as unlikely as decoys is less than 5 points above that of the
+    held-out rows, which are correct. A limit that is given decides alone.
 
     Args:
         scores_R: Scores of the pool; only those of rows of the task count, of which there must be one.
@@ -153,12 +154,13 @@ def choose_by_losses(
             f"{prompts}; the model cannot tell right completions from wrong ones, and none is left out: it prefers a "
             f"held-out row of the target to a prompt with another row's completion in only {in_order:.1%} of all pairs",
         )
-    wrong = share_like_decoys(scores_R[task_R], decoys_D, _DECOYS)
-    if wrong < _WRONG:
+    wrong, correct = (share_like_decoys(rows, decoys_D, _DECOYS) for rows in (scores_R[task_R], target_T))
+    if wrong - correct < _WRONG:
         return Choice(
             task_R,
-            f"{prompts}; hardly any completion looks wrong, and none is left out: {wrong:.1%} of the rows are as "
-            "unlikely as prompts of the target with the completion of another row",
+            f"{prompts}; hardly any completion looks wrong, and none is left out: {wrong:.1%} of the rows and "
+            f"{correct:.1%} of the held-out ones are as unlikely as prompts of the target with the completion of "
+            "another row",
         )
     usual = float(np.quantile(target_T, _WITHIN, method="higher"))
     limit = max(usual, float(np.quantile(decoys_D, _AMONG_DECOYS, method="lower")))

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from siftune.sifting.choose import choose_by_losses, choose_by_margins, lowest, separation, unlike
@@ -37,15 +37,23 @@ HIGHER = st.lists(st.floats(2, 20, width=32), min_size=8, max_size=60)  # decoys
 @given(OF_TASK, FEW, st.lists(LOSSES, max_size=60) | HIGHER)
 @example([(9.0, True), (1.0, True), (1.0, False), (3.0, True)], [0.1, 0.2], [2.0] * 2 + [4.0] * 10)
 @example([(9.0, True), (1.0, True), (1.0, False), (3.0, True)], [0.1, 3.0], [2.0] * 2 + [4.0] * 10)
+@example([(9.0, True), (1.0, True), (1.0, False), (3.0, True)], [0.1, 5.0], [2.0] * 2 + [4.0] * 10)
 def test_the_choice_is_that_of_exact_arithmetic(rows, target, decoys):
     values, task = parts(rows)
     own = [value for value, of_it in zip(values, task, strict=True) if of_it]
     limit = next(each for each in sorted(target) if sum(v <= each for v in target) >= 0.8 * (len(target) - 1) + 1)
     pairs = [Fraction(1) if d > t else Fraction(1, 2) if d == t else Fraction(0) for d in decoys for t in target]
     middle = sorted(decoys)[round(0.3 * len(decoys)) : round(0.7 * len(decoys))]
-    ratios = [Fraction(sum(v >= t for v in own) * len(decoys), len(own) * sum(d >= t for d in decoys)) for t in middle]
+    shares = []
+    for rows in (own, target):
+        each = [
+            Fraction(sum(v >= t for v in rows) * len(decoys), len(rows) * sum(d >= t for d in decoys)) for t in middle
+        ]
+        shares.append(min(each, default=Fraction(0)))
+    excess = shares[0] - shares[1]
+    assume(excess != Fraction(1, 20) or not shares[1])  # a difference of floats is rounded
     expected = list(task)
-    if len(decoys) >= 8 and sum(pairs) / len(pairs) >= Fraction(3, 5) and min(ratios) >= Fraction(1, 20):
+    if len(decoys) >= 8 and sum(pairs) / len(pairs) >= Fraction(3, 5) and excess >= Fraction(1, 20):
         limit = max(limit, sorted(decoys)[(len(decoys) - 1) // 10])
         expected = [of_it and value <= limit for value, of_it in zip(values, task, strict=True)]
     assert choose_by_losses(values, np.array(target), np.array(decoys), task).rows_R.tolist() == expected
@@ -58,6 +66,14 @@ def test_rows_above_the_limit_are_left_out_if_rows_are_as_unlikely_as_decoys():
         choice = choose_by_losses(pool, target, decoys, task)
         assert (~choice.rows_R).sum() == left_out
         assert ("hardly any completion looks wrong, and none is left out: 4.0%" in choice.reason) == (not left_out)
+
+
+def test_nothing_is_left_out_if_as_many_held_out_rows_are_as_unlikely_as_decoys():
+    pool, task, decoys = np.repeat([0.2, 4.5], [70, 30]), np.ones(100, bool), np.full(8, 4.0)
+    few, many = (choose_by_losses(pool, np.repeat([0.1, 4.2], [16 - n, n]), decoys, task) for n in (3, 5))
+    assert few.rows_R.tolist() == (pool < 4).tolist()
+    assert many.rows_R.all()
+    assert "none is left out: 30.0% of the rows and 31.2% of the held-out ones are as unlikely" in many.reason
 
 
 def test_the_limit_is_the_higher_of_those_by_held_out_rows_and_by_decoys():
