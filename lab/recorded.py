@@ -130,7 +130,6 @@ $run tasks-slots --models qwen0.5b --methods few sifted --steps 45 --seeds 0,1  
 $run intents-a --rows 720 --models qwen0.5b --methods sifted --steps 45 --seeds 0,1
 $run intents-a --rows 720 --models qwen0.5b --methods few target --steps 45 --seeds 1
 $run tasks-intents --models qwen0.5b --methods few target sifted --steps 45 --lrs 1e-3
-$run tasks-intents --methods ifd=ifd,share:0.171 less=less,share:0.171 --steps 90 --lrs 2e-3
 $run intents-b --methods sifted-twice --steps 45    # commit 2bda5b0b
 $run tasks-slots --methods sifted-tokens --steps 90    # commit 2bda5b0b
 python -m lab.pays.report natural.jsonl    # further rates: --lr 2e-3
@@ -246,7 +245,7 @@ $run --seeds 0,1,2 --methods dense "sample 12 of 16=method:gast,gast.support:sam
     "sift_scores.jsonl": """
 run="python -m lab.pays.scores --data FOLDER --out sift_scores.jsonl"
 $run intents-b    # also intents-a, intents-c, raters, mix, reverse
-$run translations-el --rows 720 --model gemma3    # and qwen0.5b
+$run translations-el --rows 720 --model gemma3    # and qwen0.5b; also translations-bg
 """,
     "scores.json": """
 python -m lab.pays.scores intents-a --data FOLDER --out scores.jsonl    # similar: scores of what `siftune sift` records
@@ -271,7 +270,7 @@ NOTES: dict[str, str] = {
     "steps of *intents-b* ran on a Xeon without AMX: their times do not compare with the others. Their rules choose as "
     "many rows as sifting did on seed 0. `sifted-twice` sifts the selected rows again; `sifted-tokens` trains on the "
     "60 % of the label tokens whose loss falls most by the training on the target (Rho-1, Token Cleaning). Neither "
-    "pays, and both are gone. Lines of *tasks-slots* before commit e28e21fa had a narrower limit of losses.",
+    "pays, and both are gone. Lines of *tasks-slots* at lr 5e-4 had a narrower limit of losses.",
     "avoid.jsonl": "Lines without `commit` are of earlier code, which had a second implementation of `--avoid`; their "
     "methods other than `dense`, `oracle` and `right late` are scores. They support docs/avoid.md, which is quoted in "
     "README.md and docs/which_method.md.",
