@@ -114,7 +114,7 @@ $run tasks-intents --methods target --steps 90 --seeds 1
 $run tasks-intents --methods few sifted --steps 90 --lrs 2.5e-4,1e-3,2e-3,4e-3
 $run tasks-intents --methods few sifted --steps 90 --lrs 2e-3 --seeds 1,2,3,4
 $run tasks-slots --methods few sifted --steps 90 --lrs 2e-3 --seeds 0,1,2
-$run tasks-intents,tasks-slots --methods target --steps 90 --lrs 2e-3 --seeds 0,1,2
+$run tasks-intents,tasks-slots --methods target --steps 90 --lrs 2e-3 --seeds 0,1,2    # tasks-intents also 3,4
 $run intents-a,intents-b,intents-c --methods target --steps 90 --lrs 1e-3,2e-3
 $run intents-a,intents-b,intents-c --methods sifted --steps 45 --lrs 1e-3,2e-3
 $run intents-a,intents-b,intents-c --methods few --steps 90 --lrs 2e-3    # intents-a also --lrs 1e-3
@@ -270,7 +270,8 @@ NOTES: dict[str, str] = {
     "steps of *intents-b* ran on a Xeon without AMX: their times do not compare with the others. Their rules choose as "
     "many rows as sifting did on seed 0. `sifted-twice` sifts the selected rows again; `sifted-tokens` trains on the "
     "60 % of the label tokens whose loss falls most by the training on the target (Rho-1, Token Cleaning). Neither "
-    "pays, and both are gone. Lines of *tasks-slots* at lr 5e-4 had a narrower limit of losses.",
+    "pays, and both are gone. SmolLM2's lines of *tasks-slots* at lr 5e-4, and Qwen's in float32, had a narrower limit "
+    "of losses.",
     "avoid.jsonl": "Lines without `commit` are of earlier code, which had a second implementation of `--avoid`; their "
     "methods other than `dense`, `oracle` and `right late` are scores. They support docs/avoid.md, which is quoted in "
     "README.md and docs/which_method.md.",
