@@ -59,13 +59,13 @@ def test_accelerate_trains_what_a_plain_loop_does():
     names = run(block("Accelerate"), model=model, optimizer=optimizer, loader=loader)
     plain, optimizer, loader = loop()
     plain.train()
-    with GAST(select=0.75, support="rest").attach(plain, optimizer=optimizer) as sift:
+    with GAST(select=0.75, support="rest").attach(plain, optimizer=optimizer) as selection:
         for number, batch in enumerate(loader):
             (plain(**batch).loss / 2).backward()
             if number % 2:
                 optimizer.step()
                 optimizer.zero_grad()
-    assert (sift.steps, names["sift"].steps) == (3, 3)  # not one for each of six batches
+    assert (selection.steps, names["selection"].steps) == (3, 3)  # not one for each of six batches
     for name, value in weights(plain).items():
         assert torch.equal(weights(model)[name], value), name
 
