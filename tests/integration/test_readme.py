@@ -36,7 +36,7 @@ def run(tmp_path):
 
 def as_words(line):
     """A command with the packaged model and a file of the folder, and with little to do."""
-    line = line.partition("#")[0].replace("HUB_ID", "smollm2").replace("FILE", "few.jsonl")
+    line = re.sub(r"\b(HUB_ID|MODEL)\b", "smollm2", line.partition("#")[0]).replace("FILE", "few.jsonl")
     words = shlex.split(line)
     return [*words, *FAST.get(words[1], "").split()]
 
