@@ -228,7 +228,7 @@ run="python -m lab.pays.run S5 --data FOLDER --out letters.jsonl --cells clean-l
 $run --methods dense ist gast --lrs 2e-4 --seeds 0,1    # also dense --seeds 2
 $run --methods ist --lrs 5e-4 --seeds 0,1,2
 $run --methods untrained half=gast,gast.select:0.5 --lrs 2e-4
-$run --methods dense outer kit-uniform=kit,kit.allot:uniform --lrs 5e-4
+$run --methods dense outer kit kit-uniform=kit,kit.allot:uniform --lrs 5e-4
 $run --methods ist --lrs 1e-3
 $run --models qwen0.5b --methods untrained outer kit --lrs 5e-4
 """,
