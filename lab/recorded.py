@@ -84,9 +84,9 @@ run="python -m lab.pays.run N --data FOLDER --out natural.jsonl --cells"
 $run intents-a,intents-b,intents-c --methods few target sifted-base --steps 90 --seeds 0,1,2
 $run intents-a,intents-b,intents-c --methods sifted --steps 45 --seeds 0,1,2
 $run intents-a,intents-b,intents-c --methods target --steps 210
-$run raters --methods sifted --steps 45
-$run intents-a,intents-b,intents-c --known 16 --methods few target --steps 90
-$run intents-a,intents-b,intents-c --known 16 --methods sifted --steps 45
+$run raters --methods sifted --steps 45 --seeds 0,1,2
+$run intents-a,intents-b,intents-c --known 16 --methods few target --steps 90 --lrs 5e-4,2e-3
+$run intents-a,intents-b,intents-c --known 16 --methods sifted --steps 45 --lrs 5e-4,1e-3
 $run tasks-intents,tasks-slots --methods few sifted --steps 90 --seeds 0,1,2
 $run tasks-intents --methods few sifted --steps 90 --seeds 3,4
 $run tasks-intents,tasks-slots --methods target --steps 90
@@ -125,19 +125,15 @@ $run tasks-intents --methods random=random,share:0.171 --steps 90
 $run raters --methods few target --steps 90 --lrs 1e-3,2e-3
 $run raters --methods sifted --steps 45 --lrs 1e-3,2e-3
 $run intents-a,intents-b,intents-c --methods target --steps 200 --lrs 2e-3
-$run intents-a,intents-b,intents-c,raters,tasks-intents,tasks-slots --methods dense --steps 90 --lrs 2e-3
+$run intents-a,intents-b,intents-c,raters,tasks-intents,tasks-slots --methods dense oracle --steps 90 --lrs 2e-3
 $run tasks-slots --models qwen0.5b --methods few target sifted --steps 45 --seeds 0,1
 $run intents-a --rows 720 --models qwen0.5b --methods sifted --steps 45 --seeds 0,1
 $run intents-a --rows 720 --models qwen0.5b --methods few target --steps 45 --seeds 1
 $run tasks-intents --models qwen0.5b --methods few target sifted --steps 45 --lrs 1e-3
 $run tasks-intents --methods ifd=ifd,share:0.171 less=less,share:0.171 --steps 90 --lrs 2e-3
-$run intents-a,intents-b,intents-c --known 16 --methods few target --steps 90 --lrs 2e-3
-$run intents-a,intents-b,intents-c --known 16 --methods sifted --steps 45 --lrs 1e-3
-$run intents-a,intents-b,intents-c,raters,tasks-intents,tasks-slots --methods oracle --steps 90 --lrs 2e-3
 $run intents-a,intents-b,intents-c --methods sifted --steps 90 --lrs 1e-3
 $run raters --methods few --steps 90 --seeds 1,2
 $run raters --methods target --steps 90 --lrs 2e-3 --seeds 1,2
-$run raters --methods sifted --steps 45 --seeds 1,2
 $run intents-b --methods sifted-twice --steps 45    # commit 2bda5b0b
 $run tasks-slots --methods sifted-tokens --steps 90    # commit 2bda5b0b
 python -m lab.pays.report natural.jsonl    # further rates: --lr 2e-3
