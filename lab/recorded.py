@@ -280,14 +280,14 @@ python -m lab.rows.report lab/results/rows.jsonl
 NOTES: dict[str, str] = {
     "audit.json": "Recorded from the table that `siftune audit` printed.",
     "bench.json": "Recorded from the tables that `siftune bench` printed.",
-    "natural.jsonl": "It supports docs/sifting.md, which README.md and docs/which_method.md quote. Lines "
-    "of `sifted-base` were recorded by `siftune train --sift` when it began with the base. `retrieved`, `rds` in *tasks* and "
-    "210 steps of *intents-b* ran on a Xeon without AMX: their times do not compare with the others. Their rules choose "
-    "as many rows as sifting did on seed 0. The best rate of `few` in *intents-c* over three seeds is 2e-3, not 1e-3. "
-    "`sifted-twice` sifts the selected rows again; `sifted-tokens` trains on the "
-    "60 % of the label tokens whose loss falls most by the training on the target (Rho-1, Token Cleaning). Neither "
-    "pays, and both are gone. SmolLM2's lines of *tasks-slots* at lr 5e-4, and Qwen's in float32, had a narrower limit "
-    "of losses.",
+    "natural.jsonl": "It supports docs/sifting.md, which README.md and docs/which_method.md quote. Lines of "
+    "`sifted-base` were recorded by `siftune train --sift` when it began with the base. `retrieved`, `rds` in "
+    "*tasks* and 210 steps of *intents-b* ran on a Xeon without AMX: their times do not compare with the others. "
+    "Their rules choose as many rows as sifting did on seed 0. The best rate of `few` in *intents-c* over three "
+    "seeds is 2e-3, not 1e-3. `sifted-twice` sifts the selected rows again; `sifted-tokens` trains on the 60 % of "
+    "the label tokens whose loss falls most by the training on the target (Rho-1, Token Cleaning). Neither pays, and "
+    "both are gone. SmolLM2's lines of *tasks-slots* at lr 5e-4, and Qwen's in float32, had a narrower limit of "
+    "losses.",
     "avoid.jsonl": "Lines without `commit` are of earlier code, which had a second implementation of `--avoid`; their "
     "methods other than `dense`, `oracle` and `right late` are scores. They support docs/avoid.md, which is quoted in "
     "README.md and docs/which_method.md.",
