@@ -42,7 +42,7 @@ def as_words(line):
 
 
 @pytest.mark.usefixtures("smollm2")
-def test_commands_run_in_order(run, tmp_path):
+def test_commands_and_script_run_in_order(run, tmp_path):
     section = README.partition("## Your rows")[2].partition("In your own script")[0]
     block = re.search(r"```sh\n(.*?)```", section, re.DOTALL).group(1)
     own = [part for line in block.splitlines() for part in line.split(" && ")]
@@ -51,11 +51,7 @@ def test_commands_run_in_order(run, tmp_path):
     assert [line.split()[1] for line in parties] == ["emulate", "train", "plug"]
     for line in (*own, *parties):
         run(*as_words(line))
+    run(sys.executable, "-c", re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1).replace("=60", "=2"))
     assert (tmp_path / "runs" / "sifted" / "merged" / "model.safetensors").is_file()
     assert (tmp_path / "TUNED" / "model.safetensors").is_file()
-
-
-@pytest.mark.usefixtures("smollm2")
-def test_the_script_runs(run, tmp_path):
-    run(sys.executable, "-c", re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1).replace("=60", "=2"))
     assert (tmp_path / "runs" / "script" / "checkpoint-2").is_dir()

@@ -19,5 +19,5 @@ def test_the_script_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(siftune.models.smollm2, "pull_smollm2", lambda: tmp_path / "base")
     exec(compile(script, "README.md", "exec"), {})
-    assert (tmp_path / "runs" / "sifted" / "sifted.jsonl").is_file()
+    assert (tmp_path / "runs" / "sift" / "sifted.jsonl").is_file()
     assert (tmp_path / "runs" / "script" / "checkpoint-60" / "adapter_model.safetensors").is_file()

@@ -167,7 +167,7 @@ def sift(
         InputError: A setting, the rows or the model cannot be used.
 
     Example:
-        >>> sifted = sift("pool.jsonl", "few.jsonl", share=0.5, model="base", template="none", out="runs/sifted")
+        >>> sifted = sift("pool.jsonl", "few.jsonl", share=0.5, model="base", template="none", out="runs/sift")
         >>> dataset = load_dataset("json", data_files=str(sifted.rows), split="train")
         >>> pool = load_dataset("json", data_files="pool.jsonl", split="train")
         >>> pool.select(sifted.selected).to_list() == dataset.to_list()

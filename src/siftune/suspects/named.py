@@ -54,7 +54,7 @@ def suspects(run: Path, top: int | None = None, files: Sequence[str] = ()) -> li
         RecipeError: The run's recipe can't be read.
 
     Example:
-        >>> for suspect in suspects(Path("runs/first"), top=20):  # doctest: +SKIP
+        >>> for suspect in suspects(Path("runs/rows"), top=20):  # doctest: +SKIP
         ...     print(suspect.place, suspect.reason)
     """
     rows = ScoredRows(run, files)
