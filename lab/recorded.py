@@ -138,6 +138,11 @@ $run intents-a,intents-b,intents-c,raters --methods few target --steps 90 --lrs 
 $run raters --methods random=random,share:0.716 rds=rds,share:0.716 --steps 90 --lrs 2e-3
 $run intents-b --methods random=random,share:0.636 rds=rds,share:0.636 --steps 90 --lrs 2e-3
 $run intents-c,raters --rows 720 --models qwen0.5b --methods few target sifted --steps 45
+$run intents-a,intents-b,intents-c --methods sifted --steps 90 --lrs 5e-4,2e-3
+$run intents-a --methods sifted --steps 90 --lrs 2e-3 --seeds 1,2
+$run intents-a,intents-b --models qwen0.5b --methods few target sifted --steps 90
+$run intents-b --models qwen0.5b --methods target sifted --steps 90 --seeds 1,2
+$run raters --rows 720 --models qwen0.5b --methods target sifted --steps 45 --seeds 1,2
 $run solutions --methods untrained few target sifted --steps 45
 $run translations-bg --rows 720 --models gemma3 --methods few target sifted --steps 45 --seeds 0,1,2
 $run translations-bg --rows 720 --models gemma3 --methods few target sifted --steps 45 --lrs 1e-3
@@ -283,8 +288,8 @@ NOTES: dict[str, str] = {
     "natural.jsonl": "It supports docs/sifting.md, which README.md and docs/which_method.md quote. Lines of "
     "`sifted-base` were recorded by `siftune train --sift` when it began with the base. `retrieved`, `rds` in "
     "*tasks* and 210 steps of *intents-b* ran on a Xeon without AMX: their times do not compare with the others. "
-    "Their rules choose as many rows as sifting did on seed 0. The best rate of `few` in *intents-c* over three "
-    "seeds is 2e-3, not 1e-3. `sifted-twice` sifts the selected rows again; `sifted-tokens` trains on the 60 % of "
+    "Their rules choose as many rows as sifting did on seed 0. Pools of Qwen2.5-Coder-0.5B have 720 rows if trained "
+    "for 45 steps, *tasks* 1,440. `sifted-twice` sifts the selected rows again; `sifted-tokens` trains on the 60 % of "
     "the label tokens whose loss falls most by the training on the target (Rho-1, Token Cleaning). Neither pays, and "
     "both are gone. SmolLM2's lines of *tasks-slots* at lr 5e-4, and Qwen's in float32, had a narrower limit of "
     "losses.",
