@@ -1,11 +1,11 @@
 """The tables of `run.py`'s results, in Markdown: `python -m lab.pays.report FILE`.
 
 For each cell: every method at its best learning rate, which is that of the least loss on further held-out rows (`dev`)
-among the rates with the most seeds: rates are swept on one seed, and the best ones are repeated. The base of a cell is what its target's rows do without a choice of other
-rows: `few` or `target`, whichever has more correct answers, or `dense` if there is neither. Differences to the base are
-paired, the same questions and the same seed on both sides; their intervals are bootstrapped over seeds, and within each
-seed over its questions. With few seeds these intervals are too narrow by about √((S − 1)/S); with one seed they cover
-other questions only.
+among the rates with the most seeds: rates are swept on one seed, and the best ones are repeated. The base of a cell is
+what its target's rows do without a choice of other rows: `few` or `target`, whichever has more correct answers, or
+`dense` if there is neither. Differences to the base are paired, the same questions and the same seed on both sides;
+their intervals are bootstrapped over seeds, and within each seed over its questions. With few seeds these intervals are
+too narrow by about √((S − 1)/S); with one seed they cover other questions only.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def _free(line: Line, names: Mapping[str, str]) -> str:
 
 
 def best_rate(rates: Mapping[float, Runs]) -> float:
-    """The rate of the least loss on `dev` rows among those with the most seeds, over the seeds that all of them have."""
+    """The rate of the least loss on `dev` rows among those with the most seeds, over the seeds that they share."""
     most = max(len(runs) for runs in rates.values())
     candidates = {rate: runs for rate, runs in rates.items() if len(runs) == most}
     shared = set.intersection(*(set(runs) for runs in candidates.values()))
