@@ -143,6 +143,7 @@ $run intents-a --methods sifted --steps 90 --lrs 2e-3 --seeds 1,2
 $run intents-a,intents-b --models qwen0.5b --methods few target sifted --steps 90
 $run intents-b --models qwen0.5b --methods target sifted --steps 90 --seeds 1,2
 $run raters --rows 720 --models qwen0.5b --methods target sifted --steps 45 --seeds 1,2
+$run translations-bg --rows 720 --models qwen0.5b --methods few target sifted --steps 45
 $run solutions --methods untrained few target sifted --steps 45
 $run translations-bg --rows 720 --models gemma3 --methods few target sifted --steps 45 --seeds 0,1,2
 $run translations-bg --rows 720 --models gemma3 --methods few target sifted --steps 45 --lrs 1e-3
@@ -237,11 +238,12 @@ python -m lab.pays.report lab/results/pays.jsonl --lr 5e-4 --against late-known 
 """,
     "letters.jsonl": """
 run="python -m lab.pays.run S5 --data FOLDER --out letters.jsonl --cells clean-letters --models qwen1.5b --steps 40"
-$run --methods dense ist gast --lrs 2e-4 --seeds 0,1    # also dense --seeds 2
+$run --methods dense ist gast --lrs 2e-4 --seeds 0,1    # dense and gast also --seeds 2
 $run --methods ist --lrs 5e-4 --seeds 0,1,2
-$run --methods untrained half=gast,gast.select:0.5 --lrs 2e-4
+$run --methods untrained half=gast,gast.select:0.5 drawn=gast,gast.choice:random --lrs 2e-4
 $run --methods dense outer kit kit-uniform=kit,kit.allot:uniform --lrs 5e-4
 $run --methods ist --lrs 1e-3
+$run --methods rst --lrs 5e-4
 $run --models qwen0.5b --methods untrained outer kit --lrs 5e-4
 """,
     "planted.jsonl": """
