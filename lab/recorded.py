@@ -245,6 +245,7 @@ $run --methods dense outer kit kit-uniform=kit,kit.allot:uniform --lrs 5e-4
 $run --methods ist --lrs 1e-3
 $run --methods rst --lrs 5e-4
 $run --models qwen0.5b --methods untrained outer kit --lrs 5e-4
+$run --models qwen0.5b --methods kit-paper=kit,kit.allot:uniform,kit.basis:svd,kit.mlp:channels --lrs 5e-4
 """,
     "planted.jsonl": """
 run="python -m lab.pays.run S1 --data FOLDER --out planted.jsonl --lrs 5e-4 --methods"
