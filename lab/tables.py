@@ -78,18 +78,13 @@ def _natural(path: Path) -> str:
 
 
 def _at_best_rates(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of each method at one rate for all pools: that of the least loss on `dev` rows, of those with most runs."""
+    """Lines of each method at one rate for all pools, a run of a pool and a seed counting as a seed."""
     runs: dict[str, dict[float, dict[Any, dict[str, Any]]]] = {}
     for line in lines:
         job = line["job"]
         rates = runs.setdefault(key([job["method"], job["steps"]]), {})
         rates.setdefault(job["lr"], {})[job["cell"]["name"], job["seed"]] = line
-    best = []
-    for rates in runs.values():
-        most = max(map(len, rates.values()))
-        swept = {rate: own for rate, own in rates.items() if len(own) == most}
-        best += swept[pays.best_rate(swept)].values()
-    return best
+    return [line for rates in runs.values() for line in rates[pays.best_rate(rates)].values()]
 
 
 def _planted(path: Path) -> str:

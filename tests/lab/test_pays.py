@@ -151,6 +151,14 @@ def test_the_base_is_the_better_use_of_the_target():
     )
 
 
+def test_the_best_rate_is_among_those_with_the_most_seeds():
+    losses = {5e-4: [0.1], 1e-3: [0.4, 0.2], 2e-3: [0.2, 0.3]}  # of seeds 0, 1
+    rates = {lr: dict(enumerate({"dev_nats": one} for one in own)) for lr, own in losses.items()}
+    assert report.best_rate(rates) == 2e-3
+    del rates[1e-3][1], rates[2e-3][1]
+    assert report.best_rate(rates) == 5e-4
+
+
 def test_variants_of_another_dtype_are_named_by_it_and_may_be_the_base():
     exact = line("target", [1, 1, 1, 1], dtype="float32", processor_seconds=20, hardware="another machine")
     exact["job"]["method"]["flags"] = {"dtype": "float32"}
