@@ -21,7 +21,7 @@ class Options(Validated):
     """List the training rows of a run that may be wrong: the answer of a similar row fits ten times as well.
 
     Two short trainings take half of the rows each, and score the other half, so that no model scores rows that it was
-    trained on. That takes nearly as long as two passes over the rows. The scores stay in the run folder, and the same
+    trained on. That takes nearly as long as three passes over the rows. The scores stay in the run folder, and the same
     command continues after an interruption. Read the rows before you drop any. `siftune train --drop-rows FILE` trains
     without the rows of a list.
     """
