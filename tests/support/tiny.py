@@ -64,6 +64,7 @@ _MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo": ("olmo", {"num_key_value_heads": 2, "clip_qkv": 0.2}),  # changes outputs of modules in place
     "mamba": ("mamba", {"state_size": 4, "time_step_rank": 4}),
     "zamba": ("zamba", {"layer_types": ["linear_attention"] * 4, "n_mamba_heads": 2, "mamba_d_state": 4}),
+    "lfm2": ("lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"] * 2}),
     "rwkv": ("rwkv", {"attention_hidden_size": 32, "context_length": 64}),
 }
 

@@ -14,6 +14,7 @@ Shapes: B rows of a batch, T positions, N predicted positions of a batch, V voca
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from siftune.models.loss import IGNORED, cross_entropy, logits_at
 from siftune.models.modules import evaluating, model_device
 
 TokenRow = tuple[Sequence[int], Sequence[int]]
+# layers of a cache that keep keys and values alone; the last kind, of layers that use another layer's, keeps nothing
+_KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,10 @@ def shared_nll(
     """Compute what `row_nll` computes, but read a prompt that several rows have once.
 
     A prompt is what precedes a row's first label. If each row has a prompt of its own, `row_nll` is faster. It computes
-    the rows of models whose state cannot be shared, such as Mamba's.
+    the rows of models that keep more than keys and values, such as Mamba's recurrent state.
 
     Arguments and errors are those of `row_nll`.
     """
-    if getattr(model, "_is_stateful", False):
-        return row_nll(model, rows, batch_size, progress, stage)
     tokens = np.array([_count_labels(i, *row) for i, row in enumerate(rows)], dtype=np.int64)
     nll = np.zeros(len(rows), dtype=np.float64)
     labelled, done = np.flatnonzero(tokens).tolist(), 0
@@ -130,8 +131,11 @@ def shared_nll(
             batch = [parts.pop()]  # the longest first, so that too little memory shows at once
             while parts and sum(len(numbers) for _, numbers in (*batch, parts[-1])) <= batch_size:
                 batch.append(parts.pop())
+            values = _shared_batch_nll(model, batch, rows)
+            if values is None:
+                return row_nll(model, rows, batch_size, progress, stage)
             chosen = [number for _, numbers in batch for number in numbers]
-            nll[chosen] = _shared_batch_nll(model, batch, rows)
+            nll[chosen] = values
             done += len(chosen)
             report(stage, done, len(labelled))
     return PerplexityResult(nll, tokens)
@@ -143,11 +147,11 @@ def _first_label(labels: Sequence[int]) -> int:
 
 def _shared_batch_nll(
     model: nn.Module, batch: Sequence[tuple[Sequence[int], Sequence[int]]], rows: Sequence[TokenRow]
-) -> NDArray[np.float64]:
+) -> NDArray[np.float64] | None:
     """Negative log-likelihood of the rows of some prompts: (B,) float64, prompt by prompt.
 
     The prompts are read first, padded on the left, so that their last logits are those of each row's first label. Then
-    each row continues its prompt's keys and values. P: prompts.
+    each row continues its prompt's keys and values; None if the model keeps anything else. P: prompts.
     """
     device = model_device(model)
     longest = max(len(prompt) for prompt, _ in batch)
@@ -159,6 +163,11 @@ def _shared_batch_nll(
     position_PT = (seen_PT.cumsum(1) - 1).clamp(min=0)
     with logits_at(model, last_PT):
         output = model(input_ids=ids_PT, attention_mask=seen_PT, position_ids=position_PT, use_cache=True)
+    name = "cache" if "cache" in output else "past_key_values"  # in older releases of transformers
+    cache: Any = output.get(name)
+    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
+    if not kinds or kinds - _KEYS_AND_VALUES:
+        return None
 
     prompt_B = torch.tensor([at for at, (_, numbers) in enumerate(batch) for _ in numbers], device=device)
     answers = [[part[len(prompt) :] for part in rows[number]] for prompt, numbers in batch for number in numbers]
@@ -168,8 +177,7 @@ def _shared_batch_nll(
     sums_B = cross_entropy(first_PV[prompt_B.to(first_PV.device)], labels_BS[:, 0].to(first_PV.device)).cpu().double()
     mask_BS = labels_BS[:, 1:] != IGNORED
     if mask_BS.any():
-        name = "cache" if "cache" in output else "past_key_values"  # in older releases of transformers
-        output[name].batch_select_indices(prompt_B)
+        cache.batch_select_indices(prompt_B)
         position_BS = lengths_P[prompt_B, None] + torch.arange(ids_BS.shape[1] - 1, device=device)
         with logits_at(model, mask_BS):
             logits_NV = model(
@@ -177,7 +185,7 @@ def _shared_batch_nll(
                 attention_mask=torch.cat([seen_PT[prompt_B], torch.ones_like(position_BS)], 1),
                 position_ids=position_BS,
                 use_cache=True,
-                **{name: output[name]},
+                **{name: cache},
             ).logits[0]
         nll_N = cross_entropy(logits_NV, labels_BS[:, 1:][mask_BS].to(logits_NV.device)).cpu().double()
         sums_B.index_add_(0, mask_BS.nonzero()[:, 0].cpu(), nll_N)

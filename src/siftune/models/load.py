@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _OF_BIN = (pickle.UnpicklingError, EOFError)  # of pytorch_model.bin
+# No code from the hub. Since 5.25, transformers by default also fetches kernels, and removes them and any other forward
+# of the same modules, such as a compiled one, at each switch between training and evaluation.
+_NO_CODE: dict[str, Any] = {"trust_remote_code": False, "use_kernels": False}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(
     source: str, dtype: str = "auto", streamed: bool = False, quantize: str | None = None
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """Load a causal language model and its tokenizer; code from its repository is never run.
+    """Load a causal language model and its tokenizer; code from its repository and the hub's kernels are never run.
 
     Args:
         source: A folder with `config.json`, a hub id, or `smollm2`, which is downloaded on first use.
@@ -117,9 +120,7 @@ def _in_memory(name: str | Path, dtype: str, quantize: str | None) -> "PreTraine
     computing = usable_dtype(torch.bfloat16, config.model_type) if quantize else torch.float32
     settings = quantization(quantize, computing)
     with quiet_bars():
-        model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, trust_remote_code=False, **settings
-        )
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **_NO_CODE, **settings)
     if dtype == "auto" and quantize:  # quantised weights cannot be converted
         usable = usable_dtype(model.dtype, model.config.model_type)
         return model if usable == model.dtype else _in_memory(name, _name_of(usable), quantize)
@@ -138,7 +139,7 @@ def _streamed(name: str | Path, dtype: str) -> "PreTrainedModel":
             name,
             config=config,
             dtype=dtype,
-            trust_remote_code=False,
+            **_NO_CODE,
             use_safetensors=True,
             device_map=streamed_map(config),
         )

@@ -209,7 +209,7 @@ def convert_gguf(gguf: Path, model: Path) -> None:
     plain = GgufConfig(dequantize=True)
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars that no setting turns off
         network = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, quantization_config=plain, dtype=torch.bfloat16
+            gguf.parent, gguf_file=gguf.name, quantization_config=plain, dtype=torch.bfloat16, use_kernels=False
         )
         save_model(network, model)
         save_tokenizer(AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name), model)
