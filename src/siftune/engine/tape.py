@@ -202,6 +202,11 @@ class Tape(Generic[P]):
         kind = self._vectors.get(slot.parameter)
         if kind is None:
             return current.detach()
+        if "_kernel_repo" in vars(slot.owner):
+            raise UnsupportedError(
+                f"the {slot.name} of a {type(slot.owner).__name__} is used by a kernel of the hub, which cannot separate "
+                "rows: load the model with from_pretrained(..., use_kernels=False)"
+            )
         assert inputs is not None
         record.check(slot.owner, inputs)
         copies = record.copies(current, inputs)

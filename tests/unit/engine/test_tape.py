@@ -246,6 +246,48 @@ def test_reentrant_checkpointing_around_a_layers_hooks_is_refused(before, monkey
             summed_loss(model, batch(model, 4)).backward()
 
 
+def with_kernels(model):
+    """Replace the forwards of norms as transformers 5.25 does on GPUs: one weight for all rows, gradients in place."""
+
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden, weight):
+            scale = torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6)
+            ctx.save_for_backward(hidden, weight, scale)
+            return hidden * scale * weight
+
+        @staticmethod
+        def backward(ctx, grad):
+            hidden, weight, scale = ctx.saved_tensors
+            of_weight = (grad * hidden * scale).flatten(0, -2).sum(0)
+            grad.mul_(weight)
+            grad.sub_(scale**2 * hidden * (grad * hidden).mean(-1, keepdim=True)).mul_(scale)
+            return grad, of_weight
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = lambda hidden, norm=module: Fused.apply(hidden, norm.weight)
+            module._kernel_repo = "of the hub"
+    return model
+
+
+def test_kernels_of_the_hub_beside_adapters():
+    model = with_kernels(adapted().double())
+    inputs = batch(model, 4)
+    wanted = sample_gradients(model, inputs)
+    with Recorder(model) as recorder:
+        summed_loss(model, inputs).backward()
+    assert set(recorder.grads) == set(in_layers(model))
+    for parameter, rows in recorder.grads.items():
+        assert_close(rows, wanted[parameter], 1e-12)
+
+
+def test_kernels_of_the_hub_with_trainable_weights_are_refused():
+    model = with_kernels(tiny("llama"))
+    with Recorder(model), pytest.raises(UnsupportedError, match="use_kernels=False"):
+        summed_loss(model, batch(model, 4))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_two_passes_before_one_backward_with_checkpointing(reentrant):
     """Reentrant checkpointing runs the first one again when the record is that of the second."""
