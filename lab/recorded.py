@@ -49,6 +49,11 @@ OMP_NUM_THREADS=2 python -m lab.floor --batch-size 16 --length 24    # and --len
 python -m lab.calibration_leak --own ARC-Easy.train.json --public openbookqa.train.json --out leak.jsonl
 python -m lab.calibration_leak --report lab/results/calibration_leak.jsonl
 """,
+    "commonsense_qwen.json": """
+# for each of names, texts and letters; stop it with Ctrl-C after "untuned is done"
+python -m lab.reproduce qwen1.5b --data FOLDER --tasks ARC-Easy,ARC-Challenge,openbookqa,boolq --answers letters \\
+    --metrics likeliest --questions 100 --out runs/letters
+""",
     "commonsense_smollm2_texts.json": _COMMONSENSE,
     "dp_cost.jsonl": """
 python -m lab.dp_cost --steps 5 --warmup 1 --rounds 2 --threads 2 --out dp_cost.jsonl
@@ -244,8 +249,12 @@ $run --methods untrained half=gast,gast.select:0.5 drawn=gast,gast.choice:random
 $run --methods dense outer kit kit-uniform=kit,kit.allot:uniform --lrs 5e-4
 $run --methods ist --lrs 1e-3
 $run --methods rst --lrs 5e-4
+$run --methods dense --lrs 2e-4 --steps 57    # the time of gast with 40
+$run --methods ist --lrs 5e-4 --steps 45      # the time of dense with 40
 $run --models qwen0.5b --methods untrained outer kit --lrs 5e-4
 $run --models qwen0.5b --methods kit-paper=kit,kit.allot:uniform,kit.basis:svd,kit.mlp:channels --lrs 5e-4
+$run --cells clean --models qwen0.5b --methods untrained --lrs 5e-4
+$run --cells clean --models qwen0.5b --methods dense gast ist --lrs 2e-4,5e-4,1e-3
 """,
     "planted.jsonl": """
 run="python -m lab.pays.run S1 --data FOLDER --out planted.jsonl --lrs 5e-4 --methods"
@@ -308,9 +317,10 @@ NOTES: dict[str, str] = {
     "of sifting.",
     "planted.jsonl": "Cells as in `pays`, with siftune's commands. It supports docs/sifting.md. The limit of losses "
     "changed at commit e28e21fa; in pools with older lines, it selects the same rows.",
-    "letters.jsonl": "Answers are right if their letter is the likeliest of A to E. Of 1,668 held-out questions, 28 "
-    "begin like a training row that has other options. `outer` tunes a kit's layers on the model itself. It supports "
-    "docs/measured_quality.md and docs/measured_kits.md, which other pages quote.",
+    "letters.jsonl": "Answers are right if their letter is the likeliest of A to E, arithmetic (`clean`) if the number "
+    "is written. Of 1,668 held-out questions, 28 begin like a training row that has other options. `outer` tunes a "
+    "kit's layers on the model itself. It supports docs/measured_quality.md and docs/measured_kits.md, which other "
+    "pages quote.",
     "scores.json": "Recorded with an earlier script, whose model was trained on the target alone.",
     "private.jsonl": "Lines without `commit` are of an earlier script on the same training path. They support "
     "docs/measured_privacy.md.",

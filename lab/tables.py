@@ -105,13 +105,14 @@ _OF_LETTERS = ("dense, lr 0.0002", "outer, lr 0.0005")
 
 
 def _letters(path: Path) -> str:
-    """Questions of all tasks together, then of each."""
+    """Questions of all tasks together, then of each task that is answered by a letter."""
     lines = [part for line in read(path) for part in _with_emulator(line)]
     parts = [pays.report(lines)]
     each = [_named(line, f"{line['job']['method']['name']}, lr {line['job']['lr']:g}") for line in lines]
     parts += [f"# Each rate: differences to {name}\n\n{pays.differences(each, name)}" for name in _OF_LETTERS]
     for number, task in enumerate(FILES["letters"]):
-        parts.append(pays.report([_of_task(line, number, task) for line in lines]))
+        by_letter = [line for line in lines if line["job"]["cell"]["target"] == "letters"]
+        parts.append(pays.report([_of_task(line, number, task) for line in by_letter]))
     return "\n\n".join(parts)
 
 
@@ -160,6 +161,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "avoid.jsonl": lambda path: avoid.report(read(path)),
     "bench.json": _printed,
     "calibration_leak.jsonl": lambda path: calibration_leak.report(read(path)),
+    "commonsense_qwen.json": _printed,
     "commonsense_smollm2.json": _printed,
     "commonsense_smollm2_texts.json": _printed,
     "dp_cost.jsonl": _costs,

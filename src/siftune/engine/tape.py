@@ -204,8 +204,8 @@ class Tape(Generic[P]):
             return current.detach()
         if "_kernel_repo" in vars(slot.owner):
             raise UnsupportedError(
-                f"the {slot.name} of a {type(slot.owner).__name__} is used by a kernel of the hub, which cannot separate "
-                "rows: load the model with from_pretrained(..., use_kernels=False)"
+                f"the {slot.name} of a {type(slot.owner).__name__} is used by a kernel of the hub, which cannot "
+                "separate rows: load the model with from_pretrained(..., use_kernels=False)"
             )
         assert inputs is not None
         record.check(slot.owner, inputs)
