@@ -173,7 +173,7 @@ def _explain(error: Exception) -> str | None:
         return sentence
     where = f"{one_line(str(file))}: " if (file := getattr(error, "filename", None)) else ""
     if _WRITE_FAILED in str(error):
-        return f"{where}the disk is full; {_MACHINE[errno.ENOSPC]}"
+        return f"{where}the file could not be written, probably because the disk is full; {_MACHINE[errno.ENOSPC]}"
     if isinstance(error, OSError) and error.errno in _MACHINE:
         return f"{where}{error.strerror}; {_MACHINE[error.errno]}"
     if (match := _CODE.search(str(error))) and (code := int(match[1])) in _MACHINE:
