@@ -243,18 +243,26 @@ python -m lab.pays.report lab/results/pays.jsonl --lr 5e-4 --against late-known 
 """,
     "letters.jsonl": """
 run="python -m lab.pays.run S5 --data FOLDER --out letters.jsonl --cells clean-letters --models qwen1.5b --steps 40"
-$run --methods dense ist gast --lrs 2e-4 --seeds 0,1    # dense and gast also --seeds 2
+$run --methods dense ist gast --lrs 2e-4 --seeds 0,1    # dense and gast also --seeds 2 and --lrs 1e-4
 $run --methods ist --lrs 5e-4 --seeds 0,1,2
-$run --methods untrained half=gast,gast.select:0.5 drawn=gast,gast.choice:random --lrs 2e-4
+$run --methods untrained half=gast,gast.select:0.5 --lrs 2e-4
+$run --methods drawn=gast,gast.choice:random --lrs 2e-4 --seeds 0,1,2
+$run --methods both=gast,method:ist+gast --lrs 5e-4
+paper="dropout:0.05,no-completion-only:true"    # as in LLM-Adapters
+$run --methods paper-dense=dense,$paper paper-gast=gast,gast.select:0.5,$paper paper-ist=ist,$paper --lrs 3e-4
 $run --methods dense outer kit kit-uniform=kit,kit.allot:uniform --lrs 5e-4
+$run --methods kit-paper=kit,kit.allot:uniform,kit.basis:svd,kit.mlp:channels --lrs 5e-4
 $run --methods ist --lrs 1e-3
-$run --methods rst --lrs 5e-4
+$run --methods rst --lrs 5e-4 --seeds 0,1,2
 $run --methods dense --lrs 2e-4 --steps 57    # the time of gast with 40
 $run --methods ist --lrs 5e-4 --steps 45      # the time of dense with 40
 $run --models qwen0.5b --methods untrained outer kit --lrs 5e-4
 $run --models qwen0.5b --methods kit-paper=kit,kit.allot:uniform,kit.basis:svd,kit.mlp:channels --lrs 5e-4
 $run --cells clean --models qwen0.5b --methods untrained --lrs 5e-4
-$run --cells clean --models qwen0.5b --methods dense gast ist --lrs 2e-4,5e-4,1e-3
+$run --cells clean --models qwen0.5b --methods dense gast ist --lrs 1e-4,2e-4,5e-4,1e-3
+$run --cells clean --models qwen0.5b --methods dense gast ist --lrs 2e-4 --seeds 1,2
+$run --cells clean --models qwen0.5b --lrs 2e-4 \
+    --methods half=gast,gast.select:0.5 rst drawn=gast,gast.choice:random
 """,
     "planted.jsonl": """
 run="python -m lab.pays.run S1 --data FOLDER --out planted.jsonl --lrs 5e-4 --methods"
