@@ -154,7 +154,8 @@ def read_decisions(path: str, files: Sequence[str] = (), moved: Sequence[str] = 
         raise DataError(f"{path} cannot be read: {error.strerror}; give the path of a file that names rows.") from None
     first, _, _ = text.partition("\n")
     if Path(path).suffix.lower() == ".csv" or {PLACE, SELECTED} <= {*first.strip().split(",")}:
-        lines, columns = _csv_lines(path, text)
+        columns, fields = csv_lines(path, text, (PLACE,))
+        lines = [_decision(path, line) for _, line in fields]
     else:
         places = (line.strip() for line in text.split("\n"))
         lines, columns = [_Line(place, False) for place in places if place and not place.startswith("#")], []
@@ -181,31 +182,53 @@ class _Line(NamedTuple):
     texts: tuple[str, str] | None = None
 
 
-def _csv_lines(path: str, text: str) -> tuple[list[_Line], list[str]]:
-    """The lines, and the names of the columns."""
+def csv_lines(
+    path: str | Path, text: str, required: Sequence[str]
+) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """The columns of a CSV file, and its lines: the number of each, and its fields by column.
+
+    Empty lines are left out, as spreadsheets write them.
+
+    Args:
+        path: The file, for messages.
+        text: Its text.
+        required: Columns that it must have.
+
+    Raises:
+        DataError: It lacks a column, or a line has another number of fields.
+    """
     before = csv.field_size_limit(_WIDEST)  # fields hold texts of rows
     try:
-        reader = csv.DictReader(io.StringIO(text))
-        columns = [name.strip().lower() for name in reader.fieldnames or ()]
-        reader.fieldnames = columns
-        if PLACE not in columns:
+        reader = csv.reader(io.StringIO(text, newline=""))
+        columns = [name.strip().lower() for name in next(reader, [])]
+        if missing := [name for name in required if name not in columns]:
             raise DataError(
-                f"{path} has no column {PLACE!r} in its first line ({', '.join(columns) or 'nothing'}); save it with "
-                "that column, and with commas between the columns."
+                f"{path} has no column {missing[0]!r} in its first line ({', '.join(columns) or 'nothing'}); save it "
+                "with that column, and with commas between the columns"
             )
-        lines, has_texts = [], {"prompt", "completion"} <= {*columns}
+        lines = []
         for fields in reader:
-            if not any(fields.values()):  # a spreadsheet's empty line
+            if not any(fields):
                 continue
-            place = (fields[PLACE] or "").strip()
-            try:
-                selected = SELECTED in columns and is_selected(fields[SELECTED] or "")
-                lines.append(_Line(place, selected, (fields["prompt"], fields["completion"]) if has_texts else None))
-            except ValueError as error:
-                raise DataError(f"{path}: {error}, for {place}.") from None
-        return lines, columns
+            if len(fields) != len(columns):
+                found = f"{counted(len(fields), 'field')} under {counted(len(columns), 'column')}"
+                raise DataError(f"{path}:{reader.line_num} has {found}: correct the line")
+            lines.append((reader.line_num, dict(zip(columns, fields, strict=True))))
+        return columns, lines
+    except csv.Error as error:
+        raise DataError(f"{path} cannot be read as CSV ({error}): write it again") from error
     finally:
         csv.field_size_limit(before)
+
+
+def _decision(path: str, fields: Mapping[str, str]) -> _Line:
+    place = fields[PLACE].strip()
+    try:
+        selected = SELECTED in fields and is_selected(fields[SELECTED])
+    except ValueError as error:
+        raise DataError(f"{path}: {error}, for {place}") from None
+    texts = (fields["prompt"], fields["completion"]) if {"prompt", "completion"} <= fields.keys() else None
+    return _Line(place, selected, texts)
 
 
 def remaining_rows(decisions: Decisions, rows: Sequence[Row], target: Sequence[Row] = ()) -> list[Row]:
@@ -267,7 +290,7 @@ def _refuse_changed(decisions: Decisions, rows: Mapping[str, Row]) -> None:
     changed = []
     for place, (prompt, completion) in decisions.texts.items():
         text = text_of(rows[place])
-        if not holds(completion or "", text.completion) and not (text.prompt and holds(prompt or "", text.prompt)):
+        if not holds(completion, text.completion) and not (text.prompt and holds(prompt, text.prompt)):
             changed.append(rows[place].origin)
     if changed:
         verb = "has" if len(changed) == 1 else "have"

@@ -12,10 +12,7 @@ again in each resample.
 A ratio whose denominator may be zero has no bounded interval (Fieller, JRSS B 16, 1954). So a share here has a value
 only where its denominator is above zero, and an interval only where the whole interval of the denominator is (ours).
 
-There are two ways to draw: `paired_bootstrap` draws the rows' numbers, `resample` the number of times of each row. They
-are equal in distribution; each has its own stream of random numbers, so that recorded intervals stay reproducible.
-
-Shapes: R rows, N resamples, C columns (models, and the weights last), V kinds of rows.
+Shapes: R rows, N resamples, C columns (models, and the weights last).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -132,12 +129,7 @@ def paired_bootstrap(
     Raises:
         ValueError: No rows, shapes that differ, or a value that isn't finite.
     """
-    bootstrap = bootstrap or Bootstrap()
-    columns_CR = _columns({"base": base, "tuned": tuned}, weights)
-    draws = _drawn_rows(columns_CR.shape[1], bootstrap)
-    sums = [np.stack([column[rows_NR].sum(axis=1) for column in columns_CR]) for rows_NR in draws]
-    means = _means(["base", "tuned"], columns_CR, np.concatenate(sums, axis=1), bootstrap)
-    return means.difference("tuned", "base", transform)
+    return resample({"base": base, "tuned": tuned}, weights, bootstrap).difference("tuned", "base", transform)
 
 
 def resample(
@@ -155,37 +147,16 @@ def resample(
     """
     bootstrap = bootstrap or Bootstrap()
     columns_CR = _columns(values, weights)
-    each_once = np.ones(columns_CR.shape[1], dtype=np.int64)
-    draws = drawn_counts(each_once, bootstrap.resamples, np.random.default_rng(bootstrap.seed))
-    sums = np.concatenate([counts_NR @ columns_CR.T for counts_NR in draws]).T
-    return _means(list(values), columns_CR, sums, bootstrap)
+    rows, rng = columns_CR.shape[1], np.random.default_rng(bootstrap.seed)
+    sums = []
+    for size in chunks(bootstrap.resamples, rows):
+        rows_NR = rng.integers(0, rows, size=(size, rows))
+        sums.append(np.stack([column[rows_NR].sum(axis=1) for column in columns_CR]))
+    return _means(list(values), columns_CR, np.concatenate(sums, axis=1), bootstrap)
 
 
-def drawn_counts(counts_V: NDArray[np.int64], resamples: int, rng: np.random.Generator) -> Iterator[Floats]:
-    """Draw all rows with replacement, and count them by kind.
-
-    Args:
-        counts_V: Number of rows of each kind; all ones if every row is a kind of its own.
-        resamples: Number of draws.
-        rng: Source of the draws.
-
-    Yields:
-        (resamples of this chunk, V) number of drawn rows of each kind.
-    """
-    rows = int(counts_V.sum())
-    for size in _chunks(resamples, len(counts_V)):
-        yield rng.multinomial(rows, counts_V / rows, size=size).astype(np.float64)
-
-
-def _drawn_rows(rows: int, bootstrap: Bootstrap) -> Iterator[NDArray[np.int64]]:
-    """Draw rows with replacement, and yield their numbers: (resamples of this chunk, R)."""
-    rng = np.random.default_rng(bootstrap.seed)
-    for size in _chunks(bootstrap.resamples, rows):
-        yield rng.integers(0, rows, size=(size, rows))
-
-
-def _chunks(resamples: int, width: int) -> Iterator[int]:
-    """Divide the resamples so that at most `_CELLS` numbers are in memory at a time."""
+def chunks(resamples: int, width: int) -> Iterator[int]:
+    """Divide resamples of `width` numbers each so that at most 2,000,000 numbers are in memory at a time."""
     chunk = max(1, _CELLS // width)
     for start in range(0, resamples, chunk):
         yield min(chunk, resamples - start)

@@ -1,7 +1,5 @@
 """Rows of decision files, as report pages show them: the scores of a sifted pool, or a list of rows."""
 
-import csv
-import io
 import logging
 import math
 from collections.abc import Sequence
@@ -10,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from siftune.base.errors import InputError
-from siftune.base.text import counted, finite
-from siftune.data.decisions import PLACE, SELECTED, is_selected
+from siftune.base.text import finite
+from siftune.data.decisions import PLACE, SELECTED, csv_lines, is_selected
 from siftune.sifting.choose import NO_LIMITS, Limits
 from siftune.sifting.sift import SCORES
 from siftune.sifting.tuning import AVOID
@@ -19,7 +17,6 @@ from siftune.sifting.tuning import AVOID
 logger = logging.getLogger(__name__)
 
 TEXTS = ("source", "prompt", "completion", "reason")  # columns; the others are numbers
-_WIDEST = 2**31 - 1  # characters of a field
 
 # states of a row, in their order on a page
 CHOSEN, BY_SCORE, LIKE_BAD, OTHER = "selected", "score", "like the bad rows", "other task"
@@ -67,41 +64,28 @@ def read_list(path: Path) -> DecisionList:
     Raises:
         InputError: It cannot be read, it is no decision file, or it has no rows; the message names the file.
     """
-    before = csv.field_size_limit(_WIDEST)
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if not text.endswith("\n"):
-            logger.warning("%s does not end with a line break: its last row may be cut off", path)
-        reader = csv.reader(io.StringIO(text, newline=""))
-        header = [name.strip().lower() for name in next(reader, [])]
-        if missing := [name for name in (PLACE, SELECTED, "prompt", "completion") if name not in header]:
-            raise InputError(
-                f"{path} has no column {missing[0]!r}, so it is no list of rows: give scores.csv of siftune sift, or a "
-                "file of siftune rows --csv"
-            )
-        rows = []
-        for fields in reader:
-            if not any(fields):  # an empty line, or a spreadsheet's
-                continue
-            try:
-                if len(fields) != len(header):
-                    raise ValueError(f"{counted(len(fields), 'field')} under {counted(len(header), 'column')}")
-                rows.append(_scored(dict(zip(header, fields, strict=True)), tuple(fields)))
-            except ValueError as error:
-                raise InputError(f"{path}:{reader.line_num} cannot be read ({error}): correct the line") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}): write it again") from error
-    finally:
-        csv.field_size_limit(before)
+    if not text.endswith("\n"):
+        logger.warning("%s does not end with a line break: its last row may be cut off", path)
+    header, lines = csv_lines(path, text, (PLACE, SELECTED, "prompt", "completion"))
+    rows = []
+    for number, fields in lines:
+        try:
+            rows.append(_scored(fields))
+        except ValueError as error:
+            raise InputError(f"{path}:{number} cannot be read ({error}): correct the line") from None
     if not rows:
         raise InputError(f"{path} has no rows: give a list with rows")
     return DecisionList(path, header, rows)
 
 
-def _scored(line: dict[str, str], fields: Sequence[str]) -> Scored:
+def _scored(line: dict[str, str]) -> Scored:
     before, after = (_number(line.get(name, "")) for name in ("loss_before", "loss_after"))
     return Scored(
-        fields,
+        tuple(line.values()),
         line[PLACE],
         is_selected(line[SELECTED]),
         _number(line.get("score", "")),

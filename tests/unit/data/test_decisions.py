@@ -126,7 +126,7 @@ def test_files_that_cannot_be_read(tmp_path):
         ("semicolons.csv", b"place;selected\na:1;no\n", r"no column 'place' .*\(place;selected\).* commas"),
         ("maybe.csv", b"place,selected\na:1,no\na:2,maybe\n", "selected is 'maybe', but must be yes or no, for a:2"),
         ("blank.csv", b"place,selected\na:1,\n", "selected is '', but must be yes or no, for a:1"),
-        ("short.csv", b"place,selected\na:1\n", "selected is '', but must be yes or no, for a:1"),
+        ("short.csv", b"place,selected\na:1\n", r"short\.csv:2 has 1 field under 2 columns"),
         ("twice.csv", b"place,selected\na:1,no\na:2,no\na:1,yes\n", "names a:1 twice, once with yes and once with no"),
     ):
         path = tmp_path / name

@@ -27,12 +27,13 @@ Where it tells the sides apart, members and others differ by source, and every o
 Shapes: M members, O others, V distinct scores, N resamples.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from siftune.evaluate.bootstrap import Bootstrap, Estimate, Floats, drawn_counts
+from siftune.evaluate.bootstrap import Bootstrap, Estimate, Floats, chunks
 
 Counts = NDArray[np.int64]
 
@@ -122,7 +123,7 @@ def measure_attack(members: ArrayLike, others: ArrayLike, bootstrap: Bootstrap |
     sides = _by_score(members, others)
     point = np.concatenate(_figures(*(side[None].astype(np.float64) for side in sides)))
     generators = np.random.default_rng(bootstrap.seed).spawn(2)
-    drawn = (drawn_counts(side, bootstrap.resamples, rng) for side, rng in zip(sides, generators, strict=True))
+    drawn = (_drawn(side, bootstrap.resamples, rng) for side, rng in zip(sides, generators, strict=True))
     draws = np.concatenate([np.stack(_figures(*pair), axis=1) for pair in zip(*drawn, strict=True)])
     area, first, second = (Estimate(float(p), *bootstrap.interval(d)) for p, d in zip(point, draws.T, strict=True))
     return Attack(area, first, second, int(sides[0].sum()), int(sides[1].sum()))
@@ -137,6 +138,13 @@ def _by_score(members: ArrayLike, others: ArrayLike) -> tuple[Counts, Counts]:
     places = np.split(place, [sides[0].size])
     members_V, others_V = (np.bincount(part, minlength=len(distinct)) for part in places)
     return members_V, others_V
+
+
+def _drawn(counts_V: Counts, resamples: int, rng: np.random.Generator) -> Iterator[Floats]:
+    """Draw all rows of a side with replacement, and count them by score: (resamples of this chunk, V)."""
+    rows = int(counts_V.sum())
+    for size in chunks(resamples, len(counts_V)):
+        yield rng.multinomial(rows, counts_V / rows, size=size).astype(np.float64)
 
 
 def auc(members_NV: Floats, others_NV: Floats) -> Floats:
