@@ -48,6 +48,28 @@ def defined_names(path):
     return names
 
 
+@cache
+def source_modules():
+    """Every module of siftune by its dotted path, with the functions and classes that it defines."""
+    paths = {path.removeprefix("/src/").removesuffix(".py"): file for path, file in python_files().items()}
+    return {
+        path.replace("/", ".").removesuffix(".__init__"): defined_names(file)
+        for path, file in paths.items()
+        if path.startswith("siftune/")
+    }
+
+
+def exists(dotted):
+    """Whether a name such as `gast.maths.draw` is a module's, or the end of a module's path."""
+    parts = dotted.split(".")
+    cuts = [(".".join(parts[:cut]), ".".join(parts[cut:])) for cut in range(1, len(parts) + 1)]
+    return any(
+        f".{module}".endswith(f".{path}") and (not name or name in names or hasattr(import_module(module), name))
+        for module, names in source_modules().items()
+        for path, name in cuts
+    )
+
+
 def anchors(page):
     """GitHub's anchors of the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
@@ -110,6 +132,30 @@ def test_files_that_are_named_exist(page):
     for words in set(re.findall(r"[\w/.-]*\w\.py\b", page.read_text(encoding="utf-8"))):
         name = words.removeprefix("../").removeprefix("./")
         assert files_named(name), f"{page.name} names {words}"
+
+
+OBJECTS = ("last", "settings", "gast", "transformers")  # attributes of objects and names of options, not of our modules
+
+
+def test_modules_that_docstrings_name_exist():
+    functions = set().union(*source_modules().values())
+    folders = {part for module in source_modules() for part in module.split(".")}
+    dead = []
+    for path, file in python_files().items():
+        if not path.startswith("/src/"):
+            continue
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        nodes = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, kinds)]
+        text = "\n".join(ast.get_docstring(node) or "" for node in nodes)
+        for name in re.findall(r"[\w/.-]*\w\.py\b", text):
+            if not (file.parent / name).exists() and not ("/" in name and files_named(name)):
+                dead.append(f"{path}: {name}")
+        for name in re.findall(r"`([a-z_]+(?:\.\w+)+)`", text):
+            first, last = name.split(".")[0], name.split(".")[-1]
+            is_file = last in ("json", "jsonl", "csv", "parquet", "yaml", "py", "max")
+            if (first in folders or last in functions) and first not in OBJECTS and not is_file and not exists(name):
+                dead.append(f"{path}: {name}")
+    assert not dead, "\n".join(dead)
 
 
 def test_every_function_and_test_in_the_paper_index_exists():

@@ -1,7 +1,7 @@
 """Scores of a pool by a few rows: the trainings on them, and the losses of the pool.
 
 Each part is written to the folder of a sifting as soon as it is computed, so that an interrupted call continues: see
-run.py. Prompts are compared first (prompts.py), so that only rows of the target's task need a loss.
+sift.py. Prompts are compared first (prompts.py), so that only rows of the target's task need a loss.
 """
 
 from collections.abc import Mapping, Sequence

@@ -28,7 +28,7 @@ from siftune.train.run import train as tune
 
 logger = logging.getLogger(__name__)
 
-AVOID = "avoid"  # folder of what the bad rows score, and their name in `rows.PARTS`
+AVOID = "avoid"  # folder of what the bad rows score, and their name in `pool.PARTS`
 POOL = "pool"  # run folder of the training on the pool, which precedes that on the few rows
 SHAPE = ("rank", "alpha", "targets", "layers")  # settings of an adapter
 _SEEN, _UNSEEN = "seen.jsonl", "unseen.jsonl"
