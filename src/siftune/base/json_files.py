@@ -1,17 +1,13 @@
-"""JSON files of work folders, run folders and caches, which a crash, a disk or another party may have changed.
+"""JSON files of work folders, run folders and caches, which a crash or a disk may have changed.
 
-A file is read up to a size, as UTF-8, and pydantic checks its form strictly. JSON that is nested more than 200 levels
-deep is refused, and so are pipes, which would never end.
+A file is read as UTF-8, and pydantic checks its form strictly.
 """
 
 import hashlib
 import json
-import os
-import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -19,12 +15,11 @@ from siftune.base.errors import InputError
 from siftune.base.text import one_line
 
 T = TypeVar("T")
-MOST = 2**26  # bytes of a file, or of a line
 _DIGEST = "sha256"  # key in an object
 _ADVICE = "restore it, or delete it"
 
 
-def read_json(path: Path, form: type[T], advice: str = _ADVICE, most: int = MOST) -> T:
+def read_json(path: Path, form: type[T], advice: str = _ADVICE) -> T:
     """Read a JSON file of a certain form.
 
     Args:
@@ -32,10 +27,9 @@ def read_json(path: Path, form: type[T], advice: str = _ADVICE, most: int = MOST
         form: A type that pydantic can check: a model, a dataclass, or a type such as `dict[str, float]`. No value is
             converted, except for a whole number where the form has a float.
         advice: What to do if the file cannot be read, for the message.
-        most: Bytes, at most.
 
     Raises:
-        InputError: The file is missing, a folder or a pipe; it is too large, not UTF-8, or not JSON of this form.
+        InputError: The file is missing or a folder; or it is not UTF-8, or not JSON of this form.
 
     Example:
         >>> import tempfile
@@ -47,12 +41,10 @@ def read_json(path: Path, form: type[T], advice: str = _ADVICE, most: int = MOST
         ...     print(str(error).replace(str(path), "numbers.json"))
         numbers.json cannot be read (two: Input should be a valid integer); restore it, or delete it
     """
-    with _opened(path, advice) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise _unreadable(path, f"it has more than {most:,} bytes", advice)
     try:
-        return TypeAdapter(form).validate_json(content, strict=True)
+        return TypeAdapter(form).validate_json(path.read_bytes(), strict=True)
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error), advice) from error
     except ValidationError as error:
         raise _unreadable(path, fault_of(error), advice) from None
 
@@ -89,21 +81,20 @@ def read_sealed(path: Path, form: type[T], advice: str = _ADVICE) -> T:
         raise _unreadable(path, fault_of(error), advice) from None
 
 
-def read_json_lines(path: Path, form: type[T], advice: str = _ADVICE, most: int = MOST) -> tuple[list[T], int]:
+def read_json_lines(path: Path, form: type[T], advice: str = _ADVICE) -> tuple[list[T], int]:
     r"""Read a file of JSON lines of a certain form.
 
     Args:
         path: The file.
         form: As for `read_json`.
         advice: As for `read_json`.
-        most: Bytes of a line, at most.
 
     Returns:
-        The lines, and the number of damaged ones, which are left out: those that are too long or of another form, and a
-        last line without a line break, which a crash cut off. Nothing for a missing file.
+        The lines, and the number of damaged ones, which are left out: those of another form, and a last line without a
+        line break, which a crash cut off. Nothing for a missing file.
 
     Raises:
-        InputError: The file is a folder or a pipe, or the system cannot read it.
+        InputError: The system cannot read the file.
 
     Example:
         >>> import tempfile
@@ -115,29 +106,18 @@ def read_json_lines(path: Path, form: type[T], advice: str = _ADVICE, most: int 
     adapter, lines, damaged = TypeAdapter(form), list[T](), 0
     if not path.exists():
         return lines, damaged
-    with _opened(path, advice) as file:
-        while line := file.readline(most):
-            complete = line.endswith(b"\n")
-            try:
-                lines += [adapter.validate_json(line, strict=True)] if complete else []
-            except ValidationError:
-                complete = False
-            damaged += not complete
-            while line and not line.endswith(b"\n"):  # the rest of a line that is too long
-                line = file.readline(most)
-    return lines, damaged
-
-
-@contextmanager
-def _opened(path: Path, advice: str) -> Iterator[BinaryIO]:
-    """Open a file to read; no pipe, which would block."""
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise _unreadable(path, "it is no file", advice)
-            yield file
+        with path.open("rb") as file:
+            for line in file:
+                complete = line.endswith(b"\n")
+                try:
+                    lines += [adapter.validate_json(line, strict=True)] if complete else []
+                except ValidationError:
+                    complete = False
+                damaged += not complete
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error), advice) from error
+    return lines, damaged
 
 
 def fault_of(error: ValidationError) -> str:

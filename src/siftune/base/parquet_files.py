@@ -1,4 +1,4 @@
-"""Parquet files of run folders, which a disk or another party may have changed.
+"""Parquet files of run folders, which a disk may have changed.
 
 Pages are written with checksums, and read only if these are right (ours).
 """
@@ -13,8 +13,6 @@ from siftune.base.text import one_line
 
 if TYPE_CHECKING:
     import pyarrow
-
-_MOST = 2**31  # bytes of values, since a small file can unpack to any size
 
 
 def write_table(path: Path, table: "pyarrow.Table", **options: Any) -> None:
@@ -42,7 +40,7 @@ def read_table(
         nullable: Columns that may have nulls.
 
     Raises:
-        InputError: It is missing, damaged or too large, or has other columns.
+        InputError: It is missing, damaged, or has other columns.
 
     Example:
         >>> import pyarrow, tempfile
@@ -59,16 +57,13 @@ def read_table(
     import pyarrow
     from pyarrow import parquet
 
-    batches, size = list[pyarrow.RecordBatch](), 0
+    batches = list[pyarrow.RecordBatch]()
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             schema, count = file.schema_arrow, file.metadata.num_rows
             for batch in file.iter_batches():
                 batch.validate(full=True)  # also that texts are UTF-8
                 batches.append(batch)
-                size += batch.nbytes
-                if size > _MOST:
-                    raise InputError(f"{path} has more than {_MOST:,} bytes of values; {advice}")
         table = pyarrow.Table.from_batches(batches, schema)
         if len(table) != count:
             raise pyarrow.ArrowException(f"it has {len(table)} of {count} rows")

@@ -19,7 +19,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from siftune.base.errors import InputError, RecipeError
 from siftune.base.files import only_process, open_to_append, refuse_links, write_beside
-from siftune.base.json_files import MOST, read_json_lines, read_sealed, sealed, unsealed
+from siftune.base.json_files import read_json_lines, read_sealed, sealed, unsealed
 
 logger = logging.getLogger(__name__)
 
@@ -141,19 +141,18 @@ class WorkFolder:
         with open_to_append(self.path / name) as file:
             file.write(line_text(line))
 
-    def lines(self, name: str, form: type[T], most: int = MOST) -> list[T]:
+    def lines(self, name: str, form: type[T]) -> list[T]:
         """Read a file of JSON lines; damaged ones are dropped, in the file too.
 
         Args:
             name: The file.
             form: The form of a line, as for `read_json`.
-            most: Bytes of a line, at most.
 
         Raises:
             InputError: The file cannot be read.
         """
         path = self.path / name
-        lines, damaged = read_lines(path, form, most)
+        lines, damaged = read_lines(path, form)
         if damaged:
             logger.warning("%s: damaged lines are dropped, and computed again: %d", path, damaged)
             sound = (TypeAdapter(form).dump_python(line) for line in lines)
@@ -212,10 +211,10 @@ def read_record(path: Path) -> Record:
     return read_sealed(path, Record, _ADVICE)
 
 
-def read_lines(path: Path, form: type[T], most: int = MOST) -> tuple[list[T], int]:
+def read_lines(path: Path, form: type[T]) -> tuple[list[T], int]:
     """Read a file of JSON lines of a work folder, as `read_json_lines`; lines that were changed are damaged, too."""
     adapter, lines = TypeAdapter(form), list[T]()
-    written, damaged = read_json_lines(path, dict[str, Any], _ADVICE, most)
+    written, damaged = read_json_lines(path, dict[str, Any], _ADVICE)
     for values in map(unsealed, written):
         with contextlib.suppress(ValidationError):
             lines += [] if values is None else [adapter.validate_json(json.dumps(values), strict=True)]

@@ -12,7 +12,6 @@ import torch
 from siftune.base.errors import AdapterError, InputError, KitError, ModelError, RecipeError
 from siftune.base.files import refuse_links
 from siftune.base.json_files import read_json
-from siftune.base.links import check_links
 from siftune.cli.paths import refuse_unknown
 from siftune.cli.sources import Kind, kind_of, source_of
 from siftune.data.encode import use_template
@@ -92,7 +91,6 @@ def find_subject(
     elif (path / CONFIG).is_file():
         trained, model = path, base or _base_of(path)
     elif holds_tuned(path):
-        check_links(path)
         trained, model = path, read_about(path).base
     else:
         refuse_unknown(source)

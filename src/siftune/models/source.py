@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from siftune.base.errors import ModelError
-from siftune.base.links import check_links
 from siftune.base.settings import nearest
 from siftune.models.smollm2 import NAME as SMOLLM2
 from siftune.models.smollm2 import REQUIREMENT, pull_smollm2
@@ -44,7 +43,6 @@ def resolve(source: str) -> str | Path:
     Raises:
         ModelError: `source` is a path that does not exist, a file, a folder that holds no model, or a name that cannot
             be a hub id.
-        InputError: The folder holds a link to a file elsewhere, or a pipe.
     """
     if source == SMOLLM2:
         return pull_smollm2()
@@ -67,7 +65,6 @@ def _model_folder(path: Path) -> Path:
     if (path / "emulator.safetensors").is_file():
         raise ModelError(f"{path} holds a kit, not a complete model: give the model that it was made from")
     if (path / "config.json").is_file():
-        check_links(path)
         return path
     if (path / "adapter_config.json").is_file():
         raise ModelError(f"{path} holds an adapter, not a model: give the adapter's base model")

@@ -15,8 +15,6 @@ from siftune.methods.options import OWN
 from siftune.models.smollm2 import NAME as SMOLLM2
 from siftune.recipe.schema import R, Recipe, method_of
 
-_MOST = 2**18  # bytes of a recipe; the parser takes seconds for a megabyte
-
 
 class _Entry(NamedTuple):
     """The value of a key, or the entries of a mapping, and the line of the key."""
@@ -167,11 +165,7 @@ def _yaml(value: Any) -> Any:
 def _read(path: Path) -> dict[str, _Entry]:
     """Read one YAML file as key -> value and line."""
     try:
-        with path.open("rb") as file:
-            data = file.read(_MOST + 1)
-        if len(data) > _MOST:
-            raise RecipeError(f"recipe {path} has more than {_MOST:,} bytes: give a file of lines `key: value`")
-        return _entries(path, data.decode("utf-8"))
+        return _entries(path, path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"recipe {path} does not exist (looked in {Path.cwd()})") from None
     except OSError as error:

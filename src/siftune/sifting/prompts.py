@@ -26,7 +26,6 @@ from siftune.train.prepare import Prepared
 
 _CHUNK = 512  # prompts that are embedded before their file grows
 _DIGEST = hashlib.sha256().digest_size  # bytes
-_MOST = 2**28  # bytes of the similarities of ten million prompts
 
 
 class _Similar(BaseModel):
@@ -51,7 +50,7 @@ def similarities(work: Work, prepared: Prepared, part: str) -> tuple[Floats, Flo
     Raises:
         DataError: An embedding is not finite.
     """
-    lines = from_first(lambda: work.folder.lines(SIMILAR, _Similar, _MOST))
+    lines = from_first(lambda: work.folder.lines(SIMILAR, _Similar))
     if not lines:
         model, rows = base_model(work), prepared.rows[part]
         longest = max(max(prepared.data[name]["length"]) for name in ("train", part))
@@ -66,7 +65,7 @@ def similarities(work: Work, prepared: Prepared, part: str) -> tuple[Floats, Flo
         if rank() == 0:
             work.folder.append(SIMILAR, _compared(work, prepared, few_KH.float(), {*different}).model_dump())
         wait_for_all()
-        lines = from_first(lambda: work.folder.lines(SIMILAR, _Similar, _MOST))
+        lines = from_first(lambda: work.folder.lines(SIMILAR, _Similar))
     if rank() == 0:
         (work.folder.path / PROMPTS).unlink(missing_ok=True)
     return np.array(lines[0].pool, np.float64), np.array(lines[0].target, np.float64)

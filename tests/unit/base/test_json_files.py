@@ -1,8 +1,7 @@
-"""Damaged and hostile JSON files end in one error that names the file, and damaged lines are left out."""
+"""Damaged JSON files end in one error that names the file, and damaged lines are left out."""
 
 import json
 import math
-import os
 import random
 from typing import Any
 
@@ -51,28 +50,19 @@ def test_a_line_of_another_form_is_left_out_alone(tmp_path, content):
     assert damaged == 1 + content.count(b"\n")  # UTF-16 may have a line break in it
 
 
-def test_a_file_may_not_be_missing_a_folder_a_pipe_or_too_large(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "large").write_bytes(b'"' + b"a" * 98 + b'"')
-    assert read_json(tmp_path / "large", str, most=100) == "a" * 98
-    for name, why in (("none", "No such file"), ("", "directory"), ("pipe", "no file"), ("large", "more than 99 b")):
+def test_a_file_may_not_be_missing_or_a_folder(tmp_path):
+    for name, why in (("none", "No such file"), ("", "directory")):
         with pytest.raises(InputError, match=why):
-            read_json(tmp_path / name, str, most=99)
-    for name in ("", "pipe"):
-        with pytest.raises(InputError):
-            read_json_lines(tmp_path / name, str)
+            read_json(tmp_path / name, str)
+    with pytest.raises(InputError):
+        read_json_lines(tmp_path, str)
     assert read_json_lines(tmp_path / "none", str) == ([], 0)
 
 
-def test_a_line_that_is_too_long_or_cut_off_is_left_out(tmp_path):
+def test_a_line_that_is_empty_or_cut_off_is_left_out(tmp_path):
     path = tmp_path / "lines.jsonl"
-    for length in range(95, 105):  # the quotes and the line break make three more bytes
-        path.write_bytes(b'"a"\n' + b'"' + b"b" * length + b'"\n"c"\n"d"')
-        lines, damaged = read_json_lines(path, str, most=100)
-        assert lines == ["a", *(["b" * length] if length + 3 <= 100 else []), "c"]
-        assert damaged == (1 if length + 3 <= 100 else 2)
-    path.write_bytes(b'"a"\n\n"b"\n')
-    assert read_json_lines(path, str) == (["a", "b"], 1)
+    path.write_bytes(b'"a"\n\n"b"\n"c"')
+    assert read_json_lines(path, str) == (["a", "b"], 2)
 
 
 def test_numbers_are_read_as_python_reads_them(tmp_path):

@@ -7,7 +7,6 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from siftune.base import parquet_files
 from siftune.base.errors import DataError, InputError
 from siftune.base.parquet_files import read_table, write_table
 from siftune.suspects.losses import Losses, read_losses, write_losses
@@ -55,15 +54,6 @@ def test_texts_that_are_not_utf8_are_refused(tmp_path):
     parquet.write_table(pyarrow.table({"place": texts}), path)
     with pytest.raises(InputError, match=r"rows\.parquet is damaged"):
         read_table(path, {"place": pyarrow.string()}, "")
-
-
-def test_a_small_file_does_not_unpack_to_any_size(tmp_path, monkeypatch):
-    path = tmp_path / "rows.parquet"
-    write_table(path, pyarrow.table({"row": np.zeros(10**6)}))
-    assert path.stat().st_size < 10_000
-    monkeypatch.setattr(parquet_files, "_MOST", 10**6)
-    with pytest.raises(InputError, match=r"more than 1,000,000 bytes of values"):
-        read_table(path, {"row": pyarrow.float64()}, "")
 
 
 @pytest.mark.parametrize("name", ["row", "other"])

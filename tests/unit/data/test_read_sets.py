@@ -1,9 +1,6 @@
-"""Data sets of several files: which rows are read, and that no file elsewhere is read as theirs."""
+"""Data sets of several files: which rows are read."""
 
 import json
-import os
-import shutil
-from itertools import pairwise
 from types import SimpleNamespace
 
 import datasets
@@ -14,13 +11,11 @@ from siftune.base.errors import DataError
 from siftune.data.read import load_rows
 
 GOOD = {"prompt": "1 + 1 =", "completion": " 2"}
-SECRET = {"prompt": "who?", "completion": "what nobody may see"}
 
 
 def refused(source, split="train"):
     with pytest.raises(DataError) as caught:
         load_rows(str(source), split)
-    assert SECRET["completion"] not in str(caught.value)
     return str(caught.value)
 
 
@@ -47,156 +42,33 @@ def test_a_split_of_a_folder_of_files(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["extra.jsonl", "more/extra.jsonl"])
-def test_a_folder_is_read_completely_or_refused(tmp_path, caplog, name):
+def test_a_folder_is_read_completely_or_refused(tmp_path, name):
     """Beside names with splits, `datasets` leaves out all others."""
-    caplog.set_level("INFO")
     for place in ("train.jsonl", "test.jsonl", name):
         (tmp_path / place).parent.mkdir(exist_ok=True)
         jsonl(tmp_path / place, GOOD)
     assert refused(tmp_path).startswith(f"{tmp_path}: {name} would not be read, since its name has no split")
     (tmp_path / name).unlink()
     assert len(load_rows(str(tmp_path))) == 1
-    assert f"{tmp_path}: reading train.jsonl" in caplog.messages
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A data set of one file, beside a secret."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    jsonl(tmp_path / "secret.jsonl", SECRET)
-    (tmp_path / "set").mkdir()
-    jsonl(tmp_path / "set" / "data.jsonl", GOOD)
-    return tmp_path / "set"
-
-
-def card(folder, config, name="README.md"):
-    header = f"configs:\n- config_name: default\n  {config}\n"
-    (folder / name).write_text(f"---\n{header}---\n" if name == "README.md" else header)
-
-
-@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
-def test_a_card_may_name_files_of_its_folder(folder, caplog, name):
-    caplog.set_level("INFO")
-    card(folder, "data_files: data.jsonl", name)
-    jsonl(folder / "other.jsonl", GOOD, GOOD)
-    assert [row.completion for row in load_rows(str(folder))] == [" 2"]
-    assert f"{folder}: reading data.jsonl" in caplog.messages
-
-
-@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
-@pytest.mark.parametrize(
-    "config",
-    [
-        "data_files: ../secret.jsonl",
-        "data_files: '{parent}/secret.jsonl'",
-        "data_files: ../*.jsonl",
-        "data_dir: ..",
-        "data_files: [data.jsonl, ../secret.jsonl]",
-        "data_files:\n  - split: train\n    path: [data.jsonl, ../secret.jsonl]",
-        "data_files:\n  - split: train\n    path: data.jsonl\n  - split: test\n    path: ../secret.jsonl",
-        "data_files: zip://*.jsonl::../secret.zip",
-        "data_files: https://localhost:1/secret.jsonl",
-    ],
-)
-def test_a_card_that_names_a_file_elsewhere_is_refused(folder, config, name):
-    card(folder, config.format(parent=folder.parent), name)
-    message = refused(folder)
-    assert message.startswith(f"{folder} takes rows from ")
-    assert message.endswith("which is no file of the data set: name the file itself.")
 
 
 @pytest.mark.parametrize(
-    "config", ["data_files: 5", "data_files: *a", "- - -", "data_files: {{a: {{b: ../secret.jsonl}}}}"]
+    "config", ["data_files: 5", "data_files: *a", "- - -", "data_files: {{a: {{b: ../rows.jsonl}}}}"]
 )
-def test_a_card_of_another_form_is_refused(folder, config):
-    card(folder, config)
-    assert "could be loaded" in refused(folder)
-
-
-def test_a_card_may_have_addresses_elsewhere(folder):
-    (folder / "README.md").write_text("---\nlicense_link: https://localhost:1/LICENSE\n---\n")
-    assert len(load_rows(str(folder))) == 1
-
-
-def test_a_card_of_endless_aliases_is_refused(folder):
-    names = "abcdefghijklmnopqrstuvwxyz"
-    deeper = [f"  {one}: &{one} [{', '.join(['*' + before] * 9)}]" for before, one in pairwise(names)]
-    card(folder, "\n".join(["a: &a [data.jsonl]", *deeper, "  data_files: *z"]))
-    assert f"the card of {folder} has aliases" in refused(folder)
-
-
-def test_a_file_behind_a_link_is_refused(folder):
-    (folder / "more.jsonl").symlink_to(folder.parent / "secret.jsonl")
-    assert f"{folder}/more.jsonl, which is no file of the data set" in refused(folder)
-
-
-def test_a_pipe_in_a_folder_is_not_read(folder):
-    os.mkfifo(folder / "more.jsonl")
-    assert len(load_rows(str(folder))) == 1
-
-
-# save_to_disk
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """A saved data set beside another one, and a function that changes its state.json."""
-    datasets.Dataset.from_list([SECRET]).save_to_disk(tmp_path / "other")
-    datasets.Dataset.from_list([GOOD]).save_to_disk(tmp_path / "saved")
-    path = tmp_path / "saved" / "state.json"
-
-    def change(**fields):
-        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-        return tmp_path / "saved"
-
-    return change
-
-
-FILE = "data-00000-of-00001.arrow"
-
-
-def test_the_files_of_a_saved_data_set_are_reported(saved, caplog):
-    caplog.set_level("INFO")
-    assert [row.completion for row in load_rows(str(saved()))] == [" 2"]
-    assert f"{saved()}: reading {FILE}" in caplog.messages
-
-
-@pytest.mark.parametrize("name", [f"../other/{FILE}", "{parent}/other/" + FILE, f"x/../../other/{FILE}"])
-def test_a_saved_data_set_that_names_a_file_elsewhere_is_refused(saved, tmp_path, name):
-    folder = saved(_data_files=[{"filename": name.format(parent=tmp_path)}])
-    assert "which is no file of the data set" in refused(folder)
-
-
-@pytest.mark.parametrize("name", [FILE, "dataset_info.json"])
-def test_links_and_pipes_in_a_saved_data_set_are_refused(saved, tmp_path, name):
-    path = saved() / name
-    path.unlink()
-    path.symlink_to(tmp_path / "other" / name)
-    assert "which is no file of the data set" in refused(saved())
-    path.unlink()
-    os.mkfifo(path)
-    assert "is neither a file nor a folder" in refused(saved())
-
-
-def test_a_split_elsewhere_is_refused(tmp_path):
-    data = datasets.Dataset.from_list([GOOD])
-    datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "two")
-    datasets.Dataset.from_list([SECRET]).save_to_disk(tmp_path / "other")
-    (tmp_path / "two" / "dataset_dict.json").write_text('{"splits": ["train", "../other"]}')
-    assert "which is no file of the data set" in refused(tmp_path / "two", "../other")
-    shutil.rmtree(tmp_path / "two" / "train")
-    (tmp_path / "two" / "train").symlink_to(tmp_path / "other")
-    assert "which is no file of the data set" in refused(tmp_path / "two")
+def test_a_card_of_another_form_is_refused(tmp_path, config):
+    jsonl(tmp_path / "data.jsonl", GOOD)
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  {config}\n---\n")
+    assert "could be loaded" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"[", b"\xff", b"[" * 100_000, b"[]", b'{"_data_files": 5}', b'{"_data_files": [[]]}', b'{"_data_files": []}'],
+    [b"[", b"\xff", b"[]", b'{"_data_files": 5}', b'{"_data_files": [[]]}', b'{"_data_files": []}'],
 )
-def test_a_damaged_state_is_refused(saved, content):
-    folder = saved()
-    (folder / "state.json").write_bytes(content)
-    assert "save the data set again" in refused(folder)
+def test_a_damaged_state_is_refused(tmp_path, content):
+    datasets.Dataset.from_list([GOOD]).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "state.json").write_bytes(content)
+    assert "save the data set again" in refused(tmp_path / "saved")
 
 
 def test_values_that_python_lacks_are_bad_rows(tmp_path):
@@ -261,24 +133,6 @@ def test_hub_rows_and_configuration(hub):
     asked.clear()
     load_rows("org/sums")
     assert asked == [("org/sums", None), "prepared", "train"]
-
-
-@pytest.mark.parametrize(
-    "file",
-    [
-        "/home/user/secret.jsonl",
-        "file:///home/user/secret.jsonl",
-        "hf://datasets/org/private@abc/rows.jsonl",
-        "hf://datasets/org/sums-private@abc/rows.jsonl",
-        "https://localhost:1/rows.jsonl",
-        "zip://rows.jsonl::/home/user/secret.zip",
-        "hf://datasets/org/sums@abc/a.zip::/home/user/secret.zip",
-    ],
-)
-def test_a_data_set_of_the_hub_that_names_a_file_elsewhere_is_refused(hub, file):
-    asked = hub({"train": ["hf://datasets/org/sums@abc/rows.jsonl", file]})
-    assert f"org/sums takes rows from {file}, which is no file of the data set" in refused("org/sums")
-    assert asked == [("org/sums", None)]
 
 
 def test_a_hub_failure_says_what_to_do(monkeypatch):

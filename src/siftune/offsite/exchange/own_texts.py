@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 _RULE = 1  # by which texts are sampled and left out
 _LEAST = 4  # tokens to sample after a prompt
 _UNCUT = 1 << 20  # tokens that no row has
-_LARGEST = 2**30  # bytes of a file of texts
 
 
 class _Cached(BaseModel):
@@ -160,7 +159,7 @@ def _read(path: Path) -> list[TokenRow] | None:
         logger.warning("other users of this machine may write to %s; %s", path.parent, again)
         return None
     try:
-        cached = read_json(path, _Cached, again, _LARGEST)
+        cached = read_json(path, _Cached, again)
     except InputError as error:
         logger.warning("%s", error)
         return None
