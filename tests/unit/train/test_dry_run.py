@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 from rich.console import Console
 from support.commands import error_of, siftune
 from support.tiny_run import recipe, save_rows
