@@ -41,9 +41,7 @@ class Best:
     method: str
     lr: float | None  # None if runs diverged at every rate
     heldout_loss: float | None  # its mean loss
-    edge: (
-        str | None
-    )  # "lowest" or "highest" if the best rate is at that end of the grid, so that a better may be beyond
+    edge: str | None  # "lowest" or "highest" if the best rate is at that end of the grid: a better may be beyond
     extend: tuple[float, ...]  # rates to try next: beyond an edge, or if there is no best or only one rate
 
     @property

@@ -28,9 +28,6 @@ from siftune.train.rates.grid import LRResult, result_of
 
 logger = logging.getLogger(__name__)
 
-# what fails in a file that holds something else than it ought to
-UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError)
-
 
 @dataclass(frozen=True)
 class RunData:
@@ -213,7 +210,7 @@ def _sifting_seconds(path: Path) -> float:
     """Time that a run's pool was sifted for; 0 without sifting, or if its record cannot be read."""
     try:
         return finite(read_record(path).state["seconds"])
-    except (InputError, *UNREADABLE):
+    except (InputError, KeyError, TypeError, ValueError, OverflowError):
         return 0.0
 
 
