@@ -5,7 +5,7 @@ OUT/
   data/                    the rows: see `questions.py`
   untuned/                 TASK.answers.json of the untuned model
   lora-learned/            runs with one adapter type, with prompts learned or masked
-    rates/                 a sweep of learning rates, as `siftune find-lr` leaves it
+    rates/                 a sweep of learning rates, as `siftune find-lr` records it
     METHOD-seed0/          a run folder, as `siftune train` leaves it, with TASK.answers.json for each task
   table.md, results.json
 
@@ -32,9 +32,9 @@ from siftune.data.read import load_rows
 from siftune.models.adapters.registry import ADAPTER_TYPES
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
-from siftune.report.rates import bests, write_report
+from siftune.report.rates import bests
 from siftune.train.rates.grid import Grid, recipes_of
-from siftune.train.rates.sweep import LRFolder, open_sweep, run_missing
+from siftune.train.rates.sweep import open_sweep, run_missing
 from siftune.train.run import train
 
 _SAME_SIZE = {"lora", "dora"}  # DoRA's paper has LoRA's rank, scale and targets
@@ -194,11 +194,11 @@ class Reproduction:
             return dict.fromkeys(self.grid.methods, self.grid.rates[0])
         recipe = self._recipe(group)
         recipe = recipe if self.sweep_steps is None else replace(recipe, steps=self.sweep_steps)
-        folder = self.out / group.name / "rates"
-        sweep = open_sweep(recipe, replace(self.grid, seeds=self.grid.seeds[:1]), folder)
+        grid = replace(self.grid, seeds=self.grid.seeds[:1])
+        sweep = open_sweep(recipe, grid, self.out / group.name / "rates")
         for _ in run_missing(sweep, progress):
-            write_report(sweep.folder)
-        best = {one.method: one.lr for one in bests(LRFolder(folder).runs())}
+            pass  # every run is in the folder
+        best = {one.method: one.lr for one in bests(sweep.runs())}
         diverged = [method for method in self.grid.methods if best[method] is None]
         if diverged:
             raise TrainingError(f"{diverged[0]} diverged at every rate: give lower ones with --rates")

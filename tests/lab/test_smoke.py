@@ -5,19 +5,16 @@ import dataclasses
 import importlib
 import json
 import random
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from support.lab_jobs import pays_job
-from support.tiny_run import save_rows
 
 from lab import tables
 from lab.lines import read
 from lab.random_llama import save_llama
 from siftune.methods.dp.secret import Secret
-from siftune.train.trainer import SiftTrainer
 
 ROOT = Path(__file__).parents[2]
 JOBS = {"lab.avoid.job", "lab.keep.job", "lab.pays.job", "lab.rows.job"}  # no command line of their own
@@ -254,19 +251,6 @@ def test_lira_epsilon(tmp_path, capsys):
     assert lira_epsilon.main([*words, "--out", out]) == 0
     assert lira_epsilon.main(["--report", out]) == 0
     assert "| 8 |" in capsys.readouterr().out
-
-
-@pytest.mark.lab
-@pytest.mark.parametrize("task", ["clock", "processor", "run"])
-def test_estimate(base, tmp_path, capsys, monkeypatch, task):
-    from lab import estimate
-
-    rows = save_rows(tmp_path / "rows.jsonl", 48)
-    monkeypatch.setattr(SiftTrainer, "train", SiftTrainer.train)  # the script replaces both
-    monkeypatch.setattr(time, "perf_counter", time.perf_counter)
-    words = ["--train", str(rows), "--model", base, "--methods", "dense", "--rows", "48"]
-    estimate.main([*words, "--task", task])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"] > 0
 
 
 @pytest.mark.lab

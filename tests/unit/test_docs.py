@@ -14,7 +14,7 @@ import yaml
 import siftune
 from lab import recorded, tables
 from siftune.base.environment import ABOUT
-from siftune.cli.bench import chosen
+from siftune.bench.cost import parse_methods
 from siftune.cli.commands import COMMANDS
 from siftune.cli.main import main
 from siftune.cli.options import parse
@@ -177,7 +177,7 @@ def test_command_lines_are_understood(page):
         if command == "train":
             check(options)
         if command == "bench":
-            chosen(options)
+            parse_methods(options.methods)
 
 
 @every_page

@@ -139,7 +139,7 @@ class WorkFolder:
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Add a line to a file of JSON lines."""
         with open_to_append(self.path / name) as file:
-            file.write(line_text(line))
+            file.write(_line_text(line))
 
     def lines(self, name: str, form: type[T]) -> list[T]:
         """Read a file of JSON lines; damaged ones are dropped, in the file too.
@@ -152,11 +152,11 @@ class WorkFolder:
             InputError: The file cannot be read.
         """
         path = self.path / name
-        lines, damaged = read_lines(path, form)
+        lines, damaged = _read_lines(path, form)
         if damaged:
             logger.warning("%s: damaged lines are dropped, and computed again: %d", path, damaged)
             sound = (TypeAdapter(form).dump_python(line) for line in lines)
-            self.write(name, "".join(map(line_text, sound)))
+            self.write(name, "".join(map(_line_text, sound)))
         return lines
 
     def remove(self) -> None:
@@ -197,7 +197,7 @@ def record_text(facts: Mapping[str, Any], state: Mapping[str, Any]) -> str:
     return json.dumps(sealed({"facts": facts, "state": state}), indent=2) + "\n"
 
 
-def line_text(line: Mapping[str, Any]) -> str:
+def _line_text(line: Mapping[str, Any]) -> str:
     """The text of a JSON line, with its digest."""
     return json.dumps(sealed(line)) + "\n"
 
@@ -211,7 +211,7 @@ def read_record(path: Path) -> Record:
     return read_sealed(path, Record, _ADVICE)
 
 
-def read_lines(path: Path, form: type[T]) -> tuple[list[T], int]:
+def _read_lines(path: Path, form: type[T]) -> tuple[list[T], int]:
     """Read a file of JSON lines of a work folder, as `read_json_lines`; lines that were changed are damaged, too."""
     adapter, lines = TypeAdapter(form), list[T]()
     written, damaged = read_json_lines(path, dict[str, Any], _ADVICE)

@@ -45,10 +45,6 @@ _VARIANTS = (
 MEASURED = (*(name for name in METHODS if name != "gast"), *_VARIANTS)
 """Names of the methods to measure."""
 
-_TIMED = ("dense-compiled", "dense-checkpointing", "trl", "trl-no-checkpointing")
-PLANNED = tuple(name for name in MEASURED if name not in _TIMED)
-"""Those whose memory and operations can be computed without weights."""
-
 WORKER = (sys.executable, "-m", "siftune.bench.worker")
 
 

@@ -1,21 +1,19 @@
-"""`siftune bench`: time and memory of the methods, side by side on this machine, or computed from a config."""
+"""`siftune bench`: time and memory of the methods, side by side on this machine."""
 
 import json
 import logging
 import os
 from dataclasses import asdict, fields, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pydantic.dataclasses import dataclass
-from rich.console import Console
 
 from siftune.base.errors import RecipeError
 from siftune.base.files import write_beside
 from siftune.base.settings import CONFIG, Count
 from siftune.base.stages import text_console
-from siftune.bench.cost import PLANNED, Measurement, Workload, measure, parse_methods, schedule, summarise
+from siftune.bench.cost import Measurement, Workload, measure, parse_methods, schedule, summarise
 
 logger = logging.getLogger(__name__)
 
@@ -25,17 +23,13 @@ class Options(Workload):
     """Measure the cost of a training step with each method on this machine: wall time and peak memory.
 
     Every method runs in a fresh process; the methods take turns over the rounds, on the same random tokens. Leave the
-    machine idle meanwhile. Ratios carry over to similar machines, seconds do not. With --plan nothing is measured.
+    machine idle meanwhile. Ratios carry over to similar machines, seconds do not.
     """
 
-    methods: str | None = None
+    methods: str = "dense,rst,ist,gast-rest"
     """Methods to measure, with commas between: those of siftune train (gast as gast-sample, gast-averaged with
     support rows drawn in every fourth step and averaged, or gast-rest), dense-compiled, dense-checkpointing,
-    dense-dp, trl, trl-no-checkpointing. Default: dense,rst,ist,gast-rest; with --plan
-    dense,ist,gast-rest,gast-sample, and dense-dp if Opacus is installed."""
-    plan: str | None = None
-    """Compute memory and operations of a step from a model's config, without its weights: llama-7b, llama-8b, a
-    config.json, a folder or a hub id."""
+    dense-dp, trl, trl-no-checkpointing."""
     against: str | None = None
     """Further methods to compare all with, such as trl: TRL's SFTTrainer with its own defaults."""
     rounds: Count = 3
@@ -52,9 +46,7 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.report.bench import cost_table, notes
     from siftune.report.table import print_table
 
-    if options.plan is not None:
-        return _planned(options, options.plan)
-    methods = chosen(options)
+    methods = parse_methods(options.methods)
     against = [] if options.against is None else parse_methods(options.against)
     compared = list(dict.fromkeys(["dense" if "dense" in methods else methods[0], *against]))
     methods = list(dict.fromkeys([*methods, *against]))
@@ -69,7 +61,7 @@ def run(options: Options) -> dict[str, Any]:
             options.steps,
             options.interval,
         )
-    work = _workload(options)
+    work = Workload(**{field.name: getattr(options, field.name) for field in fields(Workload)})
     here = replace(work, model=str(resolve(work.model)))
 
     console = text_console(stderr=True)
@@ -101,48 +93,4 @@ def run(options: Options) -> dict[str, Any]:
         text = json.dumps({**result, "measurements": taken}, indent=2)
         with write_beside(out) as [beside]:
             beside.write_text(text + "\n", encoding="utf-8")
-    return result
-
-
-def chosen(options: Options) -> list[str]:
-    """The methods to measure, or to compute with `plan`.
-
-    Raises:
-        RecipeError: A name is unknown, or its package is not installed.
-    """
-    if options.plan is None:
-        return parse_methods(options.methods or "dense,rst,ist,gast-rest")
-    private = ",dense-dp" if find_spec("opacus") else ""
-    return parse_methods(options.methods or f"dense,ist,gast-rest,gast-sample{private}", PLANNED)
-
-
-def _workload(options: Options) -> Workload:
-    return Workload(**{field.name: getattr(options, field.name) for field in fields(Workload)})
-
-
-_NOT_PLANNED = ("model", "steps", "warmup", "against", "rounds", "threads", "out")
-
-
-def _planned(options: Options, model: str) -> dict[str, Any]:
-    """Compute what each method needs, without and with activation checkpointing, and show the table."""
-    for name in _NOT_PLANNED:
-        if getattr(options, name) != getattr(Options, name):
-            raise RecipeError(f"{name} has no effect with --plan, which measures nothing: leave it out")
-    methods = chosen(options)
-    from siftune.bench.plan import config_of, plan
-    from siftune.report.bench import plan_note, plan_table
-    from siftune.report.table import print_table
-
-    work, config = _workload(options), config_of(model)
-    steps = []
-    with Console(stderr=True).status("") as status:
-        for checkpointing in (False, True):
-            for method in methods:
-                status.update(f"computing {method}{' with activation checkpointing' if checkpointing else ''}")
-                need = plan(config, work, method, checkpointing=checkpointing)
-                steps.append({"method": method, "checkpointing": checkpointing, **asdict(need)})
-    result = {"workload": {**asdict(work), "model": model}, "plan": steps}
-    output = text_console()
-    print_table(plan_table(result), output)
-    output.print(plan_note(result), markup=False)
     return result

@@ -52,7 +52,7 @@ def run(options: Options) -> dict[str, Any]:
     if options.out is not None:
         WorkFolder(options.out, RECORD).refuse_others()
     from siftune.base.stages import text_console
-    from siftune.report.rates import advice, before, table, write_report
+    from siftune.report.rates import advice, before, table, to_dict, to_markdown
     from siftune.report.table import print_table
     from siftune.train.rates.sweep import open_sweep
 
@@ -60,18 +60,21 @@ def run(options: Options) -> dict[str, Any]:
     source = partial(source_of, public_key=options.public_key)
     sweep = open_sweep(recipe, grid, options.out or new_folder("find-lr"), source)
     _work_off(sweep, console)
-    result = write_report(sweep.folder)
-    runs, base, path = sweep.folder.runs(), sweep.folder.base_loss, sweep.folder.path
+    result, path = sweep.result, sweep.folder.path
+    assert result is not None
+    runs, base = result.runs, result.base_heldout_loss
+    sweep.folder.write("rates.md", to_markdown(result))
     shown = text_console()
     print_table(table(runs), shown)
     shown.print("\n".join([before(base), "", *advice(runs, base)]), markup=False)
     seconds, recipe_of = round(time.monotonic() - started, 1), shlex.quote(f"{path}/METHOD.yaml")
     console.print(
         f"done in {seconds:.0f} s: table and a recipe for each method, at the rate of your settings, in {path}\n"
-        f"next: `siftune report {shlex.quote(str(path))}` draws it, `siftune train {recipe_of} --lr RATE --out RUN`",
+        f"next: `siftune report {shlex.quote(str(path))}` shows it on a page, "
+        f"`siftune train {recipe_of} --lr RATE --out RUN`",
         markup=False,
     )
-    return {"folder": path, **result, "seconds": seconds}
+    return {"folder": path, **to_dict(result), "seconds": seconds}
 
 
 def _work_off(sweep: "LRSweep", console: "Console") -> None:
@@ -83,7 +86,7 @@ def _work_off(sweep: "LRSweep", console: "Console") -> None:
 
     count, path = len(sweep.missing()), sweep.folder.path
     done, seconds = 0, 0.0
-    console.print(f"{counted(count, 'run')} to do, {len(sweep.folder.runs())} done; results in {path}", markup=False)
+    console.print(f"{counted(count, 'run')} to do, {len(sweep.runs())} done; results in {path}", markup=False)
     try:
         # elsewhere than on a terminal a line for each run is enough
         with stages(console) if console.is_terminal else nullcontext(lambda *_: None) as progress:
@@ -91,7 +94,7 @@ def _work_off(sweep: "LRSweep", console: "Console") -> None:
                 done, seconds = done + 1, seconds + run.seconds
                 console.print(_line(run, done, count, seconds), markup=False)
     except KeyboardInterrupt as stop:
-        finished = counted(len(sweep.folder.runs()), "finished run")
+        finished = counted(len(sweep.runs()), "finished run")
         stop.add_note(f"{finished} in {path}; the same command with --out {path} continues")
         raise
 

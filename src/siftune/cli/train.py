@@ -53,7 +53,7 @@ class Options(Recipe):
     public_key: str | None = None
     """PEM file with the public key of the model's owner: the model must then be a kit signed by the owner."""
     dry_run: bool = False
-    """Train nothing: validate the data, preview the loss mask of three rows, and estimate time and memory."""
+    """Train nothing: validate the data, preview the loss mask of three rows, and measure the memory of a step."""
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _share(options: Options) -> int | float | None:
 
 
 def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
-    """Say what training would do and take."""
+    """Say what training would do."""
     from siftune.base.stages import text_console
     from siftune.report.dry_run import shown
     from siftune.train.dry_run import dry_run
@@ -138,7 +138,7 @@ def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
         raise RecipeError("a dry run is of one process: start it without torchrun")
     console = text_console(stderr=True)
     if _sifts(options, recipe):
-        console.print("a dry run does not sift: rows, steps and time are those of the complete pool")
+        console.print("a dry run does not sift: rows and steps are those of the complete pool")
     trial = dry_run(recipe, console, partial(source_of, public_key=options.public_key))
     console.print(shown(trial))
     return trial.to_dict()

@@ -96,12 +96,8 @@ def set_padding(tokenizer: Any, source: str) -> None:
     tokenizer.pad_token = tokenizer.eos_token
 
 
-def load_config(name: str | Path) -> "PretrainedConfig":
-    """Load a model's config, without the kernels that it names: transformers would fetch and run them.
-
-    Args:
-        name: A folder, a file config.json, or a hub id.
-    """
+def _load_config(name: str | Path) -> "PretrainedConfig":
+    """Load a model's config, without the kernels that it names: transformers would fetch and run them."""
     from transformers import AutoConfig
 
     config: PretrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -116,7 +112,7 @@ def _in_memory(name: str | Path, dtype: str, quantize: str | None) -> "PreTraine
 
     from siftune.models.quantised import quantization
 
-    config = load_config(name)
+    config = _load_config(name)
     computing = usable_dtype(torch.bfloat16, config.model_type) if quantize else torch.float32
     settings = quantization(quantize, computing)
     with quiet_bars():
@@ -133,7 +129,7 @@ def _streamed(name: str | Path, dtype: str) -> "PreTrainedModel":
 
     from siftune.models.streamed import streamed_map
 
-    config = load_config(name)
+    config = _load_config(name)
     with quiet_bars(), quiet("accelerate.big_modeling"):  # it reports that weights are on disk
         model = AutoModelForCausalLM.from_pretrained(
             name,

@@ -36,31 +36,3 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         f"{work['batch_size']} rows of {work['length']} tokens, LoRA of rank {work['rank']}",
         f"{result['hardware']}; {versions}",
     ]
-
-
-def plan_table(result: Mapping[str, Any]) -> Table:
-    """Memory and operations of a step, of what bench returns with `plan`; ratios are to the first line."""
-    first = result["plan"][0]
-    parts = ("parameters", "gradients", "states", "activations", "peak")
-    rows = [
-        [
-            f"{step['method']}, checkpointing" if step["checkpointing"] else step["method"],
-            *(f"{step[part] / 1e9:,.2f}" for part in parts),
-            f"{step['peak'] / first['peak']:.2f}",
-            f"{step['flops'] / 1e12:,.4g}",
-            f"{step['flops'] / first['flops']:.2f}",
-        ]
-        for step in result["plan"]
-    ]
-    by = f"× {first['method']}"
-    header = ["method", "parameters", "gradients", "optimizer", "activations", "peak GB", by, "TFLOP", by]
-    return Table(header, rows)
-
-
-def plan_note(result: Mapping[str, Any]) -> str:
-    """The workload, and the meaning of the figures."""
-    work = result["workload"]
-    return (
-        f"computed, not measured: {work['model']} with LoRA of rank {work['rank']}, {work['batch_size']} rows of "
-        f"{work['length']} tokens, {work['label_share']:.0%} of them labels; memory at the peak of a step in 10⁹ bytes"
-    )

@@ -1,7 +1,7 @@
 """Charts as SVG: axes, lines over steps, points with intervals, histograms."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -68,12 +68,11 @@ def y_axis(plot: Plot, label: str, percent: bool = False) -> list[Markup]:
     return parts
 
 
-def x_axis(plot: Plot, label: str, texts: Mapping[float, str] | None = None) -> list[Markup]:
-    """Values below, by default round ones, and what they are of."""
+def x_axis(plot: Plot, label: str) -> list[Markup]:
+    """Round values below, and what they are of."""
     values, bottom = ticks(*plot.x), plot.top + plot.height
-    texts = dict(zip(values, tick_texts(values), strict=True)) if texts is None else texts
     parts = [tag("line", x1=plot.left, x2=plot.left + plot.width, y1=bottom, y2=bottom, class_="base")]
-    for value, text in texts.items():
+    for value, text in zip(values, tick_texts(values), strict=True):
         parts.append(tag("text", text, x=plot.at_x(value), y=bottom + 15, class_="tick middle"))
     return [*parts, tag("text", label, x=plot.left + plot.width, y=bottom + 29, class_="axis end")]
 

@@ -32,7 +32,7 @@ def headline(subjects: Subjects) -> str:
     if subjects.lists:
         name, rows = subjects.lists[0][0], subjects.lists[0][1].rows
         return f"{name} leaves out {sum(not row.selected for row in rows):,} of its {counted(len(rows), 'row')}."
-    return rates.sentence(subjects.sweeps[0].record)
+    return rates.sentence(subjects.sweeps[0])
 
 
 def _result_of_run(run: RunData) -> str:

@@ -2,7 +2,7 @@
 
 from rich.text import Text
 
-from siftune.base.text import counted, duration, visible
+from siftune.base.text import counted, visible
 from siftune.train.dry_run import DryRun, Example
 from siftune.train.prepare import bad_lines, rows_line, steps_text
 
@@ -10,8 +10,8 @@ _MOST = 600  # characters of a part of a row; the middle of a longer one is left
 
 
 def shown(trial: DryRun) -> Text:
-    """Bad rows, row lengths, the loss mask of three rows, trainable parameters, time and memory."""
-    estimate, recipe = trial.estimate, trial.recipe
+    """Bad rows, row lengths, the loss mask of three rows, trainable parameters and memory."""
+    size, recipe = trial.size, trial.recipe
     per_step, rows = recipe.batch_size * recipe.accumulate, len(trial.prepared.data["train"])
     return Text("\n").join(
         [
@@ -19,22 +19,18 @@ def shown(trial: DryRun) -> Text:
             Text(rows_line(recipe, trial.prepared)),
             *(_example(one) for one in trial.examples),
             Text(
-                f"{counted(estimate.trainable, 'parameter')} of {estimate.parameters:,} train, in "
-                f"{counted(estimate.layers, 'layer')}; {steps_text(estimate.steps, per_step, rows)}"
+                f"{counted(size.trainable, 'parameter')} of {size.parameters:,} train, in "
+                f"{counted(size.layers, 'layer')}; {steps_text(size.steps, per_step, rows)}"
             ),
-            Text(_takes(trial)),
+            Text(_memory(size.memory_mb)),
         ]
     )
 
 
-def _takes(trial: DryRun) -> str:
-    estimate = trial.estimate
-    if estimate.seconds is None or estimate.memory_mb is None:
-        return "no estimate of time and memory: a private run draws its rows at random"
-    return (
-        f"estimated: {duration(estimate.seconds)} ± {estimate.uncertainty or 0:.0%}, "
-        f"{estimate.memory_mb:,.0f} MB peak memory (from {counted(estimate.tried, 'step')} on this machine)"
-    )
+def _memory(megabytes: float | None) -> str:
+    if megabytes is None:
+        return "memory is not measured: a private run draws its rows at random"
+    return f"{megabytes:,.0f} MB peak memory in a step of the longest rows, on this machine"
 
 
 def _example(one: Example) -> Text:

@@ -12,7 +12,7 @@ from siftune.base.errors import InputError, RecipeError
 from siftune.base.files import refuse_links
 from siftune.base.json_files import read_json_lines, read_sealed
 from siftune.base.text import finite, short_names
-from siftune.base.work_folder import read_lines, read_record
+from siftune.base.work_folder import read_record
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
 from siftune.report.evals import Eval, read_evals
@@ -23,13 +23,10 @@ from siftune.sifting.sift import SCORES
 from siftune.sifting.tuning import AVOID
 from siftune.train.folder.run_folder import RECIPE, SIFT
 from siftune.train.folder.selections import LayersOfStep, RowsOfBatch, read_selections
+from siftune.train.rates.grid import RECORD as SWEEP_RECORD
+from siftune.train.rates.grid import LRResult, result_of
 
 logger = logging.getLogger(__name__)
-
-# what fails in a file that holds something else than it ought to
-UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError)
-
-_SWEEP = "start.json"  # file that marks the folder of a sweep of learning rates
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class Sweep:
 
     path: Path
     name: str  # what it is called on the page
-    record: dict[str, Any]  # of `start.json`, and `runs`, the lines of `results.jsonl`; not checked
+    result: LRResult | None  # None before a run has finished
 
 
 @dataclass(frozen=True)
@@ -182,7 +179,7 @@ def _paths(name: str) -> list[Path]:
 def _is_subject(path: Path) -> bool:
     """Whether a folder is one of these; a pool that is not sifted to the end is none."""
     is_sifted = (path / SIFT_RECORD).exists() and any((path / name / SCORES).is_file() for name in ("", AVOID))
-    return is_sifted or any((path / name).exists() for name in (RECIPE, _SWEEP))
+    return is_sifted or any((path / name).exists() for name in (RECIPE, SWEEP_RECORD))
 
 
 def read_run(path: Path, name: str) -> RunData:
@@ -213,7 +210,7 @@ def _sifting_seconds(path: Path) -> float:
     """Time that a run's pool was sifted for; 0 without sifting, or if its record cannot be read."""
     try:
         return finite(read_record(path).state["seconds"])
-    except (InputError, *UNREADABLE):
+    except (InputError, KeyError, TypeError, ValueError, OverflowError):
         return 0.0
 
 
@@ -227,14 +224,9 @@ def _about(record: dict[str, Any]) -> dict[str, str]:
 def _metrics(path: Path) -> list[dict[str, float]]:
     """Figures of every line."""
     lines, damaged = read_json_lines(path, dict[str, Any])
-    _tell_damaged(path, damaged)
-    return [_figures(line) for line in lines]
-
-
-def _tell_damaged(path: Path, damaged: int) -> None:
-    """Warn of damaged lines; the last line of a run that is under way may be half written."""
-    if damaged:
+    if damaged:  # the last line of a run that is under way may be half written
         logger.warning("%s: damaged lines are left out: %d", path, damaged)
+    return [_figures(line) for line in lines]
 
 
 def _figures(record: dict[str, Any]) -> dict[str, float]:
@@ -256,7 +248,5 @@ def _sifting(path: Path, name: str) -> Sifting:
 
 
 def _sweep(path: Path, name: str) -> Sweep:
-    record = read_record(path / _SWEEP)
-    runs, damaged = read_lines(path / "results.jsonl", dict[str, Any])
-    _tell_damaged(path / "results.jsonl", damaged)
-    return Sweep(path, name, {"facts": record.facts, "state": record.state, "runs": runs})
+    record = path / SWEEP_RECORD
+    return Sweep(path, name, result_of(record, read_record(record).state))

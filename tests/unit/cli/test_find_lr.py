@@ -9,7 +9,7 @@ import time
 
 import pytest
 from support.commands import error_of
-from support.tiny_run import lines, save_rows
+from support.tiny_run import save_rows
 
 from siftune.base.text import counted
 from siftune.cli.main import main
@@ -56,7 +56,7 @@ def test_a_sweep(words, tmp_path, capsys):
     assert [row.split()[0] for row in table[2:4]] == ["dense", "gast"]
     assert len(re.findall(r"^--method (dense|gast) --lr 1e-\d   held-out loss", captured.out, re.MULTILINE)) == 2
     assert {path.name for path in (tmp_path / "sweep").iterdir()} == {
-        "start.json", "results.jsonl", "results.json", "results.md", "dense.yaml", "gast.yaml",
+        "rates.json", "rates.md", "dense.yaml", "gast.yaml",
     }  # fmt: skip
 
 
@@ -109,13 +109,17 @@ def test_a_run_folder_is_left_alone(words, tmp_path, capsys):
 def test_a_sweep_that_is_ended_goes_on(words, tmp_path, capsys, name):
     many = [*words, "--methods", "gast", "--rates", "1e-3,2e-3,3e-3,4e-3,5e-3"]
     code = "import sys; from siftune.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    results = tmp_path / "sweep" / "results.jsonl"
+    record = tmp_path / "sweep" / "rates.json"
+
+    def finished():
+        return json.loads(record.read_text())["state"].get("runs", []) if record.exists() else []
+
     process = subprocess.Popen([sys.executable, "-c", code, *many], stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (results.exists() and results.read_text().endswith("\n")):
+    while process.poll() is None and not finished():
         time.sleep(0.01)
     process.send_signal(getattr(signal, name))
     _, log = process.communicate()
-    done = results.read_text().count("\n")
+    done = len(finished())
     assert process.returncode == (130 if name == "SIGINT" else -9)
     assert 1 <= done < 5
     if name == "SIGINT":
@@ -123,4 +127,4 @@ def test_a_sweep_that_is_ended_goes_on(words, tmp_path, capsys, name):
         assert f"interrupted; {runs} in {tmp_path}/sweep; the same command with --out" in log.splitlines()[-1]
     assert main(many) == 0
     assert f"{5 - done} runs to do, {done} done" in capsys.readouterr().err
-    assert [line["lr"] for line in lines(results)] == [1e-3, 2e-3, 3e-3, 4e-3, 5e-3]
+    assert [run["lr"] for run in finished()] == [1e-3, 2e-3, 3e-3, 4e-3, 5e-3]

@@ -6,10 +6,9 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from siftune.report.rates import Best, advice, bests, table, to_dict, write_report
+from siftune.report.rates import Best, advice, bests, table, to_dict, to_markdown
 from siftune.report.table import plain_table
-from siftune.train.rates.grid import LRRun
-from siftune.train.rates.sweep import LRFolder
+from siftune.train.rates.grid import LRResult, LRRun
 
 BASE = 2.0
 
@@ -89,20 +88,16 @@ def test_the_line_to_copy(losses, line):
     assert advice(runs("gast", losses), BASE) == [line]
 
 
-def test_the_files_hold_all_of_it(tmp_path):
-    folder = LRFolder(tmp_path / "sweep")
-    folder.begin({})
-    folder.set_state(heldout_loss=BASE)
-    found = [*runs("dense", INSIDE), *runs("gast", UPWARDS)]
-    for run in found:
-        folder.append("results.jsonl", asdict(run))
-    result = write_report(folder)
-    assert json.loads((folder.path / "results.json").read_text()) == result == to_dict(found, BASE)
-    assert result["best"]["gast"] == {
+def test_the_page_and_the_record_hold_all_of_it():
+    result = LRResult(BASE, [*runs("dense", INSIDE), *runs("gast", UPWARDS)])
+    record = to_dict(result)
+    assert record["base_heldout_loss"] == BASE
+    assert record["runs"] == [asdict(run) for run in result.runs]
+    assert json.loads(json.dumps(record))["best"]["gast"] == {
         "method": "gast", "lr": 5e-4, "heldout_loss": 1.0, "edge": "lowest", "extend": [1.25e-4, 2.5e-4],
         "flags": "--method gast --lr 5e-4",
     }  # fmt: skip
-    page = (folder.path / "results.md").read_text()
+    page = to_markdown(result)
     assert "| dense | 1.5000 | * 1.2500 | 1.7500 |" in page
     assert "Before training the loss is 2.0000." in page
     assert "- --method dense --lr 1e-3   held-out loss 1.2500" in page

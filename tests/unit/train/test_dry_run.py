@@ -2,15 +2,14 @@
 
 import json
 
-import numpy as np
-import pytest
 from rich.console import Console
 from support.commands import error_of, siftune
 from support.tiny_run import recipe, save_rows
 
 from siftune.train import dry_run as module
-from siftune.train.dry_run import _batches, _cost, _saves, _tried_batches, _tries, dry_run
+from siftune.train.dry_run import dry_run
 from siftune.train.run import train
+from siftune.train.trainer import SiftTrainer
 
 QUIET = Console(quiet=True)
 
@@ -26,27 +25,28 @@ def test_what_is_said_is_what_the_run_does(base, rows, tmp_path):
     assert told["parameters"] == sum(p.numel() for p in done.model.parameters())
     assert told["layers"] == 4
     assert told["rows"] + told["held_out"] == 24
-    assert told["seconds"] > 0
     assert told["memory_mb"] > 100
-    assert told["steps_tried"] >= 6
 
 
-def test_time_is_reckoned_from_steps_and_tokens(base, rows, tmp_path, monkeypatch):
-    """With a clock that goes by tokens, a long run takes as many times as long as it has tokens."""
-    given = recipe(base, rows, tmp_path / "run", method="dense", steps=None, epochs=2, accumulate=2)
-    seen = {"time": 0.0}
+def test_memory_is_that_of_the_longest_rows_once_the_optimizer_has_its_states(base, rows, tmp_path, monkeypatch):
+    given = recipe(base, rows, tmp_path / "run", method="dense", accumulate=2, steps=None, epochs=1)
+    lengths, states = [], []
 
-    def tick(self, model, inputs, *rest):
-        seen["time"] += 1e-3 * inputs["input_ids"].numel()
+    def step(self, model, inputs, *rest):
+        lengths.extend(inputs["attention_mask"].sum(1).tolist())
+        states.append(len(self.optimizer.state))
         return original(self, model, inputs, *rest)
 
-    original = module.build.__globals__["SiftTrainer"].training_step
-    monkeypatch.setattr(module.build.__globals__["SiftTrainer"], "training_step", tick)
-    monkeypatch.setattr(module.time, "perf_counter", lambda: seen["time"])
-    found = dry_run(given, QUIET).estimate
-    seen["time"] = 0.0
-    train(given, QUIET)
-    assert found.seconds == pytest.approx(seen["time"], rel=0.1)
+    original = SiftTrainer.training_step
+    monkeypatch.setattr(SiftTrainer, "training_step", step)
+    monkeypatch.setattr(module, "peak_memory_mb", lambda: 12.5 if states[-1] else 0.0)
+    found = dry_run(given, QUIET)
+    every = sorted(found.prepared.data["train"]["length"])
+    assert sorted(lengths) == sorted(2 * every[-8:])
+    assert every[-8] > every[0]
+    assert states[:2] == [0, 0]
+    assert found.size.memory_mb == 12.5
+    assert found.size.steps == 3
 
 
 def test_all_bad_rows_and_three_examples_are_shown(base, tmp_path, capsys):
@@ -64,8 +64,7 @@ def test_all_bad_rows_and_three_examples_are_shown(base, tmp_path, capsys):
     assert "«[bold]2[/bold]<|end|>»" in told
     assert result["examples"][0]["parts"][-1] == ["0<|end|>", True]
     assert result["examples"][-1]["place"] == f"{rows}:40"
-    assert "estimated: " in told
-    assert result["uncertainty"] > 0
+    assert "MB peak memory" in told
     assert list(tmp_path.iterdir()) == [rows]
 
 
@@ -76,14 +75,14 @@ def run(capsys, base, rows, *more):
 
 def test_a_private_run_is_not_tried(base, rows, capsys):
     result, told = run(capsys, base, rows, "--dp-epsilon", "8", "--dp-delta", "1e-3")
-    assert (result["seconds"], result["memory_mb"]) == (None, None)
-    assert "no estimate" in told
+    assert result["memory_mb"] is None
+    assert "memory is not measured" in told
 
 
 def test_the_steps_of_a_private_run_are_those_that_it_takes(base, rows, tmp_path):
     private = {"dp_epsilon": 8.0, "dp_delta": 1e-3, "accumulate": 3, "steps": None, "epochs": 2}
     given = recipe(base, rows, tmp_path / "run", method="dense", **private)
-    assert dry_run(given, QUIET).estimate.steps == train(given, QUIET).summary["steps"] == 4
+    assert dry_run(given, QUIET).size.steps == train(given, QUIET).summary["steps"] == 4
 
 
 def test_no_tracker_hears_of_it(base, rows, tmp_path, monkeypatch):
@@ -102,36 +101,3 @@ def test_refusals_are_those_of_the_run(base, rows, capsys, monkeypatch):
     assert "no linear module" in error_of(capsys, *given, "--targets", "nothing")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "start it without torchrun" in error_of(capsys, *given)
-
-
-# the plan of the trial
-
-
-def test_the_trial_begins_with_the_longest_row_and_has_the_runs_batches(tmp_path, rows):
-    lengths = np.array([5, 9, 3, 40, 7, 6, 8, 4, 5], dtype=np.int32)
-    for grouped in (False, True):
-        given = recipe(tmp_path, rows, tmp_path, group_by_length=grouped)
-        batches = _batches(given, lengths)
-        assert sorted(row for batch in batches for row in batch) == list(range(9))
-        tried = _tried_batches(batches, lengths, 2, 3)
-        assert len(tried) == 8
-        assert 3 in tried[0]
-        assert all(batch in batches for batch in tried)
-    assert _cost([[0, 1], [3]], lengths) == 2 * 9 + 40
-
-
-def test_what_comes_in_every_so_many_steps_comes_as_often_in_the_trial(tmp_path, rows):
-    def tries(method, **own):
-        return _tries(recipe(tmp_path, rows, tmp_path, method=method, **own))
-
-    assert tries("dense") == tries("rst") == 6
-    assert tries("ist", interval=10) == 10
-    assert tries("ist", interval=4) == 8
-    assert tries("ist", interval=100) == 24
-    assert tries("gast", support="sample", support_every=7) == 7
-    assert tries("ist+gast", interval=4, support="sample", support_every=3) == 12
-
-
-def test_checkpoints_are_counted(tmp_path, rows):
-    assert [_saves(recipe(tmp_path, rows, tmp_path), steps) for steps in (5, 100, 1000)] == [1, 10, 10]
-    assert _saves(recipe(tmp_path, rows, tmp_path, save_every=30), 100) == 3

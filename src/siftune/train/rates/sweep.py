@@ -1,10 +1,9 @@
-"""Learning-rate sweeps: every method at every rate, trained as by `train`, measured on held-out rows.
+"""Learning-rate sweeps: a training for every method, rate and seed, measured on held-out rows.
 
 FOLDER/
-start.json      the settings and digests of rows that results depend on, and the base model's held-out loss
-METHOD.yaml     the recipe of each method, for `siftune train`; its `lr` is the recipe's, not the best
-results.jsonl   a line for each finished run
-results.json, results.md, …   written by `siftune.report.rates`
+rates.json    the settings and digests of rows that results depend on, the base model's held-out loss, the finished runs
+METHOD.yaml   the recipe of each method with a finished run, for `siftune train`; its `lr` is the recipe's, not the best
+rates.md      the table of `siftune.report.rates`
 
 Every run loads the model again and discards it afterwards: no adapter has to be removed bit for bit, layers with
 trainable weights need no copy, and loading is cheap compared with training.
@@ -15,7 +14,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,10 +26,9 @@ from datasets import Dataset
 from torch import nn
 
 from siftune.base.environment import launch_size
-from siftune.base.errors import DataError, RecipeError, TrainingError
+from siftune.base.errors import RecipeError, TrainingError
 from siftune.base.files import Progress
 from siftune.base.work_folder import WorkFolder
-from siftune.data.rows import Row
 from siftune.evaluate.likelihood import perplexity
 from siftune.recipe.checks import NO_TRACKER
 from siftune.recipe.read import anchored, recipe_to_yaml
@@ -40,30 +38,11 @@ from siftune.train.build import build
 from siftune.train.callbacks import StepProgress
 from siftune.train.guards.non_finite import BrokenSteps
 from siftune.train.prepare import NAMED, bad_lines, trained_and_held_out
-from siftune.train.rates.grid import RECORD, Grid, LRRun, facts_of, rate_text, recipes_of
+from siftune.train.rates.grid import RECORD, Grid, LRResult, LRRun, facts_of, rate_text, recipes_of, result_of
 from siftune.train.session import open_session, read_session, settled
 from siftune.train.source import ModelSource, Source
 
 logger = logging.getLogger(__name__)
-
-_RESULTS, _BASE_LOSS = "results.jsonl", "heldout_loss"
-
-
-class LRFolder(WorkFolder):
-    """The folder of a sweep."""
-
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(path, RECORD, "*.yaml", _RESULTS)
-
-    @property
-    def base_loss(self) -> float:
-        """Held-out loss of the base model, in nats per label token; available once the first run begins."""
-        return float(self.state[_BASE_LOSS])
-
-    def runs(self) -> list[LRRun]:
-        """Finished runs in the order of their ends; of two in one cell the later."""
-        runs = self.lines(_RESULTS, LRRun)
-        return list({run.cell: run for run in runs}.values())
 
 
 @dataclass(frozen=True)
@@ -72,14 +51,23 @@ class LRSweep:
 
     grid: Grid
     recipes: Mapping[str, Recipe]  # method -> its recipe, resolved
-    folder: LRFolder  # results, those of earlier calls included
+    folder: WorkFolder  # results, those of earlier calls included
     source: Source
-    rows: Mapping[str, Sequence[Row]]  # `train`, `eval` and, if a method compares with them, `support`
-    bad: Sequence[DataError] = ()  # faults of rows that are left out
+    read: Read  # rows `train`, `eval` and, if a method compares with them, `support`
+
+    @property
+    def result(self) -> LRResult | None:
+        """The base model's loss and the finished runs; None before the first."""
+        return result_of(self.folder.path / RECORD, self.folder.state)
+
+    def runs(self) -> list[LRRun]:
+        """Finished runs in the order of their ends."""
+        result = self.result
+        return result.runs if result else []
 
     def missing(self) -> list[tuple[str, float, int]]:
         """Method, rate and seed of the runs that remain."""
-        done = {run.cell for run in self.folder.runs()}
+        done = {run.cell for run in self.runs()}
         return [cell for cell in self.grid.cells() if cell not in done]
 
 
@@ -98,123 +86,92 @@ def open_sweep(
     _, source = sessions[grid.methods[0]]
     widest = next(filter(compares, recipes.values()), recipes[grid.methods[0]])
     read = read_session(widest, source)
-    rows = read.parts
-    if both := trained_and_held_out(rows):
-        logger.warning(
-            "%d of %d held-out rows are training rows too: their loss measures memorization", both, len(rows["eval"])
-        )
-    digests = {f"the {name} rows": digest_of(part) for name, part in rows.items()}
-    folder = LRFolder(out).begin({**facts_of(recipe, recipes), **digests, **source.identity})
-    return LRSweep(grid, recipes, folder, source, rows, read.bad)
+    if both := trained_and_held_out(read.parts):
+        count = len(read.parts["eval"])
+        logger.warning("%d of %d held-out rows are training rows too: their loss measures memorization", both, count)
+    digests = {f"the {name} rows": digest_of(part) for name, part in read.parts.items()}
+    folder = WorkFolder(out, RECORD, "*.yaml").begin({**facts_of(recipe, recipes), **digests, **source.identity})
+    return LRSweep(grid, recipes, folder, source, read)
 
 
 def run_missing(sweep: LRSweep, progress: Progress) -> Iterator[LRRun]:
     """Do the remaining runs, and yield each once it is in the folder.
 
-    Before a method's first run, one step is tried with every new method, so that none is refused hours later.
-
     Raises:
         InputError: A method cannot train this model.
     """
-    missing, folder = sweep.missing(), sweep.folder
-    with folder:
-        if not missing:
-            return
-        data = _begin(sweep, progress)
-        for method in dict.fromkeys(method for method, _, _ in missing):
-            if not (folder.path / f"{method}.yaml").exists():
-                progress(f"trying a step of {method}", 0, 0)
-                _tuned(sweep.source, replace(sweep.recipes[method], steps=1, lr=sweep.grid.rates[0]), data)
-                gc.collect()
-                folder.write(f"{method}.yaml", recipe_to_yaml(sweep.recipes[method]))
-    with folder.begin({}):  # whose results now stay whatever happens
+    missing, data, base = sweep.missing(), None, math.nan
+    with sweep.folder as folder:  # ends its lock
         for number, (method, rate, seed) in enumerate(missing, 1):
-            stage = f"run {number} of {len(missing)}: {method} at {rate_text(rate)}"
-            recipe = replace(sweep.recipes[method], lr=rate, seed=seed)
-            run = _run(sweep.source, recipe, data, partial(progress, stage))
-            gc.collect()  # the Trainer refers to itself: without this two models would be in memory
-            folder.append(_RESULTS, asdict(run))
+            with folder.begin({}):  # a folder is removed if its first run is refused, but not if a later one is
+                if data is None:
+                    data, base = _begin(sweep, progress)
+                stage = f"run {number} of {len(missing)}: {method} at {rate_text(rate)}"
+                recipe = replace(sweep.recipes[method], lr=rate, seed=seed)
+                run = _run(sweep.source, recipe, data, partial(progress, stage))
+                gc.collect()  # the Trainer refers to itself: without this two models would be in memory
+                folder.write(f"{method}.yaml", recipe_to_yaml(sweep.recipes[method]))  # marks a folder with runs
+                folder.set_state(**asdict(LRResult(base, [*sweep.runs(), run])))
             yield run
 
 
-def _begin(sweep: LRSweep, progress: Progress) -> Mapping[str, Dataset]:
-    """Tokenise the rows, and evaluate the base model if that has not been done."""
+def _begin(sweep: LRSweep, progress: Progress) -> tuple[Mapping[str, Dataset], float]:
+    """Tokenise the rows; return them and the base model's held-out loss, evaluated unless the folder has it."""
     recipe = sweep.recipes[sweep.grid.methods[0]]
     progress("loading the model", 0, 0)
-    session = open_session(recipe, sweep.source, Read(sweep.rows, sweep.bad), nullcontext(progress))
+    session = open_session(recipe, sweep.source, sweep.read, nullcontext(progress))
     for line in bad_lines(session.prepared, NAMED):
         logger.warning("%s", line)
-    model, data = session.model, session.data
-    if _BASE_LOSS in sweep.folder.state:
-        return data
+    if before := sweep.result:
+        return session.data, before.base_heldout_loss
     progress("evaluating the base model", 0, 0)
+    model = session.model
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
-    loss = _heldout_loss(model, data["eval"], recipe.batch_size)
+    loss = _heldout_loss(model, session.data["eval"], recipe.batch_size)
     if not math.isfinite(loss):
         raise TrainingError(
             f"The held-out loss of {recipe.model} is {loss}: check the rows of {recipe.eval or 'eval_share'}"
         )
-    sweep.folder.set_state(**{_BASE_LOSS: loss})
-    return data
+    return session.data, loss
 
 
 def _run(source: Source, recipe: Recipe, data: Mapping[str, Dataset], steps: Callable[[int, int], None]) -> LRRun:
-    """Train and evaluate; a loss that is not finite is a result."""
+    """Train as `train` does, without a run folder, and evaluate; a loss that is not finite is a result."""
     started = time.monotonic()
-    done, heldout, train, diverged = 0, math.nan, math.nan, None
-
-    def count(step: int, total: int) -> None:
-        nonlocal done
-        done = step
-        steps(step, total)
-
-    try:
-        model, train = _tuned(source, recipe, data, count)
-        heldout = _heldout_loss(model, data["eval"], recipe.batch_size)
-        if not math.isfinite(heldout):
-            diverged = f"The held-out loss is {heldout} after step {done}"
-    except TrainingError as error:
-        diverged = str(error).partition(";")[0]  # the rest is advice for a single run
-    return LRRun(
-        method=recipe.method,
-        lr=rate_of(recipe),
-        seed=recipe.seed,
-        heldout_loss=None if diverged else heldout,
-        train_loss=None if diverged else train,
-        steps=done,
-        seconds=round(time.monotonic() - started, 2),
-        diverged=diverged,
-    )
-
-
-def _tuned(
-    source: Source,
-    recipe: Recipe,
-    data: Mapping[str, Dataset],
-    steps: Callable[[int, int], None] = lambda *_: None,
-) -> tuple[nn.Module, float]:
-    """Train as by `train`, without a run folder.
-
-    Returns:
-        The tuned model, without methods and casts, and the mean training loss of the last tenth of the steps.
-    """
     quiet = replace(
         recipe, eval=None, eval_share=0.0, eval_every=None, patience=None, save_every=None, log_every=1,
         report_to=(NO_TRACKER,),
     )  # fmt: skip
     parts = {"train", *(["support"] if compares(recipe) else []), *({"keep"} & data.keys())}
+    used = {name: data[name] for name in parts}
     model, tokenizer = source.load(recipe.dtype, recipe.quantize)
+    heldout, diverged = math.nan, None
     with tempfile.TemporaryDirectory(prefix="siftune-lr-") as folder:
-        used = {name: data[name] for name in parts}
         # a rate that breaks a step is a result
         built = build(quiet, model, tokenizer, used, Path(folder), [StepProgress(steps)], BrokenSteps(0))
         try:
             built.trainer.train()
+        except TrainingError as error:
+            diverged = str(error).partition(";")[0]  # the rest is advice for a single run
         finally:
             built.release()
-    losses = [entry["loss"] for entry in built.trainer.state.log_history if "loss" in entry]
-    return built.trainer.model, fmean(losses[-max(1, len(losses) // 10) :])
+    trainer = built.trainer
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if diverged is None:
+        heldout = _heldout_loss(trainer.model, data["eval"], recipe.batch_size)
+        if not math.isfinite(heldout):
+            diverged = f"The held-out loss is {heldout} after step {trainer.state.global_step}"
+    return LRRun(
+        method=recipe.method,
+        lr=rate_of(recipe),
+        seed=recipe.seed,
+        heldout_loss=None if diverged else heldout,
+        train_loss=None if diverged else fmean(losses[-max(1, len(losses) // 10) :]),
+        steps=trainer.state.global_step,
+        seconds=round(time.monotonic() - started, 2),
+        diverged=diverged,
+    )
 
 
 def _heldout_loss(model: nn.Module, rows: Dataset, batch_size: int) -> float:

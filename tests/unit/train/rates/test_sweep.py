@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
-from support.tiny_run import lines, recipe, save_rows
+from support.tiny_run import recipe, save_rows
 from torch.nn.functional import cross_entropy
 
 from siftune.base.errors import InputError, RecipeError, TrainingError
@@ -82,7 +82,7 @@ def test_a_run_is_that_of_train_measured_on_every_token_alike(plain, tmp_path):
     assert runs[0].train_loss == trained.summary["loss_last"]
     assert (runs[0].cell, runs[0].steps, runs[0].diverged) == (("ist", 3e-3, 5), 6, None)
     base, _ = module.load_model(one.model)
-    assert sweep.folder.base_loss == pytest.approx(per_token(base, data), rel=1e-6)
+    assert sweep.result.base_heldout_loss == pytest.approx(per_token(base, data), rel=1e-6)
 
 
 @pytest.mark.usefixtures("restored_algorithms")
@@ -146,11 +146,11 @@ def test_a_sweep_that_was_cut_does_only_the_rest(plain, tmp_path):
         pass
     with pytest.raises(KeyboardInterrupt):
         swept(plain, grid("rst"), tmp_path / "cut", stop)
-    first = open_sweep(plain, grid("rst"), tmp_path / "cut").folder.runs()
+    first = open_sweep(plain, grid("rst"), tmp_path / "cut").runs()
     rest, again = swept(plain, grid("rst"), tmp_path / "cut")
     assert [run.cell for run in rest] == [("rst", 1e-2, 0)]
-    assert losses(first + rest) == losses(whole) == losses(again.folder.runs())
-    assert len(lines(tmp_path / "cut" / "results.jsonl")) == 2
+    assert losses(first + rest) == losses(whole) == losses(again.runs())
+    assert len(again.runs()) == 2
 
 
 def losses(runs):
@@ -172,9 +172,9 @@ def test_methods_rates_and_seeds_can_be_added_and_one_model_is_in_memory_at_a_ti
     more = replace(plain, gast=GASTSettings(select=2, support="rest"), save_every=3, log_every=2)
     runs, sweep = swept(more, grid("gast", rates=(1e-2,), seeds=(0, 1)), tmp_path / "sweep")
     assert [run.cell for run in runs] == [("gast", rate, seed) for seed in (0, 1) for rate in (1e-2,)]
-    assert len(sweep.folder.runs()) == 3
+    assert len(sweep.runs()) == 3
     left = {path.name for path in (tmp_path / "sweep").rglob("*")}
-    assert left == {"start.json", "results.jsonl", "dense.yaml", "gast.yaml"}
+    assert left == {"rates.json", "dense.yaml", "gast.yaml"}
     assert max(most) == 1 < len(most)
     assert not (tmp_path / "unused").exists()
 
@@ -237,7 +237,23 @@ def test_a_method_that_cannot_run_is_refused_before_the_first_run(plain, tmp_pat
     deep = replace(plain, layers=(9,))  # only training finds out how many layers there are
     with pytest.raises(InputError, match="9"):
         swept(deep, grid("dense"), tmp_path / "sweep")
-    assert not (tmp_path / "sweep" / "results.jsonl").exists()
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_method_that_is_refused_later_leaves_the_finished_runs(plain, tmp_path, monkeypatch):
+    run = lr_sweep._run
+
+    def refused(source, recipe, *more):
+        if recipe.method == "rst":
+            raise RecipeError("rst cannot train this model")
+        return run(source, recipe, *more)
+
+    monkeypatch.setattr(lr_sweep, "_run", refused)
+    with pytest.raises(RecipeError, match="rst"):
+        swept(plain, grid("dense", "rst", rates=(1e-3,)), tmp_path / "sweep")
+    again = open_sweep(plain, grid("dense", "rst", rates=(1e-3,)), tmp_path / "sweep")
+    assert [run.cell for run in again.runs()] == [("dense", 1e-3, 0)]
+    assert again.missing() == [("rst", 1e-3, 0)]
 
 
 def test_held_out_rows_that_are_trained_on(plain, rows, tmp_path, caplog):
@@ -309,8 +325,8 @@ def test_a_target_is_trained_on_by_every_method_and_steers_one(plain, rows, tmp_
     aimed = replace(plain, steps=2, target=str(few), gast=GASTSettings(**{**GASTSettings.with_target, "select": 2}))
     sweep = open_sweep(aimed, grid("dense", "gast", rates=(1e-3,)), tmp_path / "sweep")
     assert [one.target for one in sweep.recipes.values()] == [str(few), str(few)]
-    assert len(sweep.rows["support"]) == 3
-    assert len(sweep.rows["train"]) > len(load_rows(str(rows)))
+    assert len(sweep.read.parts["support"]) == 3
+    assert len(sweep.read.parts["train"]) > len(load_rows(str(rows)))
     assert [run.diverged for run in run_missing(sweep, lambda *_: None)] == [None, None]
     again = open_sweep(aimed, grid("dense", "gast", rates=(1e-3,)), tmp_path / "sweep")
     assert again.missing() == []
