@@ -64,6 +64,14 @@ def test_a_run_folder(copy, capsys, command, name, kind):
     assert message.startswith(f"{path} is ") or (name, kind) == ("recipe.yaml", "pipe")  # then it is no run folder
 
 
+@pytest.mark.parametrize("name", ["bad_rows.txt", "eval.json"])
+@pytest.mark.parametrize("command", ["rows", "report"])
+def test_files_that_a_run_folder_need_not_have(copy, capsys, command, name):
+    path = copy / "run" / name
+    spoil(path, "link", copy.parent / "elsewhere")
+    assert refusal(capsys, command, copy, copy / "run").startswith(f"{path} is ")
+
+
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 @pytest.mark.parametrize("name", ["README.md", "chat_template.jinja", "adapter_model.safetensors"])
 @pytest.mark.parametrize("command", ["eval", "export", "ask", "train --from-adapter"])

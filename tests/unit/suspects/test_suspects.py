@@ -13,7 +13,6 @@ from siftune.cli.main import main
 from siftune.data.decisions import read_decisions
 from siftune.data.read import load_rows
 from siftune.data.rows import Text
-from siftune.recipe.again import note_recipe
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import resolve_recipe
 from siftune.recipe.training_rows import digest_of
@@ -40,7 +39,6 @@ def scored(base, tmp_path):
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
         folder.mkdir()
         (folder / "recipe.yaml").write_text(recipe_to_yaml(resolve_recipe(recipe(base, path, folder, method="dense"))))
-        note_recipe(folder)
         about = digest_of(load_rows(str(path)))
         RunFolder(folder).write_run(status="finished", rows=about)
         if losses is None:
