@@ -122,7 +122,7 @@ def job_of(subject: "Subject", options: Options) -> Job:
 def _rows(subject: "Subject", options: Options, columns: tuple[str, ...]) -> "tuple[str, list[Row]]":
     """The rows to measure on, and what they are called."""
     from siftune.data.read import load_rows
-    from siftune.recipe.training_rows import log_files, refuse_changed, used_rows
+    from siftune.recipe.training_rows import refuse_changed, refuse_missing, used_rows
 
     recipe = subject.recipe
     if options.data is not None:
@@ -131,7 +131,7 @@ def _rows(subject: "Subject", options: Options, columns: tuple[str, ...]) -> "tu
         raise RecipeError(f"{subject.name} is no run folder, so it names no held-out rows: give --data FILE")
     folder = Path(subject.name).expanduser()
     if recipe.eval:
-        log_files(folder, [recipe.eval])
+        refuse_missing(folder, [recipe.eval])
         bad: list[DataError] | None = [] if recipe.bad_rows == "drop" else None
         return recipe.eval, load_rows(recipe.eval, "test", options.limit, columns, bad)
     if recipe.eval_share:

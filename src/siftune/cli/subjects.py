@@ -20,7 +20,7 @@ from siftune.models.adapters.attach import load_adapter
 from siftune.models.adapters.saved import CONFIG, read_config
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
-from siftune.recipe.training_rows import log_files
+from siftune.recipe.training_rows import refuse_missing
 from siftune.train.folder.checkpoints import step_of, whole_checkpoints
 from siftune.train.folder.run_folder import RunFolder
 from siftune.train.folder.weights import holds_tuned, put_in, read_about, read_tuned
@@ -178,7 +178,8 @@ def template_of(subject: Subject, template: str | Path | None) -> str | Path:
         return template
     recipe = subject.recipe or Recipe()
     if isinstance(recipe.template, Path):
-        log_files(Path(subject.name).expanduser(), [str(recipe.template)])
+        refuse_missing(Path(subject.name).expanduser(), [str(recipe.template)])
+        logger.info("%s: the chat template of the recipe of %s", recipe.template, subject.name)
     return recipe.template
 
 

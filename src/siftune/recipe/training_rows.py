@@ -1,11 +1,10 @@
 """Training rows of a recipe: reading and digests.
 
 Rows that cannot be used are collected from all files and reported together. A command on a run folder reads the files
-that its recipe names, and logs their names.
+that its recipe names; the readers log their names.
 """
 
 import hashlib
-import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +23,6 @@ from siftune.data.target import held_out, with_target
 from siftune.methods.options import OWN
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe, compared_with, train_files
-
-logger = logging.getLogger(__name__)
 
 DROP_ROWS = "drop_rows"  # name of the copy of a list of rows in a run folder, with the list's ending
 BAD_ROWS = "bad_rows.txt"  # file of a run folder
@@ -172,7 +169,7 @@ def used_rows(run: Path, recipe: Recipe) -> dict[str, list[Row]]:
     Raises:
         DataError: A file is missing or cannot be read any more.
     """
-    log_files(run, [*train_files(recipe), *filter(None, (recipe.target, recipe.drop_rows))])
+    refuse_missing(run, [*train_files(recipe), *filter(None, (recipe.target, recipe.drop_rows))])
     path = run / BAD_ROWS
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -187,11 +184,11 @@ def used_rows(run: Path, recipe: Recipe) -> dict[str, list[Row]]:
     }
 
 
-def log_files(run: Path, files: Sequence[str]) -> None:
-    """Log the names of files of a run's recipe that are read next.
+def refuse_missing(run: Path, files: Sequence[str]) -> None:
+    """Refuse files of a run's recipe that are missing.
 
     Raises:
-        DataError: A file is missing.
+        DataError: The message names the file and the recipe.
     """
     for file in files:
         path = Path(path_and_split(file)[0]).expanduser()
@@ -199,7 +196,6 @@ def log_files(run: Path, files: Sequence[str]) -> None:
             raise DataError(
                 f"{one_line(file)}, which {run / _RECIPE} names, does not exist: restore it, or correct its path there"
             )
-    logger.info("reading %s, as %s names", ", ".join(map(one_line, files)), run / _RECIPE)
 
 
 class _About(BaseModel):

@@ -11,13 +11,14 @@ from siftune.base.errors import InputError
 from siftune.report.charts import Plot, x_axis
 from siftune.report.parts import Figure, Section, canvas, number, slug, tag
 from siftune.report.subjects import RunData
-from siftune.report.words import NBSP, listed, percent
+from siftune.report.words import NBSP, cut, listed, percent
 from siftune.train.folder.run_folder import SELECTIONS
 from siftune.train.folder.selections import read_selections
 
 _BINS = 112  # columns of the figure; a cell is then ten pixels wide at most
 _SHADES = 4
 _NAMED = 3
+_MOST_SOURCES, _NAME = 6, 40  # sources that are named, and letters of a name
 _MOST_LAYERS = 2**10  # an untrusted file could name any layer
 
 
@@ -76,13 +77,16 @@ def _layer_text(run: RunData, trained_LS: NDArray[np.float64]) -> str:
 
 
 def _row_text(run: RunData) -> str:
-    """Shares of rows that were followed, by source if there are several."""
-    since = run.figure("resumed_step")
+    """Share of rows that were followed, of each source if there are a few."""
+    since, shares = run.figure("resumed_step"), [*run.followed.values()]
     after = "" if since is None else f" after step {since:,.0f}"
-    shares = [f"“{source}” {percent(share)}" for source, share in run.followed.items()]
     if len(shares) == 1:
-        shares = [percent(share) for share in run.followed.values()]
-    return f"Share of the rows that a layer followed{after}, on average: {listed(shares)}."
+        values = percent(shares[0])
+    elif len(shares) > _MOST_SOURCES:
+        values = f"{percent(min(shares))} to {percent(max(shares))} in {len(shares):,} sources"
+    else:
+        values = listed([f"“{cut(source, _NAME)}” {percent(share)}" for source, share in run.followed.items()])
+    return f"Share of the rows that a layer followed{after}, on average: {values}."
 
 
 def _layer_figure(steps: Sequence[int], trained_LS: NDArray[np.float64]) -> Figure:
@@ -91,7 +95,7 @@ def _layer_figure(steps: Sequence[int], trained_LS: NDArray[np.float64]) -> Figu
     parts = [range(start, min(start + size, len(steps))) for start in range(0, len(steps), size)]
     shares_LC = np.stack([trained_LS[:, part].mean(1) for part in parts], 1)
     edges = [*(steps[part[0]] for part in parts), steps[-1] + 1]
-    note = f"A column is {size} steps: the darker, the more of them trained the layer." if size > 1 else ""
+    note = f"A column is {size} steps: the stronger the colour, the more of them trained the layer." if size > 1 else ""
     title = "Trained layers by step"
     return Figure(title, lambda width: _draw_layers(width, title, edges, shares_LC), note, "full")
 

@@ -56,7 +56,7 @@ def complete_rows(rows: Sequence[Scored], columns: Sequence[str] = ()) -> tuple[
         if not Path(path_and_split(source)[0]).expanduser().exists():
             reasons.append(f"{one_line(source)} is no file here")
             continue
-        logger.info("reading %s, as the list names", one_line(source))
+        logger.info("%s: rows of the list", one_line(source))
         try:
             read = _read(source, of_file, columns)
         except InputError as error:

@@ -36,7 +36,7 @@ def test_a_list_and_a_sifted_pool(tmp_path, capsys):
     for subject in (folder, folder / "scores.csv"):
         _, told = siftune(capsys, "report", subject, "--out", page)
         assert "cannot be corrected here" not in page.read_text()
-        assert f"reading {pool}" in told
+        assert f"{pool}: rows of the list" in told
     assert "is no folder and no CSV file" in error_of(capsys, "report", pool)
     (folder / "scores.csv").write_text("row,text\n1,x\n")
     assert f"{folder / 'scores.csv'} has no column 'place'" in error_of(capsys, "report", folder)

@@ -47,7 +47,7 @@ def changed(trained, tmp_path):
 def test_files_are_logged(trained, caplog):
     caplog.set_level("INFO", "siftune")
     assert [row.completion for row in rows_of(trained / "run")] == [str(i + i * i) for i in range(8)]
-    assert f"reading {trained / 'rows.jsonl'}, as {trained / 'run' / 'recipe.yaml'} names" in caplog.messages
+    assert f"{trained / 'rows.jsonl'}: 8 rows" in caplog.messages
 
 
 @pytest.mark.parametrize("key", ["train", "target", "drop_rows"])

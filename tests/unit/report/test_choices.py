@@ -77,6 +77,21 @@ def test_the_shares_followed_are_those_of_the_run(tmp_path):
         assert f"“{source}” {100 * share:.1f}\u00a0%" in section.words[0]
 
 
+@pytest.mark.parametrize(
+    ("followed", "words"),
+    [
+        ({"a": 0.25}, "on average: 25.0\u00a0%."),
+        ({f"{at}": at / 10 for at in range(1, 8)}, "10.0\u00a0% to 70.0\u00a0% in 7 sources."),
+    ],
+)
+def test_one_source_is_not_named_and_many_are_a_range(tmp_path, followed, words):
+    run = save_run(tmp_path / "run", steps=2)
+    RunFolder(run).write_run(status="finished", summary={"followed": followed, "resumed_step": 5})
+    (text,) = section_of(run).words
+    assert text.startswith("Share of the rows that a layer followed after step 5, ")
+    assert text.endswith(words)
+
+
 @pytest.mark.parametrize("followed", [{}, {"a": "x"}, {"a": None}, [1], "nonsense"])
 def test_a_run_without_choices_has_no_section(tmp_path, followed):
     run = save_run(tmp_path / "run", steps=2)

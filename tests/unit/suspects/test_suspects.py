@@ -105,6 +105,19 @@ def test_rows_that_have_changed_are_refused(run):
         suspects(run)
 
 
+def test_an_edited_list_is_not_lost(run, capsys):
+    csv = run.parent / "bad.csv"
+    for _ in range(2):
+        siftune(capsys, "rows", run, "--csv", csv)
+    assert not [*run.parent.glob("*.edited*")]
+    written = csv.read_text()
+    csv.write_text(written.replace(",no,", ",yes,", 1))
+    _, said = siftune(capsys, "rows", run, "--csv", csv)
+    assert f"it is now {run.parent / 'bad.edited.csv'}" in said
+    assert (run.parent / "bad.edited.csv").read_text() == written.replace(",no,", ",yes,", 1)
+    assert csv.read_text() == written
+
+
 def test_the_command_shows_and_writes_them(run, capsys):
     csv = run / "lists" / "bad.csv"
     result, said = siftune(capsys, "rows", run, "--csv", csv)
