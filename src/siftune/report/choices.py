@@ -26,7 +26,7 @@ def selection(run: RunData, several: bool) -> Section | None:
     """The layers that trained over the steps, and the shares of rows that they followed; None if a run selects none."""
     words, figures = [], []
     steps, trained_LS = _trained(run)
-    if steps:
+    if trained_LS.size:
         words.append(_layer_text(run, trained_LS))
         figures.append(_layer_figure(steps, trained_LS))
     if run.followed:

@@ -99,6 +99,11 @@ def test_a_run_without_choices_has_no_section(tmp_path, followed):
     assert section_of(run) is None
 
 
+def test_steps_without_any_layer_have_no_figure(tmp_path):
+    record_layers(run := save_run(tmp_path / "run", steps=2), [(), ()], depth=0)
+    assert section_of(run) is None
+
+
 LINE = {"step": 0, "layers": [0, 1], "importance": [0.0, 0.0]}
 
 

@@ -1,6 +1,7 @@
 """Losses of a run's rows: those of models that were not trained on them, in a file that fits the rows."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -187,6 +188,15 @@ def test_the_command_scores_once_and_training_again_removes_the_scores(run, caps
     train(replace(load_recipe(run / "recipe.yaml"), resume=True, steps=2), QUIET)
     assert not (run / LOSSES).exists()
     assert not (run / HALVES).exists()
+
+
+def test_the_base_may_have_moved(run, base, tmp_path, capsys, trainings):
+    moved = shutil.copytree(base, tmp_path / "moved")
+    path = run / "recipe.yaml"
+    path.write_text(path.read_text().replace(str(base), "/elsewhere/base"))
+    assert "/elsewhere/base" in error_of(capsys, "rows", run)
+    assert siftune(capsys, "rows", run, "--base", moved)[0]["rows"] == 40
+    assert len(trainings) == 2
 
 
 def test_too_few_rows_are_refused_before_a_training(base, tmp_path, capsys, monkeypatch):
