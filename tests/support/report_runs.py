@@ -14,6 +14,7 @@ from siftune.recipe.schema import Recipe, resolve_recipe
 from siftune.report.evals import Answer, Eval, record_eval
 from siftune.train.folder.run_folder import RunFolder
 from siftune.train.folder.selections import SelectionRecord
+from siftune.train.results import FollowedShares
 
 KINDS = ("arithmetic", "facts", "wrong")
 SAMPLES = 8  # rows of a batch
@@ -32,14 +33,16 @@ def save_run(path: Path, method: str = "dense", steps: int = 40, depth: int = 12
         if step % 10 == 0:
             folder.append("metrics.jsonl", {"step": step, "eval_loss": 0.5 + 1.3 / step**0.5})
     figures = {"loss_first": 2.1, "loss_last": 0.4, "eval_loss": 0.7 + seed / 50, "seconds": 61.5 + 9 * seed}
-    summary = {"steps": steps, **figures, "tokens": 4000, "peak_memory_mb": 1800.0 + 90 * seed, "followed": {}}
-    folder.write_run(status="finished", summary=summary)
-    record = SelectionRecord(path, [KINDS[number % 3] for number in range(steps * SAMPLES)])
+    kinds = [KINDS[number % 3] for number in range(steps * SAMPLES)]
+    record, followed = SelectionRecord(path, kinds), FollowedShares(kinds)
     if "ist" in method or method == "rst":
         _layers(record, method, steps, depth, generator)
     if "gast" in method:
-        _rows(record, steps, depth, generator)
+        _rows(record, followed, steps, depth, generator)
     record.write()
+    memory = {"peak_memory_mb": 1800.0 + 90 * seed}
+    summary = {"steps": steps, **figures, "tokens": 4000, **memory, "followed": followed.shares()}
+    folder.write_run(status="finished", summary=summary)
     return path
 
 
@@ -65,7 +68,7 @@ def _layers(record, method, steps, depth, generator):
         record.layers(LayerChoice(step, tuple(sorted(chosen.tolist())), given, moved))
 
 
-def _rows(record, steps, depth, generator):
+def _rows(record, followed, steps, depth, generator):
     for step in range(steps):
         rows = list(range(step * SAMPLES, (step + 1) * SAMPLES))
         kind = np.array([row % 3 for row in rows])
@@ -73,7 +76,9 @@ def _rows(record, steps, depth, generator):
         scores = torch.from_numpy(1e-9 * (common + 0.7 * generator.normal(size=(depth, SAMPLES)))).float()
         selected = scores.topk(SAMPLES // 2).indices.sort().values
         layers = tuple(range(depth))
-        record.rows(SampleChoice(step, 0, tuple(map(str, layers)), layers, scores, selected), rows)
+        choice = SampleChoice(step, 0, tuple(map(str, layers)), layers, scores, selected)
+        record.rows(choice, rows)
+        followed.add(choice, rows)
 
 
 def _answer(i):

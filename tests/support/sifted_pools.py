@@ -7,7 +7,6 @@ from pathlib import Path
 
 from siftune.base.work_folder import record_text
 from siftune.data.decisions import Decision, decisions_csv
-from siftune.recipe.again import note_file
 
 LIMITS = (1.25, 0.6)  # on the score, and on the similarity of prompts
 
@@ -33,7 +32,7 @@ def save_pool(path: Path, count: int, long: int = 0) -> Path:
     return path
 
 
-def save_sifting(folder: Path, pool: Path, own: bool = True, rare: int = 0) -> Path:
+def save_sifting(folder: Path, pool: Path, rare: int = 0) -> Path:
     """Write the folder of `siftune sift` of such a pool: scores around the limits, and none for the other task.
 
     Rows of the task whose number is a multiple of `rare` are selected whatever their score; none for 0.
@@ -57,6 +56,4 @@ def save_sifting(folder: Path, pool: Path, own: bool = True, rare: int = 0) -> P
         "similarity_limit": 0.6,
     }
     (folder / "sift.json").write_text(record_text({"model": "tiny", "columns": []}, state))
-    if own:
-        note_file(folder / "scores.csv")
     return folder

@@ -1,7 +1,7 @@
 """A tiny model in a folder, rows in a file, and recipes of runs on them that take seconds."""
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from support.tokenizer import byte_tokenizer
 
 from siftune.methods import METHODS
 from siftune.recipe.schema import Recipe
+from siftune.train.folder.run_folder import SELECTIONS
 from siftune.train.folder.selections import read_selections
 
 
@@ -47,11 +48,13 @@ def recipe(base: Path, rows: Path, out: Path, **settings: Any) -> Recipe:
 
 
 def choices_of(run: Path) -> list[dict[str, Any]]:
-    """Read what a run chose; arrays as lists, so that records can be compared."""
-    return [
-        {key: value.tolist() if hasattr(value, "tolist") else value for key, value in asdict(record).items()}
-        for record in read_selections(run)
-    ]
+    """Read the lines of a run's record of choices; `followed` has a list for each layer."""
+    path = run / SELECTIONS
+    choices = read_selections(path).to_pylist() if path.exists() else []
+    for choice in choices:
+        samples = len(choice["followed"]) // len(choice["layers"])
+        choice["followed"] = [choice["followed"][at * samples :][:samples] for at in range(len(choice["layers"]))]
+    return choices
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A list of recipes of its own, a way to interfere with the runs of `train`, and one to undo full determinism."""
+"""A way to interfere with the runs of `train`, and one to undo full determinism."""
 
 import os
 from unittest.mock import patch
@@ -7,15 +7,6 @@ import pytest
 import torch
 
 from siftune.train.trainer import SiftTrainer
-
-
-@pytest.fixture(scope="session", autouse=True)
-def list_of_recipes(tmp_path_factory):
-    """Keep the user's list of own recipes out of the tests."""
-    cache = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as changes:
-        changes.setattr("siftune.recipe.again.cache_root", lambda: cache)
-        yield
 
 
 @pytest.fixture

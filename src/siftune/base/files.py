@@ -7,18 +7,22 @@ the command line takes it: `Progress`.
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import pickle
 import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
 from siftune.base.errors import InputError, ModelError, TrainingError
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -120,6 +124,16 @@ def hash_of(path: Path) -> str:
     """SHA-256 of a file in hexadecimal, read piece by piece."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def keep_edited(path: Path, digest: str | None) -> None:
+    """Rename a file that is about to be written again, unless its SHA-256 is that of the content that siftune wrote."""
+    if not path.is_file() or hash_of(path) == digest:
+        return
+    names = (path.with_stem(f"{path.stem}.edited{number or ''}") for number in count())
+    kept = next(name for name in names if not name.exists())
+    path.rename(kept)
+    logger.warning("%s was edited, or written by another command: it is now %s", path, kept)
 
 
 def why_unreadable(error: BaseException) -> str:

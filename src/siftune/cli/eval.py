@@ -122,26 +122,23 @@ def job_of(subject: "Subject", options: Options) -> Job:
 def _rows(subject: "Subject", options: Options, columns: tuple[str, ...]) -> "tuple[str, list[Row]]":
     """The rows to measure on, and what they are called."""
     from siftune.data.read import load_rows
-    from siftune.recipe.again import is_own
-    from siftune.recipe.training_rows import used_rows
+    from siftune.recipe.training_rows import refuse_changed, refuse_missing, used_rows
 
     recipe = subject.recipe
     if options.data is not None:
         return options.data, load_rows(options.data, "test", options.limit, columns)
     if recipe is None:
         raise RecipeError(f"{subject.name} is no run folder, so it names no held-out rows: give --data FILE")
-    if (recipe.eval or recipe.eval_share) and not is_own(Path(subject.name).expanduser()):
-        raise RecipeError(
-            f"this user has not trained by the recipe of {subject.name} on this machine, so the files that it names "
-            "are not read: give --data FILE"
-        )
+    folder = Path(subject.name).expanduser()
     if recipe.eval:
+        refuse_missing(folder, [recipe.eval])
         bad: list[DataError] | None = [] if recipe.bad_rows == "drop" else None
         return recipe.eval, load_rows(recipe.eval, "test", options.limit, columns, bad)
     if recipe.eval_share:
         files = " and ".join(train_files(recipe))
-        rows = used_rows(Path(subject.name).expanduser(), recipe, "eval")
-        return f"{100 * recipe.eval_share:g} % of {files}", rows[: options.limit]
+        parts = used_rows(folder, dataclasses.replace(recipe, keep=None))
+        refuse_changed(folder, parts["train"])
+        return f"{100 * recipe.eval_share:g} % of {files}", parts["eval"][: options.limit]
     raise RecipeError(f"the recipe of {subject.name} names no held-out rows: give --data FILE")
 
 

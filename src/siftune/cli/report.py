@@ -20,8 +20,6 @@ class Options(Validated):
     """Folders of siftune train, sift, demo or find-lr, or CSV files of siftune rows. Several runs are compared."""
     out: Annotated[str, Flag(short="-o")] = "report.html"
     """File to write; an existing one is replaced."""
-    files: tuple[str, ...] = ()
-    """Files of the rows, if somebody else wrote the list, or on another machine: only files that you name are read."""
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -30,6 +28,6 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.report.page import make_page
 
     console = text_console(stderr=True)
-    page = make_page(options.folders, files=options.files).write(options.out)
+    page = make_page(options.folders).write(options.out)
     console.print(f"report in {page} ({page.stat().st_size / 1000:,.0f} kB): open it in a browser", markup=False)
     return {"report": page, "bytes": page.stat().st_size}

@@ -1,7 +1,8 @@
 """`siftune rows`: suspect rows of a run, with text and place."""
 
+import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic.dataclasses import dataclass
 
@@ -11,9 +12,6 @@ from siftune.base.settings import CONFIG, Count, Validated
 from siftune.base.text import counted
 from siftune.cli.options import Flag
 from siftune.cli.sources import source_of
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 @dataclass(config=CONFIG)
@@ -31,12 +29,10 @@ class Options(Validated):
     top: Count | None = None
     """Report at most N rows; if not given, 10 on the screen and all in the file. If the losses do not tell which rows
     are wrong, the N with the highest scores."""
-    files: tuple[str, ...] = ()
-    """Files of the rows, if somebody else trained, or on another machine: only files that you name are read."""
     csv: Path | None = None
     """Write them to this CSV file, with complete texts."""
     base: str | None = None
-    """Base model of the run, if it has moved or somebody else trained: a folder, hub id, smollm2 or a kit."""
+    """Base model of the run, if it has moved: a folder, hub id, smollm2 or a kit."""
 
 
 _SHOWN = 10
@@ -62,8 +58,10 @@ def run(options: Options) -> dict[str, Any]:
 
     errors = text_console(stderr=True)
     if not (folder / LOSSES).is_file():
-        _score(options, folder, errors)
-    rows = ScoredRows(folder, options.files)
+        from siftune.suspects.scoring import score_run  # imports torch
+
+        score_run(folder, options.base, errors, source_of)
+    rows = ScoredRows(folder)
     count = rows.suspects or options.top or 0
     listed = rows.highest(min(count, options.top or count))
     title = f"{rows.suspects:,} of {counted(len(rows.rows), 'row')} of {options.run} may be wrong"
@@ -79,30 +77,11 @@ def run(options: Options) -> dict[str, Any]:
     return {"run": folder, "rows": len(rows.rows), "suspects": rows.suspects, "listed": listed}
 
 
-def _score(options: Options, folder: Path, console: "Console") -> None:
-    """Score the rows of a run."""
-    from siftune.recipe.again import is_own
-    from siftune.recipe.read import load_recipe
-    from siftune.recipe.schema import Recipe
-    from siftune.suspects.scoring import score_run
-
-    recipe: Recipe = load_recipe(folder / "recipe.yaml")
-    if not is_own(folder):
-        other = f"this user has not trained {options.run} on this machine"
-        if options.base is None:
-            raise RecipeError(f"{other}: name its base model with --base.")
-        if isinstance(recipe.template, Path):
-            raise RecipeError(f"{other}, so its chat template {recipe.template} is not read: train by its recipe here.")
-    score_run(folder, options.files, options.base, console, source_of)
-
-
 def _write(path: Path, text: str) -> None:
-    from siftune.base.files import write_beside
-    from siftune.recipe.again import keep_edited, note_file
+    from siftune.base.files import keep_edited, write_beside
 
     path = path.expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    keep_edited(path)
+    keep_edited(path, hashlib.sha256(text.encode()).hexdigest())
     with write_beside(path) as [beside]:
         beside.write_text(text, encoding="utf-8")
-    note_file(path)  # report pages may read the rows that it names

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from siftune.base.errors import AdapterError, InputError, KitError, ModelError, RecipeError
+from siftune.base.errors import AdapterError, InputError, KitError, ModelError
 from siftune.base.files import refuse_links
 from siftune.base.json_files import read_json
 from siftune.cli.paths import refuse_unknown
@@ -17,9 +17,9 @@ from siftune.cli.sources import Kind, kind_of, source_of
 from siftune.data.encode import use_template
 from siftune.models.adapters.attach import load_adapter
 from siftune.models.adapters.saved import CONFIG, read_config
-from siftune.recipe.again import is_own
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import Recipe
+from siftune.recipe.training_rows import refuse_missing
 from siftune.train.folder.checkpoints import step_of, whole_checkpoints
 from siftune.train.folder.run_folder import RunFolder
 from siftune.train.folder.weights import holds_tuned, put_in, read_about, read_tuned
@@ -170,16 +170,14 @@ def template_of(subject: Subject, template: str | Path | None) -> str | Path:
     """Chat template for a subject: the one that the user gives, or else that of the run's recipe, or auto.
 
     Raises:
-        RecipeError: The recipe names a file, and this user has not trained by it on this machine.
+        DataError: The recipe names a file that is missing.
     """
     if template is not None:
         return template
     recipe = subject.recipe or Recipe()
-    if isinstance(recipe.template, Path) and not is_own(Path(subject.name).expanduser()):
-        raise RecipeError(
-            f"{subject.name} is not your own run here, so the chat template that its recipe names is not read: "
-            "give --template auto, chat, none or FILE"
-        )
+    if isinstance(recipe.template, Path):
+        refuse_missing(Path(subject.name).expanduser(), [str(recipe.template)])
+        logger.info("%s: the chat template of the recipe of %s", recipe.template, subject.name)
     return recipe.template
 
 

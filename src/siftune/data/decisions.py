@@ -127,13 +127,13 @@ class Decisions(NamedTuple):
     with_scores: bool = False
 
 
-def read_decisions(path: str, files: Sequence[str] = (), moved: Sequence[str] = ()) -> Decisions:
+def read_decisions(path: str, moved: Sequence[str] = ()) -> Decisions:
     r"""Read a decision file, or a file of places alone, in which lines that begin with # are comments.
 
     Args:
         path: The file.
-        files: Files of rows, which stand for those of the same name in places.
-        moved: The same, but only for files of places that are gone, as after a project was moved.
+        moved: Files of rows, which stand for those of the same name in places that are gone, as after a project was
+            moved.
 
     Raises:
         DataError: The file can't be read; it is one of places alone, and has none; a value of the column `selected` is
@@ -167,7 +167,7 @@ def read_decisions(path: str, files: Sequence[str] = (), moved: Sequence[str] = 
     is_there = cache(lambda source: os.path.exists(os.path.expanduser(path_and_split(source)[0])))
     for line in lines:
         source = file_of(line.place)
-        named = file_named(source, files) or (not is_there(source) and file_named(source, moved)) or source
+        named = (not is_there(source) and file_named(source, moved)) or source
         place = absolute_place(named + line.place.removeprefix(source))
         if selected.setdefault(place, line.selected) != line.selected:
             raise DataError(f"{path} names {line.place} twice, once with yes and once with no: remove one of the lines")

@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from siftune.report.parts import Figure, Size, canvas, number, path, tag
+from siftune.report.parts import Figure, canvas, number, path, tag
 from siftune.report.words import cut, percent, percent_texts, short, tick_texts, ticks
 
 LETTER, BOLD = 6.2, 7.2  # pixels that a letter takes, more or less
@@ -116,21 +116,17 @@ class Chart:
     """How lines are drawn."""
 
     y_label: str  # what the values are, with their unit
-    x_label: str = "optimizer step"
     zero: bool = False  # begin there
-    percent: bool = False  # the values are shares
 
 
-def line_chart(title: str, lines: Sequence[Line], chart: Chart, note: str = "", size: Size = "third") -> Figure:
+def line_chart(title: str, lines: Sequence[Line], chart: Chart, note: str = "") -> Figure:
     """Draw lines; values that are not finite are left out, and lines without any."""
     lines = [thin for thin in map(_thinned, lines) if thin.xs]
     hover = {
-        "kind": "lines",
         "x": sorted({x for line in lines for x in line.xs}),
         "lines": [[line.name, list(line.xs), [_rounded(y) for y in line.ys]] for line in lines],
-        "percent": chart.percent,
     }
-    return Figure(title, lambda width: _draw_lines(width, title, lines, chart), note, size, hover if lines else None)
+    return Figure(title, lambda width: _draw_lines(width, title, lines, chart), note, hover=hover if lines else None)
 
 
 def _draw_lines(width: int, title: str, lines: Sequence[Line], chart: Chart) -> Markup:
@@ -140,9 +136,9 @@ def _draw_lines(width: int, title: str, lines: Sequence[Line], chart: Chart) -> 
     right = 12 + BOLD * max(map(len, names))
     xs, ys = [x for line in lines for x in line.xs], [y for line in lines for y in line.ys]
     across = (min(xs), max(xs)) if max(xs) > min(xs) else (min(0.0, xs[0]), max(1.0, xs[0]))  # a single step
-    plot = Plot(44, 20, width - 44 - right, 150, across, room(ys, chart.zero, chart.percent))
+    plot = Plot(44, 20, width - 44 - right, 150, across, room(ys, chart.zero))
     ends = spread([plot.at_y(line.ys[-1]) for line in lines], 13, plot.top, plot.top + plot.height)
-    parts = [*y_axis(plot, chart.y_label, percent=chart.percent), *x_axis(plot, chart.x_label)]
+    parts = [*y_axis(plot, chart.y_label), *x_axis(plot, "optimizer step")]
     for line, name, end in zip(lines, names, ends, strict=True):
         kind = f"c{line.colour % COLOURS}"
         dashes = " dashed" if line.dashed else ""

@@ -1,43 +1,66 @@
-"""Sections on the layers that trained and the rows that layers followed."""
+"""Section on the layers that trained and the rows that layers followed."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
-from siftune.methods.drivers.sample_choice import ALL_LAYERS
-from siftune.report.charts import COLOURS, Chart, Line, line_chart
-from siftune.report.heat import LABEL, Cells, heat_map
-from siftune.report.parts import Figure, Section, slug
+from siftune.base.errors import InputError
+from siftune.report.charts import Plot, x_axis
+from siftune.report.parts import Figure, Section, canvas, number, slug, tag
 from siftune.report.subjects import RunData
 from siftune.report.words import NBSP, cut, listed, percent
-from siftune.train.folder.selections import LayersOfStep, RowsOfBatch
+from siftune.train.folder.run_folder import SELECTIONS
+from siftune.train.folder.selections import read_selections
 
-BINS = 112  # columns of a heat map over steps; a cell is then ten pixels wide at most
+_BINS = 112  # columns of the figure; a cell is then ten pixels wide at most
+_SHADES = 4
 _NAMED = 3
-# ends of the colours, at least, so that noise is pale (ours)
-_LEAST_IMPORTANCE, _LEAST_Z = 1.0, 0.5
+_MOST_SOURCES, _NAME = 6, 40  # sources that are named, and letters of a name
+_MOST_LAYERS = 2**10  # an untrusted file could name any layer
 
 
-def layers(run: RunData, several: bool) -> Section | None:
-    """Who trained, and importance where the method has one; None where layers were not chosen."""
-    steps = run.layers
-    if not steps:
+def selection(run: RunData, several: bool) -> Section | None:
+    """The layers that trained over the steps, and the shares of rows that they followed; None if a run selects none."""
+    words, figures = [], []
+    steps, trained_LS = _trained(run)
+    if trained_LS.size:
+        words.append(_layer_text(run, trained_LS))
+        figures.append(_layer_figure(steps, trained_LS))
+    if run.followed:
+        words.append(_row_text(run))
+    if not words:
         return None
-    depth = 1 + max(max(step.layers, default=0) for step in steps)
-    depth = max([depth, *(len(step.importance) for step in steps if step.importance is not None)])
-    trained_LS = _trained(steps, depth)
-    figures = [_who(run, trained_LS, steps), *_importance(run, steps)]
-    title = f"Trained layers{f': {run.name}' if several else ''}"
-    return Section(f"layers-{slug(run.name)}", title, [_layer_text(run, trained_LS)], figures)
+    title = f"Selected layers and rows{f': {run.name}' if several else ''}"
+    return Section(f"selection-{slug(run.name)}", title, words, figures)
 
 
-def _trained(steps: Sequence[LayersOfStep], depth: int) -> NDArray[np.float64]:
-    """(L, S) 1 where a layer trained in a step."""
-    trained = np.zeros((depth, len(steps)))
-    for place, step in enumerate(steps):
-        trained[list(step.layers), place] = 1
-    return trained
+def _trained(run: RunData) -> tuple[list[int], NDArray[np.float64]]:
+    """Steps with a choice of layers; and (L, S) 1 where a layer trained in a step.
+
+    Raises:
+        InputError: The record is damaged, or no run has made it.
+    """
+    path = run.path / SELECTIONS
+    if not path.exists():
+        return [], np.zeros((0, 0))
+    table = read_selections(path)
+    table = table.filter(table["batch"].is_null())  # without choices of rows
+    steps, chosen, importance = (table[name].to_pylist() for name in ("step", "layers", "importance"))
+    try:
+        numbers = [layer for layers in chosen for layer in layers]
+        depth = max([*map(len, importance), *(1 + layer for layer in numbers)], default=0)
+        ascending = all(before < after for before, after in pairwise(map(int, steps)))
+        if min(numbers, default=0) < 0 or depth > _MOST_LAYERS or not ascending:
+            raise ValueError("steps or layers of no run")
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); move it elsewhere") from error
+    trained_LS = np.zeros((depth, len(steps)))
+    for place, layers in enumerate(chosen):
+        trained_LS[layers, place] = 1
+    return steps, trained_LS
 
 
 def _layer_text(run: RunData, trained_LS: NDArray[np.float64]) -> str:
@@ -53,183 +76,47 @@ def _layer_text(run: RunData, trained_LS: NDArray[np.float64]) -> str:
     )
 
 
-def _who(run: RunData, trained_LS: NDArray[np.float64], steps: Sequence[LayersOfStep]) -> Figure:
-    values, columns = binned(trained_LS, [step.step for step in steps])
-    share = values.shape[1] < trained_LS.shape[1]
-    unit = "share of the steps" if share else "trained"
-    cells = Cells(values[::-1], _numbers(len(values)), columns, 0, 1, "optimizer step", "layer", unit)
-    note = f"Each column is {-(-len(steps) // BINS)} steps." if share else ""
-    return heat_map("Trained layers by step", cells, note, "full")
+def _row_text(run: RunData) -> str:
+    """Share of rows that were followed, of each source if there are a few."""
+    since, shares = run.figure("resumed_step"), [*run.followed.values()]
+    after = "" if since is None else f" after step {since:,.0f}"
+    if len(shares) == 1:
+        values = percent(shares[0])
+    elif len(shares) > _MOST_SOURCES:
+        values = f"{percent(min(shares))} to {percent(max(shares))} in {len(shares):,} sources"
+    else:
+        values = listed([f"“{cut(source, _NAME)}” {percent(share)}" for source, share in run.followed.items()])
+    return f"Share of the rows that a layer followed{after}, on average: {values}."
 
 
-def _importance(run: RunData, steps: Sequence[LayersOfStep]) -> list[Figure]:
-    """Importance over steps, for methods that have one: it stays as it was where it is not recorded."""
-    depth = max((len(step.importance) for step in steps if step.importance is not None), default=0)
-    if not depth:
-        return []
-    current, columns = np.zeros(depth), []
-    for step in steps:
-        if step.importance is not None:
-            current = np.pad(step.importance, (0, depth - len(step.importance)))
-        columns.append(current)
-    values, labels = binned(np.stack(columns, 1), [step.step for step in steps])
-    bound = max(float(np.abs(values).max()), _LEAST_IMPORTANCE)
-    cells = Cells(
-        values[::-1], _numbers(len(values)), labels, -bound, bound, "optimizer step", "layer", "importance"
-    )  # fmt: skip
-    note = "Logits. Layers whose adapters raise the loss most if suppressed get high ones. All begin at zero."
-    return [heat_map("Importance", cells, note, "full")]
+def _layer_figure(steps: Sequence[int], trained_LS: NDArray[np.float64]) -> Figure:
+    """Layers up, steps across; the shade is the share of a column's steps in which the layer trained."""
+    size = -(-len(steps) // _BINS)
+    parts = [range(start, min(start + size, len(steps))) for start in range(0, len(steps), size)]
+    shares_LC = np.stack([trained_LS[:, part].mean(1) for part in parts], 1)
+    edges = [*(steps[part[0]] for part in parts), steps[-1] + 1]
+    note = f"A column is {size} steps: the stronger the colour, the more of them trained the layer." if size > 1 else ""
+    title = "Trained layers by step"
+    return Figure(title, lambda width: _draw_layers(width, title, edges, shares_LC), note, "full")
 
 
-def _numbers(count: int) -> list[str]:
-    """Labels from the last layer, at the top, to the first."""
-    return [str(layer) for layer in reversed(range(count))]
-
-
-def binned(values_RS: NDArray[np.float64], steps: Sequence[int]) -> tuple[NDArray[np.float64], list[str]]:
-    """Means of neighbouring steps, no more than can be told apart; and the first step of each."""
-    size = -(-values_RS.shape[1] // BINS)
-    parts = [np.arange(start, min(start + size, len(steps))) for start in range(0, len(steps), size)]
-    return np.stack([values_RS[:, part].mean(1) for part in parts], 1), [str(steps[part[0]]) for part in parts]
-
-
-_BINS = 24  # points of a line of shares
-_SOURCES = COLOURS  # sources with a line of their own; rarer ones share one
-_OTHERS = "others"
-_LARGEST = 64  # rows of a batch that are shown
-_BOUND = 2.0  # z-scores at which the colours end
-
-
-def rows(run: RunData, several: bool) -> Section | None:
-    """Alignment and shares followed; None where rows were not chosen."""
-    batches = run.batches
-    if not batches:
-        return None
-    sources = _Sources(batches)
-    partial = [batch for batch in batches if not batch.followed.all()] or batches  # before all rows were followed
-    figures = [_one_batch(run, partial[-1], sources)]
-    figures += [*_shares(run, batches, sources), *_by_source(run, batches, sources)]
-    title = f"Followed rows{f': {run.name}' if several else ''}"
-    return Section(f"rows-{slug(run.name)}", title, _row_text(run, batches, sources), figures)
-
-
-class _Sources:
-    """The most frequent sources, and one name for the others."""
-
-    def __init__(self, batches: Sequence[RowsOfBatch]) -> None:
-        counts: dict[str, int] = {}
-        for batch in batches:
-            for source in batch.sources:
-                counts[source] = counts.get(source, 0) + 1
-        order = sorted(counts, key=lambda source: (-counts[source], source))
-        most = _SOURCES if len(order) <= _SOURCES else _SOURCES - 1
-        self.names = [*order[:most], *([_OTHERS] if len(order) > most else [])]
-        self._kept = set(order[:most])
-
-    def of(self, batch: RowsOfBatch) -> list[str]:
-        """The sources of a batch's samples; empty where they were not recorded."""
-        if len(batch.sources) != batch.followed.shape[1]:
-            return []
-        return [source if source in self._kept else _OTHERS for source in batch.sources]
-
-
-def _row_text(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) -> list[str]:
-    share = float(np.mean([batch.followed.mean() for batch in batches]))
-    who = "one choice for all layers" if batches[0].layers == (ALL_LAYERS,) else "every layer for itself"
-    words = [f"Method {run.recipe.method}: of a batch's rows {percent(share)} were followed, {who}."]
-    totals = {name: _share(batches, sources, name) for name in sources.names}
-    if len(totals) > 1:
-        parts = [f"“{name}” {percent(value)}" for name, value in totals.items() if value is not None]
-        words.append(f"Followed by source: {listed(parts)}.")
-    elif not sources.names:
-        words.append("The sources of the rows are not recorded.")
-    if all(batch.scores is None for batch in batches):
-        words.append("The method needs no scores, so only its choices are shown.")
-    return words
-
-
-def _share(batches: Iterable[RowsOfBatch], sources: _Sources, name: str) -> float | None:
-    """Share of a source's rows that were followed: the mean over layers; None where none came."""
-    seen, followed = 0, 0.0
-    for batch in batches:
-        own = np.array([source == name for source in sources.of(batch)], bool)
-        if own.any():
-            seen += int(own.sum())
-            followed += float(batch.followed[:, own].mean(0).sum())
-    return followed / seen if seen else None
-
-
-def _shares(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) -> list[Figure]:
-    """Shares followed by source over the run, in parts of it."""
-    if not sources.names:
-        return []
-    split = np.array_split(np.arange(len(batches)), min(_BINS, len(batches)))
-    parts = [part.tolist() for part in split if len(part)]
-    lines = []
-    for colour, name in enumerate(sources.names):
-        points = [(batches[part[-1]].step, _share([batches[i] for i in part], sources, name)) for part in parts]
-        pairs = [(float(step), share) for step, share in points if share is not None]
-        lines.append(Line(name, [step for step, _ in pairs], [share for _, share in pairs], colour))
-    note = "Share of the rows of each source that a layer followed in these steps, on average."
-    chart = Chart("share followed", percent=True)
-    return [line_chart("Shares followed", lines, chart, note, "half")]
-
-
-def _one_batch(run: RunData, batch: RowsOfBatch, sources: _Sources) -> Figure:
-    """Rows × layers of one batch: z-scores, and a dot where a layer follows a row."""
-    kinds = sources.of(batch)
-    order = sorted(range(batch.followed.shape[1]), key=lambda i: (kinds[i] if kinds else "", i))[:_LARGEST]
-    labels = [_position(batch, kinds, i) for i in order]
-    values_US = zscores(batch.scores) if batch.scores is not None else batch.followed.astype(float)
-    low, unit = (-_BOUND, "z-score") if batch.scores is not None else (0.0, "followed")
-    high = _BOUND if batch.scores is not None else 1.0
-    marks = batch.followed.T[order] if batch.scores is not None else None
-    cells = Cells(values_US.T[order], labels, _labels(batch), low, high, "layer", "row", unit, marks)
-    note = (
-        f"The last batch{'' if batch.followed.all() else ' of which rows were left out'}, at step {batch.step:,}. "
-        "Numbers: places in the training rows."
-        + (" Colour: a row's score against the others in that layer. Dot: the layer follows the row." if low else "")
-    )
-    return heat_map("Rows and layers of one batch", cells, note, "two-thirds")
-
-
-def _position(batch: RowsOfBatch, kinds: Sequence[str], i: int) -> str:
-    """The number of a row among the training rows, from 1, behind its source."""
-    number = f"{batch.rows[i] + 1 if i < len(batch.rows) else i + 1}"
-    return f"{cut(kinds[i], LABEL - 1 - len(number))} {number}" if kinds else f"row {number}"
-
-
-def _by_source(run: RunData, batches: Sequence[RowsOfBatch], sources: _Sources) -> list[Figure]:
-    """Sources × layers: mean z-scores over the run."""
-    units = batches[0].layers
-    sums = {name: np.zeros(len(units)) for name in sources.names}
-    counts = dict.fromkeys(sources.names, 0)
-    for batch in batches:
-        kinds = sources.of(batch)
-        if batch.scores is None or batch.layers != units or not kinds:
-            continue
-        z_US = np.nan_to_num(zscores(batch.scores))
-        for place, name in enumerate(kinds):
-            sums[name] += z_US[:, place]
-            counts[name] += 1
-    names = [name for name in sources.names if counts[name]]
-    if len(names) < 2:
-        return []
-    values = np.stack([sums[name] / counts[name] for name in names])
-    bound = max(float(np.abs(values).max()), _LEAST_Z)
-    cells = Cells(values, names, _labels(batches[0]), -bound, bound, "layer", "source", "mean z-score")
-    note = "Above zero: gradients of this source agree with the support rows more than others in their batch."
-    return [heat_map("Alignment by source", cells, note, "half")]
-
-
-def zscores(scores_US: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Scores as standard deviations from their mean over the batch, layer by layer; NaN where all are alike."""
-    values = np.where(np.isfinite(scores_US), scores_US, np.nan).astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        spread = values.std(1, keepdims=True)
-        z: NDArray[np.float64] = np.where(spread > 0, (values - values.mean(1, keepdims=True)) / spread, np.nan)
-    return z
-
-
-def _labels(batch: RowsOfBatch) -> list[str]:
-    return ["all" if layer == ALL_LAYERS else str(layer) for layer in batch.layers]
+def _draw_layers(width: int, title: str, edges: Sequence[int], shares_LC: NDArray[np.float64]) -> Markup:
+    depth = len(shares_LC)
+    height = min(17.0, 340 / depth) * depth
+    plot = Plot(44, 24, width - 54.0, height, (edges[0], edges[-1]), (-0.5, depth - 0.5))
+    drawn = [tag("rect", x=plot.left, y=plot.top, width=plot.width, height=height, class_="empty")]
+    shades_LC = np.ceil(shares_LC * _SHADES).astype(int)
+    columns = [(plot.at_x(left), plot.at_x(right)) for left, right in pairwise(edges)]
+    for shade in range(1, _SHADES + 1):
+        cells = "".join(
+            f"M{number(columns[column][0])} {number(plot.at_y(layer + 0.5))}H{number(columns[column][1])}"
+            f"V{number(plot.at_y(layer - 0.5))}H{number(columns[column][0])}z"
+            for layer, column in np.argwhere(shades_LC == shade).tolist()
+        )
+        if cells:
+            drawn.append(tag("path", d=cells, class_="dot c0 cells", opacity=f"{shade / _SHADES:.2f}"))
+    drawn.append(tag("text", "layer", x=0.0, y=10.0, class_="axis"))
+    for layer in range(0, depth, max(1, round(depth / 12))):
+        y = plot.at_y(layer) + 3.5
+        drawn.append(tag("text", str(layer), x=plot.left - 6, y=y, class_="tick end"))
+    return canvas(width, plot.top + height + 34, title, *drawn, *x_axis(plot, "optimizer step"))

@@ -14,7 +14,7 @@ from siftune import __version__
 from siftune.base.errors import RecipeError
 from siftune.base.files import write_beside
 from siftune.report import rates
-from siftune.report.choices import layers, rows
+from siftune.report.choices import selection
 from siftune.report.compare import compare_runs, headline
 from siftune.report.parts import TEMPLATES, Section, distinct, marked_up
 from siftune.report.review import review_of_list, review_of_pool
@@ -23,7 +23,7 @@ from siftune.report.sifted import left_out, of_pool, of_run
 from siftune.report.subjects import Subjects, find_subjects
 from siftune.report.words import memory, short
 
-_OF_A_RUN = (left_out, layers, rows)
+_OF_A_RUN = (left_out, selection)
 _STYLES = ("theme.css", "figure.css", "page.css", "review.css")
 
 
@@ -62,18 +62,17 @@ class Page:
         return path
 
 
-def make_page(names: Sequence[str], first: Sequence[Section] = (), files: Sequence[str] = ()) -> Page:
+def make_page(names: Sequence[str], first: Sequence[Section] = ()) -> Page:
     """Make a report of folders of runs, demos, sifted pools and sweeps of learning rates, and of lists of rows.
 
     Args:
         names: The folders, and the CSV files of the lists.
         first: Sections before those of the folders.
-        files: Files of rows that may be read, if another user has written a list or a folder.
 
     Raises:
         InputError: A folder holds nothing to report on, or a file in it is damaged.
     """
-    return page_of(find_subjects(names, files), first)
+    return page_of(find_subjects(names), first)
 
 
 def page_of(subjects: Subjects, first: Sequence[Section] = ()) -> Page:
@@ -115,8 +114,8 @@ def _reviews(subjects: Subjects) -> list[Section]:
         name, columns = sifting.name if several else "", sifting.facts.get("columns")
         columns = columns if isinstance(columns, list) and all(isinstance(pair, str) for pair in columns) else []
         sections += of_pool(sifting.pool, sifting.bad, sifting.state, name)
-        sections.append(review_of_pool(sifting.decisions, name, subjects.files, columns))
-    return sections + [review_of_list(rows, name if several else "", subjects.files) for name, rows in subjects.lists]
+        sections.append(review_of_pool(sifting.decisions, name, columns))
+    return sections + [review_of_list(rows, name if several else "") for name, rows in subjects.lists]
 
 
 def _facts(subjects: Subjects) -> list[tuple[str, str]]:

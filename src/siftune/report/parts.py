@@ -41,11 +41,11 @@ def _text(value: object) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
-Size = Literal["third", "half", "two-thirds", "full"]
+Size = Literal["third", "half", "full"]
 
 # pixels across: on a phone every figure is as wide as a third of the page
 NARROW = 358
-WIDTHS: dict[Size, int] = {"third": NARROW, "half": 548, "two-thirds": 739, "full": 1120}
+WIDTHS: dict[Size, int] = {"third": NARROW, "half": 548, "full": 1120}
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -10,7 +10,6 @@ from typing import Any
 from siftune.base.files import hash_of
 from siftune.base.text import counted
 from siftune.data.decisions import PLACE, SELECTED
-from siftune.recipe.again import is_own_file
 from siftune.report.parts import Section, slug
 from siftune.report.scored import OTHER, TEXTS, DecisionList, Pool, plain
 from siftune.report.texts import Complete, complete_rows
@@ -25,13 +24,12 @@ _EACH = 25  # rows of a part of the list (ours)
 _NEAR, _END, _OTHERS = 250, 150, 200
 
 
-def review_of_pool(pool: Pool, name: str, files: Sequence[str] = (), columns: Sequence[str] = ()) -> Section:
+def review_of_pool(pool: Pool, name: str, columns: Sequence[str] = ()) -> Section:
     """A review of the rows of a sifted pool; of a large one, of those around the limits and at both ends of the order.
 
     Args:
         pool: The pool.
         name: Its name in the title; empty if the page has no other.
-        files: Files of its rows that the user names: see `complete_rows`.
         columns: Names of columns, as for `complete_rows`.
     """
     total, limit = len(pool.rows), pool.border
@@ -49,25 +47,24 @@ def review_of_pool(pool: Pool, name: str, files: Sequence[str] = (), columns: Se
     }
     parts = {part: [at for at, number in enumerate(shown) if number in span] for part, span in spans.items()}
     reasons = {number: f"left out: {row.state}" for number, row in enumerate(pool.rows) if not row.selected}
-    complete, faults = complete_rows([pool.rows[at] for at in shown], is_own_file(pool.path), files, columns)
+    complete, faults = complete_rows([pool.rows[at] for at in shown], columns)
     data = _data(DecisionList(pool.path, pool.header, pool.rows), shown, complete, reasons)
     data["parts"] = [[part, numbers] for part, numbers in parts.items() if numbers]
     which = "those around the limit, other tasks with the most similar prompts, and both ends of the order"
     return _section(data, which, faults, name)
 
 
-def review_of_list(rows: DecisionList, name: str, files: Sequence[str] = ()) -> Section:
+def review_of_list(rows: DecisionList, name: str) -> Section:
     """A review of the rows of a decision file, in their order; of a long one, of the first.
 
     Args:
         rows: The rows.
         name: Its name in the title; empty if the page has no other.
-        files: As for `review_of_pool`.
     """
     shown = [*range(min(len(rows.rows), MOST))]
     reason = rows.header.index("reason") if "reason" in rows.header else None
     reasons = {} if reason is None else {number: plain(rows.rows[number].fields[reason]) for number in shown}
-    complete, faults = complete_rows(rows.rows[:MOST], is_own_file(rows.path), files)
+    complete, faults = complete_rows(rows.rows[:MOST])
     return _section(_data(rows, shown, complete, reasons), "the first", faults, name)
 
 

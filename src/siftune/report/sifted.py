@@ -14,7 +14,6 @@ from siftune.base.errors import InputError
 from siftune.base.text import counted, finite
 from siftune.base.work_folder import read_record
 from siftune.data.decisions import read_decisions
-from siftune.recipe.again import is_own
 from siftune.report.charts import Part, histogram
 from siftune.report.parts import Cell, Grid, Section, slug
 from siftune.report.score_chart import score_chart
@@ -49,8 +48,6 @@ def left_out(run: RunData, several: bool) -> Section | None:
     if name is None or Path(name).expanduser().resolve().is_relative_to((run.path / SIFT).resolve()):
         return None
     section = Section(f"left-out-{slug(run.name)}", _titled("Rows left out", run.name if several else ""))
-    if not is_own(run.path):  # the recipe of another party could name any file
-        return replace(section, words=[f"The training left out the rows that `{name}` excludes."])
     try:
         decisions = read_decisions(name)
     except InputError as error:

@@ -4,7 +4,6 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from siftune.sifting.checks import RECORD as SIFT_RECORD
 from siftune.sifting.sift import SCORES
 from siftune.sifting.tuning import AVOID
 from siftune.train.folder.run_folder import RECIPE, SIFT
-from siftune.train.folder.selections import LayersOfStep, RowsOfBatch, read_selections
 from siftune.train.rates.grid import RECORD as SWEEP_RECORD
 from siftune.train.rates.grid import LRResult, result_of
 
@@ -38,24 +36,10 @@ class RunData:
     recipe: Recipe
     status: str  # what run.json says: finished, interrupted, stopped; or "running" where there is none yet
     summary: dict[str, float] = field(repr=False)  # figures of run.json
+    followed: dict[str, float] = field(repr=False)  # share of the rows of each source that layers follow, from run.json
     about: dict[str, str] = field(repr=False)  # versions and hardware, name -> text
     metrics: list[dict[str, float]] = field(repr=False)  # lines of metrics.jsonl, figures alone
     evals: list[Eval] = field(repr=False)  # the newest last
-
-    @cached_property
-    def selection(self) -> list[LayersOfStep | RowsOfBatch]:
-        """What every step chose."""
-        return list(read_selections(self.path))
-
-    @property
-    def layers(self) -> list[LayersOfStep]:
-        """The layers of every step, where layers were chosen."""
-        return [one for one in self.selection if isinstance(one, LayersOfStep)]
-
-    @property
-    def batches(self) -> list[RowsOfBatch]:
-        """The rows of every batch, where rows were chosen."""
-        return [one for one in self.selection if isinstance(one, RowsOfBatch)]
 
     def figure(self, name: str) -> float | None:
         """A figure of the summary; None where there is none."""
@@ -122,15 +106,13 @@ class Subjects:
     sweeps: tuple[Sweep, ...] = ()
     siftings: tuple[Sifting, ...] = ()
     lists: tuple[tuple[str, DecisionList], ...] = ()  # decision files with their names
-    files: tuple[str, ...] = ()  # files of rows that the user has named, and which may be read
 
 
-def find_subjects(names: Sequence[str], files: Sequence[str] = ()) -> Subjects:
+def find_subjects(names: Sequence[str]) -> Subjects:
     """Read what folders hold: runs, also of `siftune demo`, sweeps of learning rates, sifted pools; and lists of rows.
 
     Args:
         names: Folders, and CSV files of rows.
-        files: Files of rows that may be read.
 
     Raises:
         InputError: A folder or file is none of these, or damaged.
@@ -151,7 +133,7 @@ def find_subjects(names: Sequence[str], files: Sequence[str] = ()) -> Subjects:
             siftings.append(_sifting(path, name))
         else:
             sweeps.append(_sweep(path, name))
-    return Subjects(tuple(runs), tuple(sweeps), tuple(siftings), tuple(lists), tuple(files))
+    return Subjects(tuple(runs), tuple(sweeps), tuple(siftings), tuple(lists))
 
 
 _DEMO = ("pool", "few", "target", "sifted")  # runs of a demo, in their order
@@ -191,7 +173,8 @@ def read_run(path: Path, name: str) -> RunData:
     about = path / "run.json"
     record = read_sealed(about, dict[str, Any], "restore it, or leave the folder out") if about.exists() else {}
     summary = record.get("summary")
-    figures = _figures(summary if isinstance(summary, dict) else {})
+    summary = summary if isinstance(summary, dict) else {}
+    figures, followed = _figures(summary), summary.get("followed")
     if "seconds" in figures:
         figures["seconds"] += _sifting_seconds(path / SIFT / SIFT_RECORD)
     return RunData(
@@ -200,6 +183,7 @@ def read_run(path: Path, name: str) -> RunData:
         recipe=load_recipe(path / RECIPE),
         status=str(record.get("status", "running")),
         summary=figures,
+        followed=_figures(followed) if isinstance(followed, dict) else {},
         about=_about(record),
         metrics=_metrics(path / "metrics.jsonl"),
         evals=read_evals(path),

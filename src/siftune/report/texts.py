@@ -1,11 +1,11 @@
 """Complete texts of the rows of a list, and its rows with another completion.
 
 Decision files cut texts, and change those that a spreadsheet would compute. The rows themselves are in the files that
-the places name. A list from another party could name any file, so one is read only if the user has written this list
-on this machine (recipe/again.py), or names the file in the command.
+the places name. No data set is fetched from the hub.
 """
 
 import json
+import logging
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from siftune.base.errors import DataError, InputError
-from siftune.base.text import counted, file_named, file_of, one_line, path_and_split
+from siftune.base.text import counted, file_of, one_line, path_and_split
 from siftune.data.decisions import holds
 from siftune.data.read import placed_records
 from siftune.data.rows import Row, Text, parse_rows, text_of
 from siftune.report.scored import Scored
+
+logger = logging.getLogger(__name__)
 
 
 class Complete(NamedTuple):
@@ -34,15 +36,11 @@ class Complete(NamedTuple):
     around: tuple[str, str] | None
 
 
-def complete_rows(
-    rows: Sequence[Scored], own: bool, files: Sequence[str] = (), columns: Sequence[str] = ()
-) -> tuple[dict[str, Complete], list[str]]:
+def complete_rows(rows: Sequence[Scored], columns: Sequence[str] = ()) -> tuple[dict[str, Complete], list[str]]:
     """Read rows from the files that their places name.
 
     Args:
         rows: The rows.
-        own: Whether the user has written their list, so that the files it names may be read.
-        files: Files that the user names. They stand for those of the same name in places.
         columns: Names of columns, as for `siftune.data.rows.parse_rows`.
 
     Returns:
@@ -55,23 +53,16 @@ def complete_rows(
     complete: dict[str, Complete] = {}
     reasons: list[str] = []
     for source, of_file in wanted.items():
-        named = file_named(source, files)
-        if named is None and not own:
-            reasons.append(
-                f"{one_line(source)} is not read, because the list was edited, or written by another user or on "
-                "another machine; name the file with `--files`"
-            )
+        if not Path(path_and_split(source)[0]).expanduser().exists():
+            reasons.append(f"{one_line(source)} is no file here")
             continue
-        file = named or source
-        if not Path(path_and_split(file)[0]).expanduser().exists():
-            reasons.append(f"{one_line(source)} is no file here; name it with `--files` if it was moved")
-            continue
+        logger.info("%s: rows of the list", one_line(source))
         try:
-            read = _read(file, {file + place.removeprefix(source): row for place, row in of_file.items()}, columns)
+            read = _read(source, of_file, columns)
         except InputError as error:
             reasons.append(f"{one_line(source)} cannot be read: {error}")
             continue
-        complete |= {source + place.removeprefix(file): row for place, row in read.items()}
+        complete |= read
         if changed := len(of_file) - len(read):
             verb = "has" if changed == 1 else "have"
             reasons.append(f"{counted(changed, 'row')} of {one_line(source)} {verb} changed, or cannot be read as text")

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siftune.base.errors import DataError
+from siftune.base.files import hash_of, keep_edited
 from siftune.data.decisions import Decision, decisions_csv
 from siftune.data.read import placed_records
 from siftune.data.rows import Row, parse_rows, row_texts, text_of
@@ -23,6 +24,21 @@ from siftune.sifting.work import Work
 
 DROPPED, SIFTED = "dropped.csv", "sifted.jsonl"
 _SHOWN = 300  # characters of a text in a decision file
+
+
+def replace_scores(
+    work: Work,
+    name: str,
+    rows: Sequence[Row],
+    selected_R: NDArray[np.bool_],
+    columns: Mapping[str, Floats],
+    unscored: Sequence[Row],
+) -> None:
+    """Write a decision file as `write_scores`; an earlier one that somebody has edited since is renamed."""
+    path, digests = work.folder.path / name, work.folder.state.get("digests", {})
+    keep_edited(path, digests.get(name))
+    write_scores(work, name, rows, selected_R, columns, unscored)
+    work.folder.set_state(digests={**digests, name: hash_of(path)})
 
 
 def write_scores(

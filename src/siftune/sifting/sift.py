@@ -44,13 +44,12 @@ from siftune.base.stages import stages, text_console
 from siftune.base.work_folder import WorkFolder
 from siftune.data.rows import Row
 from siftune.data.target import source_or_file
-from siftune.recipe.again import keep_edited, note_file
 from siftune.recipe.checks import check
 from siftune.recipe.schema import SCORING, Recipe, method_of, new_folder, resolve_recipe
 from siftune.recipe.training_rows import Read, ReadOnce, digest_of, read_rows
 from siftune.sifting.checks import RECORD, STEPS, check_sifting
 from siftune.sifting.choose import NO_LIMITS, Floats, Limits
-from siftune.sifting.files import DROPPED, SIFTED, copied_records, write_dropped, write_scores, write_selected
+from siftune.sifting.files import DROPPED, SIFTED, copied_records, replace_scores, write_dropped, write_selected
 from siftune.sifting.pool import PARTS, Rows, compared, count_of, read_all
 from siftune.sifting.scoring import choose_by_bad_rows, choose_by_target
 from siftune.sifting.tuning import AVOID, POOL, from_run, prefix
@@ -368,9 +367,7 @@ def _selected(work: Work, prepared: Prepared, count: int | None, limits: Limits)
         part = parts[few.name]
         remaining_R = selected_R if few.name == "target" else part.choice.rows_R
         file = f"{prefix(few)}{SCORES}"
-        from_first(partial(keep_edited, work.folder.path / file))
-        from_first(partial(write_scores, work, file, rows, remaining_R, part.columns, work.rows.bad_in_pool))
-        from_first(partial(note_file, work.folder.path / file))  # report pages may read the rows that it names
+        from_first(partial(replace_scores, work, file, rows, remaining_R, part.columns, work.rows.bad_in_pool))
     from_first(partial(write_dropped, work, rows, selected_R, next(iter(parts.values())).columns))
     numbers = from_first(partial(write_selected, work, {rows[at].origin for at in selected_R.nonzero()[0]}))
     earlier = from_first(lambda: float(work.folder.state.get("seconds", 0)))

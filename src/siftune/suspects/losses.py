@@ -6,21 +6,17 @@ A loss is −ln p(completion | prompt), summed over label tokens, in nats, under
                       other_usual float32; see `Losses`
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel
 
 from siftune.base.errors import DataError
 from siftune.base.files import refuse_links
-from siftune.base.json_files import read_sealed
 from siftune.base.parquet_files import read_table, write_table
 from siftune.data.rows import Row
-from siftune.recipe.again import rows_again
-from siftune.recipe.training_rows import digest_of
+from siftune.recipe.training_rows import digest_of, recipe_of_rows, recorded_digest, refuse_changed, used_rows
 
 _ABOUT = b"siftune"  # key in the Parquet metadata
 _NUMBERS = ("row", "tokens", "other")  # columns of whole numbers
@@ -56,34 +52,23 @@ class Losses:
     other_usual: Floats
 
 
-class _Run(BaseModel):
-    """What run.json says of the training rows."""
-
-    rows: str | None = None  # hash of their texts
-
-
-def trained_rows(run: Path, files: Sequence[str] = ()) -> tuple[list[Row], str]:
+def trained_rows(run: Path) -> tuple[list[Row], str]:
     """Read the training rows of a run again, and the digest of their texts.
 
     Args:
         run: The run folder.
-        files: Files of the rows, if the recipe is not the user's own: see `recipe.again`.
 
     Raises:
-        InputError: The folder holds a link, which could lead to any file, or its recipe names files that the user has
-            not named.
+        InputError: The folder holds a link, which could lead to any file.
         DataError: They cannot be read, or have changed since the run; or the run was private.
         RecipeError: The recipe cannot be read.
     """
     refuse_links(run)
-    rows = rows_again(run, files)
-    about = digest_of(rows)
-    recorded = read_sealed(run / "run.json", _Run, "train to the end first.").rows
-    if recorded is None:
+    rows = used_rows(run, recipe_of_rows(run))["train"]
+    if recorded_digest(run) is None:
         raise DataError(f"{run} has no hash of its training rows, as a private run: train without dp_epsilon.")
-    if recorded != about:
-        raise DataError(f"the training rows have changed since {run} was trained: restore them, or train again.")
-    return rows, about
+    refuse_changed(run, rows)
+    return rows, digest_of(rows)
 
 
 def write_losses(path: Path, losses: Losses, about: str) -> None:

@@ -1,6 +1,5 @@
 """Suspect rows of a run, with their texts and reasons: `rule` on `losses`."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,19 +36,18 @@ class Suspect:
     source: str = ""
 
 
-def suspects(run: Path, top: int | None = None, files: Sequence[str] = ()) -> list[Suspect]:
+def suspects(run: Path, top: int | None = None) -> list[Suspect]:
     """Rows of a run that may be wrong, highest scores first.
 
     Args:
         run: Folder of a run of `siftune train` whose rows are scored, by `siftune rows` or `score_run`.
         top: At most N rows; None: all.
-        files: Files of the rows, if the recipe is not the user's own: see `recipe.again`.
 
     Returns:
         Rows of which about four fifths are wrong; none if the losses do not tell.
 
     Raises:
-        InputError: The folder holds a link, or its recipe names files that the user has not named.
+        InputError: The folder holds a link.
         DataError: The rows are not scored, or have changed since the run.
         RecipeError: The run's recipe can't be read.
 
@@ -57,7 +55,7 @@ def suspects(run: Path, top: int | None = None, files: Sequence[str] = ()) -> li
         >>> for suspect in suspects(Path("runs/rows"), top=20):  # doctest: +SKIP
         ...     print(suspect.place, suspect.reason)
     """
-    rows = ScoredRows(run, files)
+    rows = ScoredRows(run)
     return rows.highest(rows.suspects if top is None else min(top, rows.suspects))
 
 
@@ -66,7 +64,6 @@ class ScoredRows:
 
     Args:
         run: As for `suspects`.
-        files: As for `suspects`.
 
     Attributes:
         rows: (R,) the rows.
@@ -77,8 +74,8 @@ class ScoredRows:
         InputError: As `suspects`.
     """
 
-    def __init__(self, run: Path, files: Sequence[str] = ()) -> None:
-        self._every, about = trained_rows(run, files)
+    def __init__(self, run: Path) -> None:
+        self._every, about = trained_rows(run)
         self._losses = losses = read_losses(run / LOSSES, about, len(self._every))
         self.rows = [self._every[number] for number in losses.row]
         self._sources = source_or_file(self.rows)

@@ -28,9 +28,8 @@ from siftune.base.text import counted
 from siftune.data.decisions import absolute_place
 from siftune.data.rows import Row, row_texts
 from siftune.data.tokens import Form
-from siftune.recipe.again import recipe_again
 from siftune.recipe.schema import Recipe
-from siftune.recipe.training_rows import read_rows
+from siftune.recipe.training_rows import read_rows, recipe_of_rows
 from siftune.suspects.answers import answers_of
 from siftune.suspects.decoys import Decoys, decoys_of
 from siftune.suspects.losses import Losses, read_losses, trained_rows, write_losses
@@ -48,7 +47,6 @@ _LARGER = 2  # rows per forward pass, over those of a training batch: no activat
 
 def score_run(
     run: Path,
-    files: Sequence[str] = (),
     base: str | None = None,
     console: Console | None = None,
     source_of: Callable[[str], Source] = ModelSource,
@@ -57,7 +55,6 @@ def score_run(
 
     Args:
         run: The run folder.
-        files: Files of the rows, if the recipe is not the user's own: see `recipe.again`.
         base: The model to train, in the place of that of the recipe.
         console: For progress; stderr by default.
         source_of: Maps the name of the model to its source, as for `siftune.train.run.train`.
@@ -67,8 +64,8 @@ def score_run(
         TrainingError: A training failed.
     """
     console = console or text_console(stderr=True)
-    rows, about = trained_rows(run, files)
-    recipe = recipe_again(run, files)
+    rows, about = trained_rows(run)
+    recipe = recipe_of_rows(run)
     recipe = replace(recipe, model=base or recipe.model)
     numbers = np.array([at for at, row in enumerate(rows) if not row.of_target])
     half_R = half_of([rows[at] for at in numbers])
@@ -125,7 +122,7 @@ def tuned_on(
 
     Args:
         rows: The rows, without those of the target.
-        recipe: The run's recipe, whose files may be read.
+        recipe: The run's recipe.
         folder: Run folder of the training; a training that was interrupted there continues.
         console: For progress.
         source_of: As for `score_run`.

@@ -24,7 +24,6 @@ from siftune.data.target import sources
 from siftune.methods.drivers.sample_choice import SampleChoice
 from siftune.methods.host.callback import stand_first
 from siftune.methods.host.spread import refuse_launched
-from siftune.recipe.again import note_recipe
 from siftune.recipe.read import anchored, recipe_to_yaml
 from siftune.recipe.schema import Recipe
 from siftune.recipe.training_rows import BAD_ROWS, DROP_ROWS, Read, bad_row_lines
@@ -216,7 +215,6 @@ def _write_start(folder: RunFolder, session: Session, recorded: Recipe, copied: 
         folder.write(f"{DROP_ROWS}{copied.suffix}", copied.read_text(encoding="utf-8-sig"))
     folder.write_lines(BAD_ROWS, [*bad_row_lines(session.prepared.bad)])
     folder.write(RECIPE, recipe_to_yaml(recorded))
-    note_recipe(folder.path)
     folder.write(ROWS, f"{digest}\n")
 
 

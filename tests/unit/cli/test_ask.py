@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from siftune.base.errors import DataError, RecipeError
 from siftune.cli.ask import Options, _show, run
 from siftune.evaluate.measure import Answer
-from siftune.recipe.again import note_recipe
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import Recipe
 from siftune.train.folder.weights import About, save_tuned
@@ -64,10 +63,8 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def save_recipe(place, own=True, **settings):
+def save_recipe(place, **settings):
     (place / "run" / "recipe.yaml").write_text(recipe_to_yaml(Recipe(model="base", **settings)))
-    if own:
-        note_recipe(place / "run")
 
 
 def base_model():
@@ -129,13 +126,15 @@ def test_the_template_is_that_of_the_run(place):
         assert ask(source, "b")[0]["tuned"] == by_hand(tuned_model(), "[user]b>")
 
 
-def test_a_template_that_the_recipe_of_another_person_names_is_not_read(place):
+def test_the_template_that_a_recipe_names_is_read_and_logged(place, caplog):
+    caplog.set_level("INFO", "siftune")
     (place / "chat.jinja").write_text(OTHER)
-    save_recipe(place, own=False, template=place / "chat.jinja")
-    with pytest.raises(RecipeError, match="chat template that its recipe names is not read"):
-        ask(prompt="b")
     save_recipe(place, template=place / "chat.jinja")
     assert ask(prompt="b")[0]["tuned"] == by_hand(tuned_model(), "[user]b>")
+    assert any(text.startswith(f"{place / 'chat.jinja'}: ") for text in caplog.messages)
+    (place / "chat.jinja").unlink()
+    with pytest.raises(DataError, match=r"chat\.jinja.*recipe\.yaml"):
+        ask(prompt="b")
 
 
 def test_a_model_by_itself_gives_one_answer(place, capsys):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.commands import siftune
 from support.tiny import tiny
 from support.tokenizer import byte_tokenizer
 
@@ -14,10 +15,11 @@ from siftune.cli.main import main
 from siftune.data.read import load_rows
 from siftune.data.target import held_out
 from siftune.evaluate import measure as evaluation
-from siftune.recipe.again import note_recipe
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import Recipe
+from siftune.recipe.training_rows import digest_of, read_rows
 from siftune.report.evals import value_text
+from siftune.train.folder.run_folder import RunFolder
 from siftune.train.folder.weights import About, save_tuned
 
 
@@ -36,7 +38,6 @@ def place(tmp_path, monkeypatch):
         tuned.save_pretrained(f"{name}/adapter")
         recipe = Recipe(model="base", eval="rows.jsonl", template="none")
         (tmp_path / name / "recipe.yaml").write_text(recipe_to_yaml(recipe))
-        note_recipe(tmp_path / name)
     rows = [{"prompt": f"{i}+{i}=", "completion": str(2 * i), "wrong": str(2 * i)[::-1]} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path
@@ -67,7 +68,6 @@ def test_bad_held_out_rows_that_the_run_left_out_are_left_out_again(place):
     (place / "held.jsonl").write_text((place / "rows.jsonl").read_text() + '\n{"prompt": "a", "completion": ""}\n')
     given = Recipe(model="base", train="rows.jsonl", eval="held.jsonl", template="none", bad_rows="drop")
     (place / "one" / "recipe.yaml").write_text(recipe_to_yaml(given))
-    note_recipe(place / "one")
     [found] = run(Options(("one",), metrics=("perplexity",)))["runs"]
     assert found["metrics"][0]["rows"] == len((place / "rows.jsonl").read_text().splitlines())
 
@@ -82,7 +82,6 @@ def test_a_run_is_measured_on_the_share_that_it_held_out(place, monkeypatch):
     bad = next(number for number, row in enumerate(rows, 1) if row["completion"] == held[1])
     for name in ("one", "two"):
         (place / name / "recipe.yaml").write_text(recipe_to_yaml(given))
-        note_recipe(place / name)
         (place / name / "bad_rows.txt").write_text(f"{pool}:{bad}: the prompt takes it all\n")
     seen, real = [], evaluation.measure
 
@@ -139,18 +138,15 @@ def test_runs_on_the_same_rows_are_compared_row_by_row(place, capsys, caplog):
     recipe = place / "two" / "recipe.yaml"
     before = recipe.read_text()
     recipe.write_text(before.replace("columns: []", "columns: [completion=wrong]"))
-    note_recipe(place / "two")
     assert run(Options(("one", "two"), metrics=("perplexity",)))["compared"] == []
     assert "their rows or columns differ; give --data FILE" in caplog.messages[-1]
     (place / "longer.jinja").write_text("{% for message in messages %}{{ message['content'] }}, and so on{% endfor %}")
     recipe.write_text(before.replace("template: none", "template: longer.jinja"))
-    note_recipe(place / "two")
     assert run(Options(("one", "two"), metrics=("perplexity",)))["compared"] == []
     assert "templates give different label tokens" in caplog.messages[-1]
     recipe.write_text(before)
     (place / "others.jsonl").write_text((place / "rows.jsonl").read_text())
     recipe.write_text(recipe.read_text().replace("rows.jsonl", "others.jsonl"))
-    note_recipe(place / "two")
     assert run(Options(("one", "two"), metrics=("perplexity",)))["compared"] == []
 
 
@@ -217,16 +213,33 @@ def test_the_command(place, capsys):
     assert "there is no run nowhere/at/all: no such folder" in capsys.readouterr().err
 
 
-def test_the_template_of_a_run_from_elsewhere_is_not_read(place, capsys):
+def test_files_that_a_recipe_names_are_logged_and_missing_ones_refused(place, capsys):
     (place / "chat.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    recipe = Recipe(model="base", eval="rows.jsonl", template=place / "chat.jinja")
+    recipe = Recipe(model="base", eval=str(place / "rows.jsonl"), template=place / "chat.jinja")
     (place / "one" / "recipe.yaml").write_text(recipe_to_yaml(recipe))
-    options = {"metrics": ("perplexity",), "data": "rows.jsonl", "base": "base"}
-    with pytest.raises(RecipeError, match="chat template that its recipe names is not read"):
-        run(Options(("one",), **options))
-    assert run(Options(("one",), **options, template=place / "chat.jinja"))["runs"]
-    note_recipe(place / "one")
-    assert run(Options(("one",), **options))["runs"]
+    _, told = siftune(capsys, "eval", "one", "--metrics", "perplexity")
+    for name in ("rows.jsonl", "chat.jinja"):
+        assert f"{place / name}: " in told
+    (place / "chat.jinja").unlink()
+    with pytest.raises(DataError, match=r"chat\.jinja.*recipe\.yaml"):
+        run(Options(("one",)))
+    (place / "rows.jsonl").unlink()
+    with pytest.raises(DataError, match=r"rows\.jsonl.*recipe\.yaml"):
+        run(Options(("one",), template="none"))
+
+
+def test_a_changed_file_of_rows_is_refused_for_the_share_that_was_held_out(place):
+    pool = place / "pool.jsonl"
+    rows = [json.dumps({"prompt": f"{i}+{i}=", "completion": str(2 * i)}) for i in range(40)]
+    pool.write_text("\n".join(rows))
+    recipe = Recipe(model="base", train=str(pool), eval_share=0.3, template="none")
+    (place / "one" / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+    digest = digest_of(read_rows(recipe).parts["train"])
+    RunFolder(place / "one", create=False).write_run(status="finished", rows=digest)
+    assert run(Options(("one",), metrics=("perplexity",)))["runs"]
+    pool.write_text("\n".join(rows).replace("+", "-"))
+    with pytest.raises(DataError, match="have changed"):
+        run(Options(("one",), metrics=("perplexity",)))
 
 
 def test_a_template_is_no_large_file(place):

@@ -31,12 +31,12 @@ def test_what_it_refuses(tmp_path, monkeypatch, capsys, arguments, message):
 
 def test_a_list_and_a_sifted_pool(tmp_path, capsys):
     pool = save_pool(tmp_path / "pool.jsonl", 30)
-    folder = save_sifting(tmp_path / "sifted", pool, own=False)
+    folder = save_sifting(tmp_path / "sifted", pool)
     page = tmp_path / "page.html"
-    siftune(capsys, "report", folder, "--out", page)
-    assert "cannot be corrected here" in page.read_text()
-    siftune(capsys, "report", folder / "scores.csv", "--files", pool, "--out", page)
-    assert "cannot be corrected here" not in page.read_text()
+    for subject in (folder, folder / "scores.csv"):
+        _, told = siftune(capsys, "report", subject, "--out", page)
+        assert "cannot be corrected here" not in page.read_text()
+        assert f"{pool}: rows of the list" in told
     assert "is no folder and no CSV file" in error_of(capsys, "report", pool)
     (folder / "scores.csv").write_text("row,text\n1,x\n")
     assert f"{folder / 'scores.csv'} has no column 'place'" in error_of(capsys, "report", folder)

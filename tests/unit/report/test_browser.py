@@ -91,8 +91,6 @@ def test_figures_tell_what_is_under_the_pointer(browser, report):
     with opened(browser, report) as page:
         page.locator("figure", has_text="Training loss").locator(".hit:visible").first.hover()
         assert "dense: " in page.locator("#tip").inner_text()
-        page.locator("figure", has_text="Trained layers by step").locator(".hit:visible").first.hover()
-        assert "layer" in page.locator("#tip").inner_text()
         page.mouse.move(1, 1)
         assert page.locator("#tip").is_hidden()
 

@@ -207,8 +207,7 @@ def test_a_run_that_is_under_way(tmp_path, steps):
 def test_a_run_has_the_sections_of_its_method(runs):
     common = ["Training", "Base and tuned models", "Suspect rows"]
     assert titles(runs["dense"]) == [*common, "Recipe, versions and hardware"]
-    assert titles(runs["ist"])[3] == "Trained layers"
-    assert titles(runs["gast"])[3] == "Followed rows"
+    assert titles(runs["ist"])[3] == titles(runs["gast"])[3] == "Selected layers and rows"
     assert titles(*runs.values())[:3] == ["Comparison of runs", *common[:2]]
 
 
@@ -237,12 +236,11 @@ def test_code_is_marked_up_and_backticks_are_not_shown(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["rst", "gast", "ist+gast"])
-def test_every_method_that_chooses_has_figures(tmp_path, method):
+def test_every_method_that_chooses_has_a_section(tmp_path, method):
     run = save_run(tmp_path / "run", method, steps=12)
-    figures = {figure.title for section in sections(subjects(run)) for figure in section.figures}
-    assert ("Trained layers by step" in figures) == (method != "gast")
-    assert ("Importance" in figures) == (method == "ist+gast")
-    assert ("Rows and layers of one batch" in figures) == ("gast" in method)
+    (section,) = (section for section in sections(subjects(run)) if section.anchor.startswith("selection"))
+    assert [figure.title for figure in section.figures] == ["Trained layers by step"] * (method != "gast")
+    assert any("a layer followed" in words for words in section.words) == ("gast" in method)
     assert "nan" not in re.sub(r"<style>.*?</style>", "", make_page([str(run)]).html, flags=re.DOTALL).lower()
 
 
@@ -263,21 +261,6 @@ def test_only_differences_of_recipes_are_listed(tmp_path):
 def test_runs_of_one_name_are_told_apart(tmp_path):
     first, second = (save_run(tmp_path / name / "run", steps=2) for name in "ab")
     assert [run.name for run in subjects(first, second, first).runs] == ["a/run", "b/run"]
-
-
-def test_the_shares_followed_are_those_of_the_record(tmp_path):
-    run = save_run(tmp_path / "run", "gast", steps=30, depth=4)
-    (data,) = subjects(run).runs
-    seen, followed = {}, {}
-    for batch in data.batches:
-        for place, source in enumerate(batch.sources):
-            seen[source] = seen.get(source, 0) + 1
-            followed[source] = followed.get(source, 0) + batch.followed[:, place].mean()
-    words = next(section for section in sections(subjects(run)) if "followed" in section.title.lower()).words[1]
-    for source, count in seen.items():
-        assert f"“{source}” {100 * followed[source] / count:.1f}\u00a0%" in words
-    shares = {source: followed[source] / seen[source] for source in seen}
-    assert shares["arithmetic"] > shares["wrong"] + 0.2  # the record is not such that any figure would do
 
 
 def test_the_losses_of_a_private_run_come_with_a_warning(tmp_path):

@@ -8,22 +8,19 @@ from support.sifted_pools import LIMITS, save_pool, save_sifting
 from siftune.base.work_folder import record_text
 from siftune.data.decisions import Decision, decisions_csv, read_decisions
 from siftune.data.read import load_rows
-from siftune.recipe.again import note_file
 from siftune.report.page import make_page, sections
 from siftune.report.review import MOST
 from siftune.report.subjects import find_subjects
 
 
-def review(*names, files=()):
-    return next(section for section in sections(find_subjects([*map(str, names)], files)) if section.review)
+def review(*names):
+    return next(section for section in sections(find_subjects([*map(str, names)])) if section.review)
 
 
-def save_list(path, rows, reason="loss 7.0", own=True):
+def save_list(path, rows, reason="loss 7.0"):
     """A list of `siftune rows`: of (place, prompt, completion)."""
     lines = [Decision(place, False, [7.0], "s", prompt, completion, reason) for place, prompt, completion in rows]
     path.write_text(decisions_csv(lines, with_reason=True), encoding="utf-8")
-    if own:
-        note_file(path)
     return path
 
 
@@ -139,7 +136,6 @@ def test_columns_keep_their_names(tmp_path):
     folder = save_sifting(tmp_path / "sifted", save_pool(tmp_path / "other.jsonl", 30))
     decision = Decision(f"{pool}:1", True, [1.0, 0.9], "a", "2?", "5")
     (folder / "scores.csv").write_text(decisions_csv([decision], ["score", "similarity"]))
-    note_file(folder / "scores.csv")
     record = json.loads((folder / "sift.json").read_text())
     facts = record["facts"] | {"columns": ["prompt=question", "completion=answer"]}
     (folder / "sift.json").write_text(record_text(facts, record["state"]))
@@ -158,20 +154,6 @@ def test_texts_that_the_list_cuts_are_complete_on_the_page(tmp_path):
         assert (row["prompt"], row["completion"]) == (record["prompt"], record["completion"])
         assert json.loads(corrected(row, record["completion"])) == record
     assert "cannot be corrected" not in " ".join(section.words)
-
-
-def test_of_another_user_s_list_no_file_is_read_unless_it_is_named(tmp_path):
-    pool = save_pool(tmp_path / "pool.jsonl", 30, long=500)
-    folder = save_sifting(tmp_path / "sifted", pool, own=False)
-    section = review(folder)
-    assert all(row["around"] is None and row["prompt"].endswith("…") for row in section.review["rows"])
-    assert "The completions of 30 rows cannot be corrected here: " in section.words[-1]
-    assert "name the file with `--files`" in section.words[-1]
-    (tmp_path / "moved").mkdir()
-    pool.rename(tmp_path / "moved" / "pool.jsonl")
-    section = review(folder, files=[str(tmp_path / "moved" / "pool.jsonl")])
-    assert all(row["around"] for row in section.review["rows"])
-    assert {row["fields"][0].rpartition(":")[0] for row in section.review["rows"]} == {str(pool)}
 
 
 def test_a_row_that_has_changed_since_is_not_corrected(tmp_path):

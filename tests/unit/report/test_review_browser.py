@@ -10,7 +10,6 @@ from support.sifted_pools import save_pool, save_sifting
 from support.visited import visits
 
 from siftune.data.decisions import Decision, decisions_csv, read_decisions
-from siftune.recipe.again import note_file
 from siftune.report.page import make_page
 
 pytestmark = pytest.mark.browser
@@ -63,7 +62,6 @@ def lines_of(path):
 def save_list(path, rows):
     lines = [Decision(place, False, [7.0], "s", prompt, completion, "loss 7.0") for place, prompt, completion in rows]
     path.write_text(decisions_csv(lines, with_reason=True), encoding="utf-8")
-    note_file(path)
     return path
 
 

@@ -7,7 +7,6 @@ from support.report_runs import save_run
 
 from siftune.base.errors import InputError
 from siftune.base.work_folder import record_text
-from siftune.recipe.again import note_recipe
 from siftune.report.charts import Part, histogram
 from siftune.report.page import make_page, sections
 from siftune.report.score_chart import score_chart
@@ -273,10 +272,8 @@ def test_a_folder_without_scores_is_refused_and_passed_over_among_others(run, tm
     assert titles[:2] == ["Rows like the bad ones", "Review"]
 
 
-def dropped(tmp_path, file, own=True, name="run"):
+def dropped(tmp_path, file, name="run"):
     run = save_run(tmp_path / name, steps=2, drop_rows=str(file))
-    if own:
-        note_recipe(run)
     return left_out(read_run(run, name), several=False)
 
 
@@ -289,12 +286,6 @@ def test_a_run_without_the_rows_of_a_list(tmp_path):
     assert "<h2>Rows left out</h2>" in make_page([str(tmp_path / "run")]).html
     file.unlink()
     assert "Not available: " in dropped(tmp_path, file, name="again").words[0]
-
-
-def test_the_recipe_of_another_user_has_no_file_read(tmp_path):
-    file = tmp_path / "private.csv"
-    file.write_text("place,selected\np:1,no\n")
-    assert dropped(tmp_path, file, own=False).words == [f"The training left out the rows that `{file}` excludes."]
 
 
 def test_a_run_that_sifted_has_one_section_on_it(run):

@@ -76,7 +76,8 @@ def test_a_list_that_was_edited_is_kept_when_rows_are_selected_again(given, comp
         sift(**given, console=QUIET)
         kept = complete / f"scores.edited{number}.csv"
         assert kept.read_text() == edited
-        assert f"{complete / 'scores.csv'} was edited, or written elsewhere: it is now {kept}" in caplog.messages
+        told = f"{complete / 'scores.csv'} was edited, or written by another command: it is now {kept}"
+        assert told in caplog.messages
         assert "yes" in (complete / "scores.csv").read_text()
 
 

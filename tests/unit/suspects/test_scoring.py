@@ -1,6 +1,7 @@
 """Losses of a run's rows: those of models that were not trained on them, in a file that fits the rows."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +15,8 @@ from support.visited import visits
 from siftune.base.errors import DataError, InputError
 from siftune.data.rows import rows_from
 from siftune.data.tokens import Form, tokens_of
-from siftune.recipe.again import recipe_again
 from siftune.recipe.read import load_recipe
+from siftune.recipe.training_rows import recipe_of_rows
 from siftune.suspects import scoring
 from siftune.suspects.decoys import decoys_of
 from siftune.suspects.losses import read_losses, trained_rows
@@ -104,8 +105,8 @@ def test_earlier_answers_of_a_conversation_are_part_of_the_prompt(run):
     """Losses are those of the last answers, as if earlier ones had no labels."""
     first = {"role": "assistant", "content": "well, well"}
     turns = [{"role": "user", "content": "hi"}, first, {"role": "user", "content": "2?"}]
-    tuned = tuned_on(trained_rows(run)[0][:20], recipe_again(run), run / "0", QUIET, ModelSource)
-    chat, losses = replace(recipe_again(run), template="chat", max_length=256), []
+    tuned = tuned_on(trained_rows(run)[0][:20], recipe_of_rows(run), run / "0", QUIET, ModelSource)
+    chat, losses = replace(recipe_of_rows(run), template="chat", max_length=256), []
     for weight in ({}, {"weight": 0}):
         turns[1] = {**first, **weight}
         given = [{"messages": [*turns, {"role": "assistant", "content": text}]} for text in ("4", "22", "no")]
@@ -120,7 +121,7 @@ def test_earlier_answers_of_a_conversation_are_part_of_the_prompt(run):
 def test_a_training_takes_one_pass_over_its_half(run, monkeypatch, tmp_path, rows, target, steps):
     monkeypatch.setattr(scoring, "MOST", 9 if rows == 400 else 300)
     monkeypatch.setattr(scoring, "tune", lambda settings, *_: settings)
-    own = replace(recipe_again(run), target_share=target, batch_size=2, accumulate=2, warmup=500)
+    own = replace(recipe_of_rows(run), target_share=target, batch_size=2, accumulate=2, warmup=500)
     every = rows_from([{"prompt": str(n), "completion": "?"} for n in range(rows)])
     settings = tuned_on(every, own, tmp_path / "0", QUIET, ModelSource)
     assert (settings.steps, settings.lr, settings.target) == (steps, 1e-2, own.target)
@@ -145,13 +146,13 @@ def test_rows_that_the_run_left_out_are_in_neither_half(base, tmp_path, training
 
 def test_an_interrupted_training_continues(run, tmp_path, monkeypatch):
     every, folder = trained_rows(run)[0][:20], tmp_path / "0"
-    tuned_on(every, recipe_again(run), folder, QUIET, ModelSource)
+    tuned_on(every, recipe_of_rows(run), folder, QUIET, ModelSource)
     ended = json.loads((folder / "run.json").read_text())
     asked = []
     monkeypatch.setattr(scoring, "tune", lambda settings, *_: asked.append(settings.resume))
     for status in ("interrupted", "finished"):
         (folder / "run.json").write_text(json.dumps({**ended, "status": status}))
-        tuned_on(every, recipe_again(run), folder, QUIET, ModelSource)
+        tuned_on(every, recipe_of_rows(run), folder, QUIET, ModelSource)
     assert asked == [True, False]
     assert not folder.exists()  # a training that has finished, but whose rows were not scored, begins again
 
@@ -187,6 +188,15 @@ def test_the_command_scores_once_and_training_again_removes_the_scores(run, caps
     train(replace(load_recipe(run / "recipe.yaml"), resume=True, steps=2), QUIET)
     assert not (run / LOSSES).exists()
     assert not (run / HALVES).exists()
+
+
+def test_the_base_may_have_moved(run, base, tmp_path, capsys, trainings):
+    moved = shutil.copytree(base, tmp_path / "moved")
+    path = run / "recipe.yaml"
+    path.write_text(path.read_text().replace(str(base), "/elsewhere/base"))
+    assert "/elsewhere/base" in error_of(capsys, "rows", run)
+    assert siftune(capsys, "rows", run, "--base", moved)[0]["rows"] == 40
+    assert len(trainings) == 2
 
 
 def test_too_few_rows_are_refused_before_a_training(base, tmp_path, capsys, monkeypatch):

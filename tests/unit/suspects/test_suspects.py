@@ -13,7 +13,6 @@ from siftune.cli.main import main
 from siftune.data.decisions import read_decisions
 from siftune.data.read import load_rows
 from siftune.data.rows import Text
-from siftune.recipe.again import note_recipe
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import resolve_recipe
 from siftune.recipe.training_rows import digest_of
@@ -40,7 +39,6 @@ def scored(base, tmp_path):
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
         folder.mkdir()
         (folder / "recipe.yaml").write_text(recipe_to_yaml(resolve_recipe(recipe(base, path, folder, method="dense"))))
-        note_recipe(folder)
         about = digest_of(load_rows(str(path)))
         RunFolder(folder).write_run(status="finished", rows=about)
         if losses is None:
@@ -105,6 +103,19 @@ def test_rows_that_have_changed_are_refused(run):
     path.write_text(path.read_text().replace("the name of it is 0", "the name of it is 1"))
     with pytest.raises(DataError, match=r"the training rows have changed since .*run was trained"):
         suspects(run)
+
+
+def test_an_edited_list_is_not_lost(run, capsys):
+    csv = run.parent / "bad.csv"
+    for _ in range(2):
+        siftune(capsys, "rows", run, "--csv", csv)
+    assert not [*run.parent.glob("*.edited*")]
+    written = csv.read_text()
+    csv.write_text(written.replace(",no,", ",yes,", 1))
+    _, said = siftune(capsys, "rows", run, "--csv", csv)
+    assert f"it is now {run.parent / 'bad.edited.csv'}" in said
+    assert (run.parent / "bad.edited.csv").read_text() == written.replace(",no,", ",yes,", 1)
+    assert csv.read_text() == written
 
 
 def test_the_command_shows_and_writes_them(run, capsys):

@@ -143,7 +143,8 @@ def test_bad_rows_of_a_run_are_in_its_folder_and_told(base, mixed, tmp_path):
     told = io.StringIO()
     done = train(recipe(base, mixed, tmp_path / "run", bad_rows="drop", steps=1), Console(file=told, width=500))
     assert len((done.folder.path / "bad_rows.txt").read_text().splitlines()) == 5
-    assert answers(used_rows(done.folder.path, load_recipe(done.folder.path / "recipe.yaml"))) == list("012345")
+    used = used_rows(done.folder.path, load_recipe(done.folder.path / "recipe.yaml"))
+    assert answers(used["train"]) == list("012345")
     assert told.getvalue().startswith(f"5 rows left out:\n  {mixed}:4: invalid JSON")
     assert "6 rows to train on: " in told.getvalue()
     assert " of 4 rows\n" in told.getvalue()
@@ -153,7 +154,7 @@ def test_a_run_without_bad_rows_keeps_no_list_of_an_earlier_one(base, rows, tmp_
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "bad_rows.txt").write_text(f"{rows}:1: it was bad\n")
     done = train(recipe(base, rows, tmp_path / "run", steps=1), QUIET)
-    assert len(used_rows(done.folder.path, load_recipe(done.folder.path / "recipe.yaml"))) == 24
+    assert len(used_rows(done.folder.path, load_recipe(done.folder.path / "recipe.yaml"))["train"]) == 24
 
 
 # several files, and shares of them

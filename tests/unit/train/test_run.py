@@ -134,7 +134,7 @@ def test_the_records_have_a_line_per_step(base, rows, tmp_path):
     selection = choices_of(tmp_path / "run")
     assert [line["step"] for line in selection] == list(range(6))
     assert all(len(line["layers"]) == 2 and set(line["layers"]) <= set(range(4)) for line in selection)
-    assert [line["step"] for line in selection if line["importance"] is not None] == [2, 4]
+    assert [line["step"] for line in selection if line["importance"]] == [2, 4]
 
 
 def test_tokens_are_counted_without_padding(base, rows, tmp_path):

@@ -3,27 +3,16 @@
   const tip = document.getElementById("tip");
 
   // ---- figures: what stands under the pointer, in words
-  const written = (value, percent) => {
-    if (value === null) return "–";
-    return percent ? `${(100 * value).toFixed(1)} %` : String(Number(value.toPrecision(4))).replace("-", "−");
-  };
+  const written = (value) => String(Number(value.toPrecision(4))).replace("-", "−");
   const overLines = (data, x) => {
     const low = data.x[0], high = data.x.at(-1), wanted = low + x * (high - low);
     const nearest = (xs) => xs.reduce((best, one) => Math.abs(one - wanted) < Math.abs(best - wanted) ? one : best, xs[0]);
     const step = nearest(data.x);
     const told = data.lines.map(([name, xs, ys]) => {
-      const value = written(ys[xs.indexOf(nearest(xs))], data.percent);
+      const value = written(ys[xs.indexOf(nearest(xs))]);
       return name ? `${name}: ${value}` : value;
     });
     return [`step ${Math.round(step).toLocaleString("en")}`, ...told].join("\n");
-  };
-  const overCells = (data, x, y) => {
-    const row = Math.min(data.rows.length - 1, Math.floor(y * data.rows.length));
-    const column = Math.min(data.columns.length - 1, Math.floor(x * data.columns.length));
-    const [down, across, unit] = data.labels;
-    const places = [`${across} ${data.columns[column]}`, `${down} ${data.rows[row]}`, `${unit} ${written(data.values[row][column])}`];
-    if (data.marks) places.push(data.marks[row][column] ? "followed" : "not followed");
-    return places.join("\n");
   };
   const place = (event) => {
     const left = event.clientX + 14 + tip.offsetWidth > innerWidth ? event.clientX - 14 - tip.offsetWidth : event.clientX + 14;
@@ -38,8 +27,7 @@
       area.addEventListener("pointermove", (event) => {
         const box = area.getBoundingClientRect();
         const x = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
-        const y = Math.min(1, Math.max(0, (event.clientY - box.top) / box.height));
-        tip.textContent = data.kind === "lines" ? overLines(data, x) : overCells(data, x, y);
+        tip.textContent = overLines(data, x);
         tip.hidden = false;
         place(event);
       });

@@ -12,24 +12,20 @@ One line for each choice, in the order of training: of layers for a step, or of 
     followed    list<bool>      (U·S,) whether a layer follows a row, layer by layer
     scores      list<float32>   (U·S,) scores of the rows, layer by layer; NaN for a row without a score
 
-A list that does not apply is empty. Read it with pandas, polars, DuckDB or `read_selections`. The file is written with
-each checkpoint and at the end of the run. A resumed run continues the copy in its checkpoint.
+A list that does not apply is empty. Read it with pandas, polars or DuckDB. The file is written with each checkpoint and
+at the end of the run. A resumed run continues the copy in its checkpoint.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from siftune.base.errors import InputError
 from siftune.base.parquet_files import read_table, write_table
-from siftune.base.text import one_line
 from siftune.methods.drivers.layer_driver import LayerChoice
-from siftune.methods.drivers.sample_choice import ALL_LAYERS, SampleChoice
+from siftune.methods.drivers.sample_choice import SampleChoice
 from siftune.methods.host.callback import resumed_from
 from siftune.train.folder.run_folder import SELECTIONS
 
@@ -38,31 +34,7 @@ if TYPE_CHECKING:
 
 
 _MOST_SOURCES = 2**16  # more names than this name single rows, not kinds of rows
-_MOST_LAYERS = 2**10  # an untrusted file could name any layer
 _AGAIN = "move it elsewhere"
-
-
-@dataclass(frozen=True)
-class LayersOfStep:
-    """The layers that train in a step."""
-
-    step: int  # optimizer steps done before it
-    layers: tuple[int, ...]
-    importance: NDArray[np.float64] | None = None  # (L,) logits, if the step changed them
-    losses: tuple[float, ...] = ()  # losses of the candidate sets, if they were compared before this step
-
-
-@dataclass(frozen=True, eq=False)
-class RowsOfBatch:
-    """The rows that each layer follows in a batch."""
-
-    step: int  # optimizer steps done before it
-    batch: int  # its number in the step
-    layers: tuple[int, ...]  # (U,) numbers of the layers; -1 for one choice for all layers
-    rows: tuple[int, ...]  # (S,) numbers of its rows among the training rows; empty if they are not numbered
-    sources: tuple[str, ...]  # (S,) sources of these rows; empty if they are not recorded
-    followed: NDArray[np.bool_]  # (U, S) whether a layer follows a row
-    scores: NDArray[np.float32] | None  # (U, S); None if the choice needed none
 
 
 class SelectionRecord(TrainerCallback):  # type: ignore[misc]
@@ -138,7 +110,7 @@ class SelectionRecord(TrainerCallback):  # type: ignore[misc]
         """Continue the record in the checkpoint, or begin a new one."""
         checkpoint = resumed_from(self) if state.global_step else None
         before = None if checkpoint is None else checkpoint / SELECTIONS
-        self._lines, self._tables = [], [_read(before)] if before is not None and before.is_file() else []
+        self._lines, self._tables = [], [read_selections(before)] if before is not None and before.is_file() else []
         self.write()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -158,60 +130,6 @@ class SelectionRecord(TrainerCallback):  # type: ignore[misc]
         self.write()
 
 
-def read_selections(folder: Path) -> Iterator[LayersOfStep | RowsOfBatch]:
-    """Read the choices of a run in the order of training; none if the run has no record.
-
-    Raises:
-        InputError: The record is damaged, or another kind of file.
-    """
-    path = folder / SELECTIONS
-    if not path.exists():
-        return
-    table = _read(path)
-    steps, batches = (table[name].to_pylist() for name in ("step", "batch"))
-    lists = {name: _lists(table, name) for name in table.column_names[2:]}
-    try:
-        for number, (step, batch) in enumerate(zip(steps, batches, strict=True)):
-            line = {name: values[number] for name, values in lists.items()}
-            yield _layers(step, line) if batch is None else _rows(step, batch, line)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({one_line(str(error))}); {_AGAIN}") from error
-
-
-def _layers(step: int, line: dict[str, Any]) -> LayersOfStep:
-    layers = _checked(line["layers"], least=0)
-    importance = line["importance"].astype(np.float64)
-    if len(importance) > _MOST_LAYERS:
-        raise ValueError(f"importance of {len(importance)} layers")
-    losses = tuple(line["losses"].astype(np.float64).tolist())
-    return LayersOfStep(int(step), layers, importance if len(importance) else None, losses)
-
-
-def _rows(step: int, batch: int, line: dict[str, Any]) -> RowsOfBatch:
-    layers, followed, scores = _checked(line["layers"], least=ALL_LAYERS), line["followed"], line["scores"]
-    samples, rest = divmod(len(followed), max(1, len(layers)))
-    lengths = (len(line["rows"]), len(line["sources"]))
-    if not samples or rest or len(scores) not in (0, len(followed)) or not {*lengths} <= {0, samples}:
-        raise ValueError(f"a batch of {samples} rows and {len(layers)} layers")
-    shape = len(layers), samples
-    return RowsOfBatch(
-        int(step),
-        int(batch),
-        layers,
-        tuple(line["rows"].astype(np.int64).tolist()),
-        tuple(line["sources"].tolist()),
-        followed.astype(bool).reshape(shape),
-        scores.astype(np.float32).reshape(shape) if len(scores) else None,
-    )
-
-
-def _checked(layers: NDArray[Any], least: int) -> tuple[int, ...]:
-    numbers = tuple(layers.astype(np.int64).tolist())
-    if not all(least <= number < _MOST_LAYERS for number in numbers) or len(numbers) > _MOST_LAYERS:
-        raise ValueError(f"layers {min(numbers)} to {max(numbers)}")
-    return numbers
-
-
 def _schema() -> "pyarrow.Schema":
     import pyarrow
 
@@ -226,16 +144,11 @@ def _schema() -> "pyarrow.Schema":
 _DEFAULTS: dict[str, tuple[()]] = dict.fromkeys(("importance", "losses", "rows", "sources", "followed", "scores"), ())
 
 
-def _read(path: Path) -> "pyarrow.Table":
+def read_selections(path: Path) -> "pyarrow.Table":
+    """Read a record, a row for each choice.
+
+    Raises:
+        InputError: It is damaged, too large, or another kind of file.
+    """
     schema = _schema()
     return read_table(path, dict(zip(schema.names, schema.types, strict=True)), _AGAIN, nullable=schema.names)
-
-
-def _lists(table: "pyarrow.Table", name: str) -> list[NDArray[Any]]:
-    """The lists of a column, an array for each line."""
-    column = table[name].combine_chunks()
-    values, ends = (
-        column.flatten().to_numpy(zero_copy_only=False),
-        column.value_lengths().fill_null(0).to_numpy().cumsum(),
-    )
-    return np.split(values, ends[:-1]) if len(ends) else []

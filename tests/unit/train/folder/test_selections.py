@@ -1,4 +1,4 @@
-"""The selection record: the same choices when read again, continued from a checkpoint, checked when untrusted."""
+"""The selection record: the same choices when read again, continued from a checkpoint, refused if damaged."""
 
 import numpy as np
 import pyarrow
@@ -42,6 +42,10 @@ def add(record, *choices):
             record.rows(one, range(one.scores.shape[1]))
 
 
+def lines_of(folder):
+    return read_selections(folder / SELECTIONS).to_pylist()
+
+
 def write(folder, *choices, sources=SOURCES):
     folder.mkdir(exist_ok=True)
     record = SelectionRecord(folder, sources)
@@ -57,38 +61,38 @@ def test_rows_read_back_as_they_were(tmp_path_factory, units, samples, seed, pow
     followed = draw(generator, units, samples, int(generator.integers(1, samples + 1)))
     folder = tmp_path_factory.mktemp("run")
     write(folder, choice(7, units, samples, scores, followed), sources=["web"] * samples)
-    (read,) = read_selections(folder)
-    assert (read.step, read.batch, read.layers) == (7, 1, tuple(range(units)))
-    assert read.rows == tuple(range(samples))
-    assert read.sources == ("web",) * samples
-    np.testing.assert_array_equal(read.followed, followed)
+    (line,) = lines_of(folder)
+    assert (line["step"], line["batch"], line["layers"]) == (7, 1, [*range(units)])
+    assert line["rows"] == [*range(samples)]
+    assert line["sources"] == ["web"] * samples
+    assert line["followed"] == followed.ravel().tolist()
     if np.isnan(scores).all():
-        assert read.scores is None
+        assert line["scores"] == []
     else:
-        np.testing.assert_array_equal(read.scores, scores)
+        np.testing.assert_array_equal(line["scores"], scores.ravel())
 
 
 def test_layers_read_back_as_they_were(tmp_path):
     importance = torch.randn(5, dtype=torch.float64)
     moved = LayerChoice(1, (0, 4), importance, True, (1.5, 2.5), (0.1, -0.1), ((1,), (2,)))
     write(tmp_path, LayerChoice(0, (2,), importance), moved, choice(1))
-    first, second, rows = read_selections(tmp_path)
-    assert (first.step, first.layers, first.importance, first.losses) == (0, (2,), None, ())
-    assert (second.step, second.layers, second.losses) == (1, (0, 4), (1.5, 2.5))
-    np.testing.assert_array_equal(second.importance, importance.numpy())
-    assert rows.sources == SOURCES
+    first, second, rows = lines_of(tmp_path)
+    layers = ("step", "batch", "layers", "importance", "losses")
+    assert [first[name] for name in layers] == [0, None, [2], [], []]
+    assert [second[name] for name in layers] == [1, None, [0, 4], importance.tolist(), [1.5, 2.5]]
+    assert rows["sources"] == [*SOURCES]
 
 
 def test_scores_are_optional(tmp_path):
     write(tmp_path, choice(scores=np.full((3, 4), np.nan)))
-    assert [read.scores for read in read_selections(tmp_path)] == [None]
+    assert [line["scores"] for line in lines_of(tmp_path)] == [[]]
 
 
 @pytest.mark.parametrize("sources", [[str(number) for number in range(2**16 + 1)], ["web"]])
 def test_sources_are_left_out_if_they_name_single_rows_or_not_all_rows(tmp_path, sources):
     write(tmp_path, choice(), sources=sources)
-    (read,) = read_selections(tmp_path)
-    assert read.sources == ()
+    (line,) = lines_of(tmp_path)
+    assert line["sources"] == []
 
 
 def test_a_batch_of_16_rows_and_30_layers_takes_2500_bytes(tmp_path):
@@ -104,7 +108,6 @@ def test_a_run_without_choices_leaves_no_file(tmp_path):
     write(tmp_path, choice())
     write(tmp_path)
     assert not (tmp_path / SELECTIONS).exists()
-    assert list(read_selections(tmp_path)) == []
 
 
 def test_the_record_continues_from_the_checkpoint(tmp_path, monkeypatch):
@@ -116,42 +119,18 @@ def test_the_record_continues_from_the_checkpoint(tmp_path, monkeypatch):
     first.on_save(args, state, TrainerControl())
     add(first, choice(2))
     first.leave()
-    assert [read.step for read in read_selections(tmp_path)] == [0, 1, 2]
+    assert [line["step"] for line in lines_of(tmp_path)] == [0, 1, 2]
     monkeypatch.setattr(selections, "resumed_from", lambda callback: checkpoint)
     second = SelectionRecord(tmp_path, ("new",) * 4)
     second.on_train_begin(args, state, TrainerControl())
-    assert [read.step for read in read_selections(tmp_path)] == [0, 1]
+    assert [line["step"] for line in lines_of(tmp_path)] == [0, 1]
     add(second, choice(2))
     second.on_train_end(args, state, TrainerControl())
-    assert [(read.step, read.sources[1]) for read in read_selections(tmp_path)] == [
+    assert [(line["step"], line["sources"][1]) for line in lines_of(tmp_path)] == [
         (0, "books"),
         (1, "books"),
         (2, "new"),
     ]
-
-
-LINE = {
-    "step": 0, "batch": 0, "layers": [0, 1], "importance": [], "losses": [], "rows": [5, 6], "sources": ["a", "b"],
-    "followed": [True, False, False, True], "scores": [0.0, 1.0, 2.0, 3.0],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"layers": [7000]}, {"layers": [-2]}, {"layers": []}, {"layers": None}, {"layers": [0, None]},
-        {"layers": [0] * 2000, "followed": [True] * 2000}, {"batch": None, "layers": [-1]},
-        {"batch": None, "importance": [0.0] * 2000}, {"step": None}, {"followed": [True] * 3}, {"followed": []},
-        {"scores": [0.0]}, {"rows": [1]}, {"sources": ["a"]},
-    ],
-)  # fmt: skip
-def test_choices_that_no_run_makes_are_refused(tmp_path, change):
-    schema = selections._schema()
-    parquet.write_table(pyarrow.Table.from_pylist([LINE], schema), tmp_path / SELECTIONS)
-    assert len(list(read_selections(tmp_path))) == 1
-    parquet.write_table(pyarrow.Table.from_pylist([LINE | change], schema), tmp_path / SELECTIONS)
-    with pytest.raises(InputError, match=SELECTIONS):
-        list(read_selections(tmp_path))
 
 
 @pytest.mark.parametrize("part", [0.0, 0.5, 0.9])
@@ -160,17 +139,17 @@ def test_a_damaged_file_is_refused(tmp_path, part):
     data = (tmp_path / SELECTIONS).read_bytes()
     (tmp_path / SELECTIONS).write_bytes(data[: int(part * len(data))])
     with pytest.raises(InputError, match=SELECTIONS):
-        list(read_selections(tmp_path))
+        read_selections(tmp_path / SELECTIONS)
 
 
 def test_another_table_is_refused(tmp_path):
     parquet.write_table(pyarrow.table({"step": [1]}), tmp_path / SELECTIONS)
     with pytest.raises(InputError, match=SELECTIONS):
-        list(read_selections(tmp_path))
+        read_selections(tmp_path / SELECTIONS)
 
 
 def test_an_untrusted_file_does_not_unpack_to_any_size(tmp_path, monkeypatch):
     write(tmp_path, choice())
     monkeypatch.setattr("siftune.base.parquet_files._MOST", 20)
     with pytest.raises(InputError, match="more than 20 bytes"):
-        list(read_selections(tmp_path))
+        read_selections(tmp_path / SELECTIONS)
