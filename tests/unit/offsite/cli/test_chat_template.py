@@ -104,7 +104,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type":
 
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory):
-    parts = dataclasses.replace(contents(), tokenizer=byte_tokenizer(QWEN3))
+    parts = dataclasses.replace(contents(max_position_embeddings=256), tokenizer=byte_tokenizer(QWEN3))
     return write_kit(tmp_path_factory.mktemp("qwen3") / "kit", parts)
 
 
