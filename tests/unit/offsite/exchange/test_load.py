@@ -152,3 +152,10 @@ def test_tensors_take_the_memory_of_the_file_once(sound):
         assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in wanted.items())
         assert all(t.untyped_storage().nbytes() == t.nbytes for t in found.values())
         assert len({t.untyped_storage().data_ptr() for t in found.values()}) == len(found)
+
+
+def test_changes_of_loaded_tensors_do_not_reach_the_file(sound):
+    before = (sound.path / OUTER).read_bytes()
+    for tensor in kit_folder.load_weights(sound, OUTER).values():
+        tensor.add_(1)
+    assert (sound.path / OUTER).read_bytes() == before
