@@ -92,7 +92,7 @@ def check_settings(value: Any) -> dict[str, Any]:
     if depth not in value:
         raise KitError(f"{CONFIG} has no {depth}")
     as_int(value[depth], f"{CONFIG}: {depth}", 2, MAX_LAYERS)
-    if value.get("dtype") not in _DTYPE_NAMES:
+    if value.get("dtype") not in (*_DTYPE_NAMES,):
         raise KitError(f"{CONFIG}: dtype is {shown(value.get('dtype'))}; known are {', '.join(_DTYPE_NAMES)}")
     return value
 

@@ -99,6 +99,7 @@ DEFECTS = [
     ({"num_hidden_layers": True}, "num_hidden_layers is True"),
     ({"dtype": "float64"}, "dtype is 'float64'; known are float32"),
     ({"dtype": None}, "dtype is None; known are float32"),
+    ({"dtype": ["float32"]}, "dtype is .*; known are float32"),
     ({"hidden_act": "a/b"}, "hidden_act is 'a/b'"),
     ({"hidden_act": "x" * 65}, "hidden_act is 'x"),
     ({"eos_token_id": ["../x"]}, "eos_token_id is '../x'"),
