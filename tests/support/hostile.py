@@ -1,11 +1,6 @@
 """Hostile copies of sound folders: a file is replaced or edited, the hashes are repaired, and a reader must refuse."""
 
 import json
-import multiprocessing
-import os
-import re
-import resource
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,45 +77,3 @@ def _stamps(place: Path) -> dict[str, tuple[int, int, int]]:
     """Kind, size and time of change of everything below a folder."""
     entries = {str(path): path.lstat() for path in place.rglob("*")}
     return {name: (entry.st_mode, entry.st_size, entry.st_mtime_ns) for name, entry in entries.items()}
-
-
-MEMORY_MB = 1000  # that a bomb may take in the process that reads it, above the memory of the tests
-SECONDS = 20  # of its processor time; processes that it starts have limits of their own
-CLOCK_SECONDS = 240  # on the clock, on a machine with other work
-
-
-def defused(read: Reader, folder: Path, name: str, words: str) -> None:
-    """As `refused`, in a process with limits on memory, time, and the size of files."""
-    before = _stamps(folder.parent)
-    ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_read_limited, args=(read, folder, theirs))
-    process.start()
-    theirs.close()
-    try:
-        assert ours.poll(CLOCK_SECONDS), "the bomb does not end"
-        kind, message = ours.recv()
-    except EOFError:
-        process.join()
-        pytest.fail(f"the process died of the bomb, with code {process.exitcode}")
-    finally:
-        process.kill()
-        process.join()
-    assert kind == "KitError", message
-    assert re.search(words, message), message
-    _check_message(message, folder, name)
-    assert _stamps(folder.parent) == before
-
-
-def _read_limited(read: Reader, folder: Path, pipe: Any) -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    memory = pages * resource.getpagesize() + MEMORY_MB * 10**6
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    seconds = int(time.process_time()) + SECONDS
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-    try:
-        read(folder)
-        pipe.send(("nothing", "it was read"))
-    except BaseException as error:  # a panic in Rust is no Exception
-        pipe.send((type(error).__name__, str(error)))
-    os._exit(0)

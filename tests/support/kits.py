@@ -16,8 +16,7 @@ from siftune.offsite.emulator.model import LayerShape, Split, build, emulator_co
 from siftune.offsite.exchange.returned import write_return
 from siftune.offsite.kit.folder import Kit, KitContents, write_kit
 from siftune.offsite.kit.manifest import ROWS, Calibration, canonical
-from siftune.offsite.kit.tensor_file import open_tensors
-from siftune.offsite.kit.tensors import TensorSpec
+from siftune.offsite.kit.tensors import TensorSpec, open_tensors
 
 VOCAB = 320  # the byte tokenizer has 260 tokens
 DEPTH = 5

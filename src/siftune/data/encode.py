@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from siftune.base.errors import DataError, KitError, ModelError, RecipeError
+from siftune.base.errors import DataError, ModelError, RecipeError
 from siftune.base.text import one_line
 from siftune.data.read import read_template
 from siftune.data.rows import Row
@@ -147,9 +147,6 @@ class Encoder:
         """Tokenise rows into pieces; the error instead for a row on which the template or the tokenizer fails.
 
         Rows are rendered and tokenised together, several times faster than one by one.
-
-        Raises:
-            KitError: a kit's template or tokenizer exceeds its limits; the message names the row.
         """
         notes = Counter(self.notes)
         rendered = self._rendered(rows)
@@ -257,8 +254,6 @@ class Encoder:
     def _apply(self, turns: Sequence[Message], origin: str, open_turn: bool = False) -> str:
         try:
             return self._apply_all([turns], open_turn)[0]
-        except KitError as error:
-            raise KitError(f"{origin}: {error}") from error
         except Exception as error:  # templates raise errors of jinja and of their own
             raise DataError(
                 f"{origin}: the chat template refuses the conversation ({one_line(str(error))}); its roles are "
@@ -301,7 +296,7 @@ class Encoder:
             return ids
         errors = ((origin, ids if len(texts) == 1 else self._try([text], special)) for text, origin in texts)
         origin, error = next(((o, e) for o, e in errors if isinstance(e, BaseException)), ("the rows", ids))
-        raise (KitError if isinstance(error, KitError) else DataError)(
+        raise DataError(
             f"{origin}: the tokenizer fails on the text ({' '.join(str(error).split())[:200]}); "
             "change or remove the row, or take another tokenizer."
         ) from error

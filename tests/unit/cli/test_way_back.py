@@ -7,7 +7,6 @@ import pytest
 from support.commands import EMULATE, TRAIN, error_of, siftune
 from support.keys import make_keys
 from support.kits import edit, read_json
-from support.opened import opened
 from support.tiny_run import save_rows
 
 from siftune.cli.main import main
@@ -172,37 +171,3 @@ def test_a_key_with_what_is_no_kit_is_refused(signed, half, base, tmp_path, caps
         (tmp_path / "gone", f"model folder {tmp_path / 'gone'} does not exist (working directory: {Path.cwd()})"),
     ):
         assert why in error_of(capsys, "train", "--model", model, "--out", tmp_path / "new", *options, *key)
-
-
-# --- what is opened how often ---
-
-
-@pytest.mark.parametrize("command", ["train full", "train lora", "eval", "eval of a run", "plug", "verify a return"])
-def test_no_file_of_a_kit_is_opened_but_to_be_checked_and_to_be_loaded(
-    signed, half, tmp_path, capsys, monkeypatch, command
-):
-    kit, key, rows = signed / "kit", ("--public-key", signed / "owner.pub.pem"), signed / "rows.jsonl"
-    train = ("train", "--model", kit, "--train", rows, "--out", tmp_path / "run", *TRAIN[:4], *TRAIN[6:])
-    measure = ("--data", rows, "--limit", "2", "--metrics", "perplexity")
-    back = signed / "full" / "return"
-    arguments = {
-        "train full": (*train, "--adapter", "full"),
-        "train lora": (*train, "--adapter", "lora", "--rank", "2", "--save-every", "1"),
-        "eval": ("eval", kit, *measure),
-        "eval of a run": ("eval", signed / "lora", *measure),
-        "plug": ("plug", "--model", half, "--kit", kit, "--return", back, "--out", tmp_path / "tuned"),
-        "verify a return": ("verify", back, "--kit", kit),
-    }[command]
-    with opened(kit, monkeypatch) as counts:
-        siftune(capsys, *arguments, *key)
-    small = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    loaded = {
-        "plug": set(), "verify a return": {"adapter.safetensors"}
-    }.get(command, small | {"emulator.safetensors", "adapter.safetensors"})  # fmt: skip
-    # once more, before it is checked, only for its kind: train and eval ask whether it is a kit, plug and verify
-    # whether kit and return are swapped (offsite/cli/paths.py); nothing that was read then is used
-    looked_at = {"manifest.json"}
-    # and again, for a return of whole layers, what a narrower dtype has rounded: it is held to its hash once more
-    looked_at |= {"adapter.safetensors"} if command == "train full" else set()
-    names = {path.name for path in kit.iterdir()}
-    assert counts == {name: 1 + (name in loaded) + (name in looked_at) for name in names}

@@ -23,8 +23,6 @@ PATHS = {"folders": ("path", "kit")}
 class Options(Validated):
     """Check a kit, or with --kit a return for it: files, hashes, shapes and numbers.
 
-    A kit's tokenizer and chat template run in a subprocess with limits on memory and time.
-
     A kit is what `siftune emulate` writes, a return what `siftune train --model KIT` leaves behind.
     """
 
@@ -60,6 +58,7 @@ def run(options: Options) -> dict[str, Any]:
 
 def _show_kit(kit: "Kit", console: Console) -> dict[str, Any]:
     from siftune.offsite.kit.folder import facts
+    from siftune.offsite.kit.tokenizer import TEMPLATE
 
     figures = facts(kit)
     split, middle, outer = figures["split"], figures["middle"], figures["outer"]
@@ -79,21 +78,10 @@ def _show_kit(kit: "Kit", console: Console) -> dict[str, Any]:
         f"{figures['base_mb']:,.1f} MB",
         "calibration": f"{kit.manifest.calibration}: the owner's word",
         "signature": signature[figures["signature"]],
-        "tokens": f"text is rewritten first: {'; '.join(kit.normalizers)}" if kit.normalizers else "of the text as is",
-        "chats": "the chat template writes only this around messages:" if kit.fixed else "no chat template",
+        "chats": "with a chat template" if TEMPLATE in kit.manifest.files else "no chat template",
     }
     _show(rows, console)
-    for before, after, text in kit.fixed:
-        console.print(f"  {before} → {after}: {_escaped(text)}", markup=False)
-    return {**figures, "normalizers": kit.normalizers, "chat_text": kit.fixed}
-
-
-def _escaped(text: str) -> str:
-    """Untrusted text on one line, without characters that move the cursor or change the direction of writing.
-
-    A backslash is doubled, so that nothing else looks like one of these.
-    """
-    return "".join(c if c.isprintable() and c != "\\" else repr(c)[1:-1] for c in text)
+    return figures
 
 
 def _show_return(options: Options, kit: "Kit", console: Console) -> dict[str, Any]:

@@ -38,10 +38,7 @@ def load_emulator(path: str | Path, dtype: str = "auto", public_key: Path | None
 
 
 def load_kit(kit: Kit, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load emulator and tokenizer of a kit that was read: as `load_emulator`, the tokenizer with a padding token.
-
-    Every file is opened once, and held to the hash that was checked.
-    """
+    """Load emulator and tokenizer of a kit that was read: as `load_emulator`, the tokenizer with a padding token."""
     return _load(kit, dtype), kit_tokenizer(kit)
 
 
@@ -58,7 +55,7 @@ def _load(kit: Kit, dtype: str) -> PreTrainedModel:
 
 
 def kit_tokenizer(kit: Kit) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a kit that was read, once it was tried in a child with limits; it has a padding token."""
+    """Load the tokenizer of a kit that was read; it has a padding token."""
     tokenizer = load_tokenizer(kit)
     set_padding(tokenizer, str(kit.path))
     return tokenizer

@@ -53,14 +53,14 @@ from siftune.offsite.kit.strict import (
     sha256_of,
     shown,
 )
-from siftune.offsite.kit.tensor_file import TensorFile, open_tensors
 from siftune.offsite.kit.tensors import (
     DTYPES,
-    MAX_HEADER,
     MAX_TENSORS,
+    TensorFile,
     TensorSpec,
     check_finite,
     check_specs,
+    open_tensors,
     spec_of,
     write_tensors,
 )
@@ -204,7 +204,7 @@ def write_return(
 
 
 class OpenReturn(Mapping[str, Tensor]):
-    """A return that has passed every check. Its tensors are read when they are asked for, and held to what was checked.
+    """A return that has passed every check. Its tensors are read when they are asked for.
 
     Attributes:
         path: Its folder.
@@ -216,13 +216,12 @@ class OpenReturn(Mapping[str, Tensor]):
         self._file = file
 
     def __getitem__(self, name: str) -> Tensor:
-        """Read a tensor, on the CPU.
+        """Read a tensor, on the CPU."""
+        return self._file.read(name)
 
-        Raises:
-            KitError: The file has changed since it was checked.
-        """
-        with naming(f"return {self.path}"):
-            return self._file.again(name)
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor."""
+        return name in self._file.specs
 
     def __iter__(self) -> Iterator[str]:
         """The names of its tensors, in either form."""
@@ -237,8 +236,7 @@ class OpenReturn(Mapping[str, Tensor]):
 def open_return(path: str | Path, kit: Kit) -> Iterator[OpenReturn]:
     """Check a return for a kit, completely, and keep it open; no tensor of it is in memory until it is asked for.
 
-    Sizes, manifest and header are checked before memory is taken. Every file is opened once: what is checked is what is
-    loaded. The folder may be reached by a link.
+    Sizes, manifest and header are checked before memory is taken. The folder may be reached by a link.
 
     Raises:
         KitError: Anything is out of order. The message names file and field.
@@ -247,8 +245,7 @@ def open_return(path: str | Path, kit: Kit) -> Iterator[OpenReturn]:
     with ExitStack() as stack, naming(f"return {folder}"):
         if (folder / "return").is_dir():
             raise KitError(f"it is a whole run; the return is in it: give {folder / 'return'}")
-        limit = MAX_HEADER + 8 + sum(spec.bytes for spec in kit.manifest.outer.values())
-        sizes = list_files(folder, {MANIFEST: LIMITS[MANIFEST], OUTER: limit})
+        sizes = list_files(folder, {name: LIMITS[name] for name in (MANIFEST, OUTER)})
         for name in (MANIFEST, OUTER):
             if name not in sizes:
                 raise KitError(f"it has no {name}")
@@ -266,7 +263,8 @@ def open_return(path: str | Path, kit: Kit) -> Iterator[OpenReturn]:
         expected, by = _expected(check_ranks(whole[LORA], kit) if LORA in whole else {}, kit)
         file = stack.enter_context(open_tensors(folder / OUTER))
         check_specs(file.specs, expected, OUTER, by)
-        file.check(spec)
+        spec.check_hash(OUTER, sha256_of(folder / OUTER))
+        file.check_numbers()
         closing = stack.pop_all()
     try:
         yield OpenReturn(folder, file, whole.get(PRIVACY))

@@ -8,8 +8,9 @@
       adapter.safetensors      the layers to tune, under names that do not depend on the depth
       kit.sig                  optional, see signing.py
 
-`read_kit` checks all that can be checked without allocating a tensor. It cannot see whether weights, which are finite
-and no larger than 65504, are the base's: a kit without a checked signature is as trustworthy as its source.
+`read_kit` checks all that can be checked without allocating a tensor. A kit runs no code and writes nothing outside its
+folder. It cannot be seen whether its weights, which are finite and no larger than 65504, are the base's: a kit is
+trusted like its owner.
 """
 
 import dataclasses
@@ -44,16 +45,12 @@ from siftune.offsite.kit.manifest import (
 )
 from siftune.offsite.kit.signing import load_signer, load_verifier, sign, verify
 from siftune.offsite.kit.strict import fresh_folder, list_files, naming, parse_json, read_bytes, sha256_of
-from siftune.offsite.kit.tensor_file import open_tensors
-from siftune.offsite.kit.tensors import DTYPES, TensorSpec, check_specs, spec_of, write_tensors
+from siftune.offsite.kit.tensors import DTYPES, check_specs, open_tensors, spec_of, write_tensors
 
 
 @dataclass(frozen=True)
 class KitContents(EmulatorParts):
-    """Contents of a kit: an emulator, of whose config `config.scrub` lets some settings through, and these parts.
-
-    One tensor is taken at a time, since they may be lazy.
-    """
+    """Contents of a kit: an emulator, of whose config `config.scrub` lets some settings through, and these parts."""
 
     tokenizer: PreTrainedTokenizerBase
     depth: int  # decoder layers of the base
@@ -72,8 +69,6 @@ class Kit:
         config: Its config.json.
         signed: Whether it carries a signature. That says nothing: see `verified`.
         verified: Whether the signature was checked against a public key, and is right.
-        normalizers: The normalizers of its tokenizer as text.
-        fixed: All text of its chat template around messages, with the roles before and after; empty without one.
     """
 
     path: Path
@@ -82,8 +77,6 @@ class Kit:
     config: dict[str, Any]
     signed: bool
     verified: bool = False
-    normalizers: tuple[str, ...] = ()
-    fixed: tuple[tuple[str, str, str], ...] = ()
 
 
 def is_kit(path: str | Path) -> bool:
@@ -151,9 +144,9 @@ def read_kit(path: str | Path, public_key: Path | None = None) -> Kit:
     """Check a kit, completely, and allocate none of its tensors.
 
     In this order: which files there are; every field of the manifest; sizes; the signature of the manifest and of the
-    hashes in it, if a key is given; the config; headers of the tensor files, against the manifest and against the model
-    that config and manifest describe; the tokenizer; hashes of the tensor files. Every file is opened once: what was
-    hashed is what was checked. What is loaded later is read again and held to the same hashes.
+    hashes in it, if a key is given; the config; the tokenizer; the tensor files: headers, against the manifest and
+    against the model that config and manifest describe, hashes, and numbers. What is loaded later is compared with the
+    same hashes.
 
     Args:
         path: Its folder, which may be reached by a link.
@@ -176,15 +169,17 @@ def read_kit(path: str | Path, public_key: Path | None = None) -> Kit:
         if public_key is not None:
             verify(folder, public_key, {MANIFEST: digest, **{name: s.sha256 for name, s in manifest.files.items()}})
         settings = config.check_settings(parse_json(_read_part(folder, CONFIG, manifest), CONFIG))
-        with open_tensors(folder / EMULATOR) as frozen, open_tensors(folder / OUTER) as outer:
-            _check_specs(frozen.specs, outer.specs, manifest, settings)
-            files = _tokenizer_files(folder, manifest)
-            made = tokenizer.make_tokenizer(files, config.make_config(settings).vocab_size)
-            frozen.check(manifest.files[EMULATOR])
-            outer.check(manifest.files[OUTER])
-    fixed = () if made.chats is None else tuple(made.chats.fixed)
+        frozen, outer = config.expected_specs(settings, manifest)
+        model = f"the model of {CONFIG} and {MANIFEST}"
+        check_specs(manifest.outer, outer, f"{MANIFEST}: adapter", model)
+        tokenizer.make_tokenizer(_tokenizer_files(folder, manifest), config.make_config(settings).vocab_size)
+        for name, specs in ((EMULATOR, frozen), (OUTER, outer)):
+            with open_tensors(folder / name) as file:
+                check_specs(file.specs, specs, name, model)
+                manifest.files[name].check_hash(name, sha256_of(folder / name))
+                file.check_numbers()
     signed, verified = SIGNATURE in sizes, public_key is not None
-    return Kit(folder, manifest, digest, settings, signed, verified, tuple(made.normalizers), fixed)
+    return Kit(folder, manifest, digest, settings, signed, verified)
 
 
 def _check_sizes(sizes: Mapping[str, int], manifest: Manifest) -> None:
@@ -209,18 +204,6 @@ def _tokenizer_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
     return {name: _read_part(folder, name, manifest) for name in tokenizer.FILES if name in manifest.files}
 
 
-def _check_specs(
-    frozen: Mapping[str, TensorSpec], outer: Mapping[str, TensorSpec], manifest: Manifest, settings: Mapping[str, Any]
-) -> None:
-    """Compare what the tensor files hold with the manifest and with the model that it describes."""
-    check_specs(outer, manifest.outer, OUTER, f"{MANIFEST}: adapter")
-    dtypes = next(iter(frozen.values())).dtype, next(iter(outer.values())).dtype
-    frozen_model, outer_model = config.expected_specs(settings, manifest, dtypes)
-    model = f"the model of {CONFIG} and {MANIFEST}"
-    check_specs(frozen, frozen_model, EMULATOR, model)
-    check_specs(outer, outer_model, OUTER, model)
-
-
 def load_config(kit: Kit) -> PreTrainedConfig:
     """Build the emulator's config of a kit that was read."""
     return config.make_config(kit.config)
@@ -236,13 +219,16 @@ def load_tokenizer(kit: Kit) -> PreTrainedTokenizerFast:
 
 
 def load_weights(kit: Kit, name: str) -> dict[str, Tensor]:
-    """Load one of the tensor files of a kit that was read, `EMULATOR` or `OUTER`, in one reading, to the CPU.
+    """Load one of the tensor files of a kit that was read, `EMULATOR` or `OUTER`, to the CPU.
 
     Raises:
         KitError: The file is not the one that was checked.
     """
-    with naming(f"kit {kit.path}"), open_tensors(kit.path / name) as file:
-        return file.load(kit.manifest.files[name])
+    path = kit.path / name
+    with naming(f"kit {kit.path}"):
+        kit.manifest.files[name].check_hash(name, sha256_of(path))
+        with open_tensors(path) as file:
+            return {key: file.read(key) for key in file.specs}
 
 
 def facts(kit: Kit) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from siftune.offsite.kit.strict import (
     shown,
     whole,
 )
-from siftune.offsite.kit.tensors import MAX_SIZE, MAX_TENSORS, NAME, TensorSpec, parse_spec
+from siftune.offsite.kit.tensors import MAX_SIZE, MAX_TENSORS, TensorSpec, parse_spec
 
 PROTOCOL = 1
 MANIFEST = "manifest.json"
@@ -68,6 +68,7 @@ LIMITS = {
 }
 MAX_LAYERS = 512
 HASH = r"[0-9a-f]{64}"
+NAME = r"[A-Za-z0-9_.]{1,200}"  # of a tensor
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,7 @@
 """Read untrusted files, check single untrusted values, and write folders in one move.
 
-No file is trusted: it must be a regular file (no link, folder, pipe or device), its size is checked before it is read,
-and JSON must be strict: UTF-8, no key twice, no NaN or infinity, no deep nesting, no number of many digits, no −0, no
-half of a surrogate pair, with which Python's strings and those of other languages differ.
-Limits are constants in capitals. A `Check` takes a value and its place, for the error message.
-
-The subprocess that tries a tokenizer imports this file, so that it imports neither torch nor transformers.
+No file is trusted: it must be a regular file (no link, folder, pipe or device), and its size is checked before it is
+read. A `Check` takes a value and its place, for the error message.
 
 The checks cover what is on disk at the time. A folder that others can write to while it is read is not safe: copy it
 first.
@@ -14,7 +10,6 @@ first.
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import reprlib
@@ -28,12 +23,7 @@ from siftune.base.errors import KitError
 from siftune.base.files import new_folder
 from siftune.base.text import one_line
 
-MAX_NESTING = 32  # levels of objects and lists in JSON
-MAX_DIGITS = 40  # of a whole number in JSON; tokenizers write 10^30 for "no limit"
-
 _OPEN = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-
-_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # the only way by which half of a surrogate pair gets into UTF-8
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
@@ -128,83 +118,19 @@ def sha256_of(path: Path) -> str:
 
 
 def parse_json(data: bytes, name: str) -> Any:
-    """Parse strict JSON; how many bytes is the caller's to limit, and `name` is what they are, for messages.
+    """Parse JSON; how many bytes is the caller's to limit, and `name` is what they are, for messages.
 
     Raises:
-        KitError: It is no JSON, has a key twice, NaN or infinity, a number of more than `MAX_DIGITS` digits, −0, half
-            of a surrogate pair, or more than `MAX_NESTING` levels.
+        KitError: It is no JSON, or has NaN or infinity.
     """
     try:
-        value = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_object,
-            parse_constant=_constant,
-            parse_float=_float,
-            parse_int=_integer,
-        )
-    except RecursionError as error:
-        raise KitError(f"{name} has more than {MAX_NESTING} levels of nesting") from error
-    except ValueError as error:
+        return json.loads(data.decode("utf-8"), parse_constant=_constant)
+    except (RecursionError, ValueError) as error:
         raise KitError(f"{name} is not proper JSON ({brief(error)})") from error
-    _check_nesting(value, name)
-    if _HALF.search(data):
-        _check_texts(value, name)
-    return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in entries:
-            raise ValueError(f"the key {shown(name)} occurs twice")
-        entries[name] = value
-    return entries
 
 
 def _constant(text: str) -> None:
     raise ValueError(f"{text} is not a JSON number")
-
-
-def _float(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{shown(text)} is too large")
-    return value
-
-
-def _integer(text: str) -> int:
-    if len(text) > MAX_DIGITS:
-        raise ValueError(f"a number has {len(text)} digits")
-    if text == "-0":  # the one whole number that JSON can write in two ways; other readers take it for no integer
-        raise ValueError("a number is -0, not 0")
-    return int(text)
-
-
-def _check_nesting(value: Any, name: str) -> None:
-    """Go down level by level, without recursion."""
-    level = [value]
-    for _ in range(MAX_NESTING + 1):
-        boxes = [item for item in level if isinstance(item, dict | list)]
-        level = [child for box in boxes for child in (box.values() if isinstance(box, dict) else box)]
-        if not boxes:
-            return
-    raise KitError(f"{name} has more than {MAX_NESTING} levels of nesting")
-
-
-def _check_texts(value: Any, name: str) -> None:
-    """Refuse halves of surrogate pairs, which no text in UTF-8 can hold, in keys and values."""
-    left: list[tuple[str, Any]] = [(name, value)]
-    while left:
-        where, item = left.pop()
-        if isinstance(item, str):
-            try:
-                item.encode()
-            except UnicodeEncodeError as error:
-                raise KitError(f"{where} is {shown(item)}, which has half of a surrogate pair") from error
-        elif isinstance(item, dict):
-            left += [(f"{where}, a key", key) for key in item]
-            left += [(f"{where}: {shown(key)}", child) for key, child in item.items()]
-        elif isinstance(item, list):
-            left += [(f"{where}, item {place}", child) for place, child in enumerate(item)]
 
 
 def as_object(value: Any, where: str, required: Collection[str] = (), optional: Collection[str] = ()) -> dict[str, Any]:
@@ -272,8 +198,6 @@ def fresh_folder(out: str | Path) -> Iterator[Path]:
 
 Check = Callable[[Any, str], object]
 
-MAX_ITEMS = 1024  # in a list
-
 
 def whole(low: int, high: int) -> Check:
     """A whole number from `low` to `high`."""
@@ -303,21 +227,3 @@ def one_of(*words: str) -> Check:
 def null_or(check: Check) -> Check:
     """Null, or what another check lets through."""
     return lambda value, where: None if value is None else check(value, where)
-
-
-def list_of(check: Check) -> Check:
-    """A list of at least one item, each of which another check lets through."""
-
-    def each(value: Any, where: str) -> None:
-        if not as_list(value, where, MAX_ITEMS):
-            raise KitError(f"{where} is empty")
-        for item in value:
-            check(item, where)
-
-    return each
-
-
-def truth(value: Any, where: str) -> None:
-    """True or false; 1 and 0 are neither."""
-    if not isinstance(value, bool):
-        raise KitError(f"{where} is {shown(value)}, not true or false")

@@ -1,42 +1,30 @@
-"""Safetensors files: a strict reader of their headers, which allocates no tensor, and a writer.
+"""Safetensors files of kits and returns.
 
-The format (safetensors 0.x): 8 bytes little-endian length of the header, the header in JSON, the tensors' bytes. The
-header maps a name to {"dtype", "shape", "data_offsets"} and "__metadata__" to strings. Here the metadata is always
-{"format": "pt"}; the tensors follow each other without gaps and fill the file.
+Names, shapes and dtypes in a file's header are compared with the manifest before a tensor is loaded. Loaded tensors are
+mapped from the file, so that they take memory as they are used.
 """
 
-import json
+import contextlib
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from siftune.base.errors import KitError
-from siftune.offsite.kit.strict import (
-    as_int,
-    as_list,
-    as_map,
-    as_object,
-    as_text,
-    brief,
-    parse_json,
-    shown,
-)
+from siftune.offsite.kit.strict import as_int, as_list, as_object, as_text, brief, shown
 
-MAX_HEADER = 4 << 20  # bytes
-MAX_TENSORS = 100_000  # in a file
+MAX_TENSORS = 100_000  # in a manifest
 MAX_DIMS = 4
 MAX_SIZE = 10**8  # of a dimension
 MAX_VALUE = 65504.0  # (ours) of a weight, the largest number of float16; real ones stay far below
 _PIECE = 1 << 18  # numbers that are looked at at a time
 METADATA = {"format": "pt"}
-NAME = r"[A-Za-z0-9_.]{1,200}"  # of a tensor
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -77,62 +65,42 @@ def parse_spec(value: Any, where: str) -> TensorSpec:
     return TensorSpec(tuple(as_int(size, f"{where}.shape", 1, MAX_SIZE) for size in sizes), dtype)
 
 
-@dataclass(frozen=True)
-class Header:
-    """The header of a safetensors file."""
+class TensorFile:
+    """An open safetensors file; `specs` has the shapes and dtypes of its header by name."""
 
-    data: bytes  # the file's first bytes, up to the tensors
-    specs: dict[str, TensorSpec]  # name -> shape and dtype, in the order of the header
-    order: tuple[str, ...]  # the names in the order in which the tensors lie in the file
+    def __init__(self, file: Any, name: str) -> None:
+        self._file, self._name = file, name
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+        self.specs = {key: TensorSpec(tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor, on the CPU."""
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def check_numbers(self) -> None:
+        """Look at every number, a piece at a time.
+
+        Raises:
+            KitError: A number is NaN, infinite or far too large.
+        """
+        for name in self.specs:
+            check_finite(self.read(name), f"{self._name}: {name}")
 
 
-def read_header(file: BufferedReader, name: str) -> Header:
-    """Read the header of a safetensors file, just opened, strictly, and allocate nothing for its tensors.
-
-    The file is left where the tensors begin.
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[TensorFile]:
+    """Open a safetensors file, of which only the header is read.
 
     Raises:
-        KitError: Anything is out of order: length, JSON, metadata, names, dtypes, shapes, offsets, size of the file.
+        KitError: It cannot be read, or is no safetensors file.
     """
-    data_bytes = os.fstat(file.fileno()).st_size - 8
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if not 2 <= length <= min(MAX_HEADER, data_bytes):
-        raise KitError(
-            f"{name}: the length of its header is {length}; with this file's size it may be 2 to "
-            f"{max(0, min(MAX_HEADER, data_bytes))}"
-        )
-    text = file.read(length)
-    if text[:1] != b"{":
-        raise KitError(f"{name}: its header does not begin with a brace")
-    where = f"{name}: header"
-    entries = as_map(parse_json(text, where), where, MAX_TENSORS)
-    if entries.pop("__metadata__", None) != METADATA:
-        raise KitError(f"{where}.__metadata__ is not {METADATA}")
-    specs, order = _check_offsets(entries, data_bytes - length, where)
-    return Header(start + text, specs, order)
-
-
-def _check_offsets(
-    entries: dict[str, Any], data_bytes: int, where: str
-) -> tuple[dict[str, TensorSpec], tuple[str, ...]]:
-    """Check that the tensors follow each other and fill the file; return their specs, and their order in it."""
-    specs, places = {}, []
-    for name, value in entries.items():
-        field = f"{where}.{as_text(name, f'{where}, the name of a tensor', NAME)}"
-        entry = as_object(value, field, ("data_offsets", "dtype", "shape"))
-        spec = parse_spec({"dtype": entry["dtype"], "shape": entry["shape"]}, field)
-        offsets = as_list(entry["data_offsets"], f"{field}.data_offsets", 2)
-        begin, end = (as_int(offset, f"{field}.data_offsets", 0, data_bytes) for offset in (*offsets, -1, -1)[:2])
-        if end - begin != spec.bytes:
-            raise KitError(f"{field}.data_offsets span {end - begin} bytes, but {spec} takes {spec.bytes}")
-        specs[name] = spec
-        places.append((begin, end, name))
-    places.sort()
-    ends = [0, *(end for _, end, _ in places)]
-    if [begin for begin, _, _ in places] != ends[:-1] or ends[-1] != data_bytes:
-        raise KitError(f"{where}: the data_offsets leave gaps, overlap, or do not end where the file does")
-    return specs, tuple(name for _, _, name in places)
+    try:
+        opened = safe_open(path, "pt")
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last where the memory cannot hold the file
+        raise KitError(f"{path.name} cannot be read as safetensors ({brief(error)})") from error
+    with opened as file:
+        yield TensorFile(file, path.name)
 
 
 def check_specs(specs: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec], where: str, by: str) -> None:
@@ -152,43 +120,24 @@ def check_specs(specs: Mapping[str, TensorSpec], expected: Mapping[str, TensorSp
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, as the library writes it; one tensor is looked at at a time, so that they may be lazy.
-
-    Each is asked for several times, and may be on any device.
+    """Write a safetensors file; the tensors may be on any device.
 
     Raises:
-        KitError: A value is NaN, infinite or too large, or the file cannot be written.
+        KitError: A value is NaN, infinite or too large, a dtype is not supported, or the file cannot be written.
     """
-    specs = {name: _checked_spec(tensors[name], f"{path.name}: {name}") for name in tensors}
+    plain = {}
+    for name in tensors:
+        tensor = tensors[name].detach()
+        check_finite(tensor, f"{path.name}: {name}")
+        spec_of(tensor)
+        plain[name] = tensor.contiguous()
     try:
-        with path.open("wb") as file:
-            _fill(file, specs, tensors)
-    except OSError as error:
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(plain, path, METADATA)
+        path.chmod(mode)  # the library closes its files to other users
+    except (SafetensorError, OSError) as error:
         raise KitError(f"{path.name} cannot be written ({brief(error)})") from error
-
-
-def _checked_spec(tensor: Tensor, where: str) -> TensorSpec:
-    check_finite(tensor, where)
-    return spec_of(tensor)
-
-
-def _fill(file: BufferedWriter, specs: Mapping[str, TensorSpec], tensors: Mapping[str, Tensor]) -> None:
-    """Write header and tensors; the widest numbers come first, then the order is that of the names."""
-    order = sorted(specs, key=lambda name: ([*DTYPES].index(specs[name].dtype), name))
-    header: dict[str, Any] = {"__metadata__": METADATA}
-    end = 0
-    for name in order:
-        begin, end = end, end + specs[name].bytes
-        header[name] = {"dtype": specs[name].dtype, "shape": specs[name].shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors are to lie at multiples of eight bytes
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in order:
-        file.write(_bytes(tensors[name]))
-
-
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def check_finite(tensor: Tensor, where: str) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune.cli.main import main
 from siftune.offsite.kit.folder import read_kit
-from siftune.offsite.kit.tensor_file import TensorFile
+from siftune.offsite.kit.tensors import TensorFile
 
 # --- the whole way ---
 
@@ -35,7 +35,6 @@ def test_from_the_model_to_the_tuned_model(half, rows, tmp_path, capsys):
         assert words in said
     checked, said = siftune(capsys, "verify", kit)
     assert "is sound" in said
-    del checked["chat_text"], checked["normalizers"]
     assert checked == {key: value for key, value in made.items() if key != "seconds"}
 
     siftune(capsys, "train", "--model", kit, "--train", rows, "--out", run, *TRAIN)
@@ -368,13 +367,13 @@ def test_what_audit_refuses(damaged, parties, half, capsys):
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "eval of two", "audit", "plug", "verify", "verify of a return"])
-def test_a_kit_is_hashed_once(parties, half, tmp_path, capsys, monkeypatch, command):
-    def counted(file, expected):
-        hashed.append(file._name)
-        return check(file, expected)
+def test_a_kit_is_checked_once(parties, half, tmp_path, capsys, monkeypatch, command):
+    def counted(file):
+        checked.append(file._name)
+        return check(file)
 
-    hashed, check = [], TensorFile.check
-    monkeypatch.setattr(TensorFile, "check", counted)
+    checked, check = [], TensorFile.check_numbers
+    monkeypatch.setattr(TensorFile, "check_numbers", counted)
     kit, run, rows = (str(parties / name) for name in ("kit", "run", "rows.jsonl"))
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text(json.dumps({"prompt": "5 less 3?", "completion": "2"}) + "\n")
@@ -390,7 +389,7 @@ def test_a_kit_is_hashed_once(parties, half, tmp_path, capsys, monkeypatch, comm
         "verify of a return": ["verify", f"{run}/return", "--kit", kit],
     }
     siftune(capsys, *words[command])
-    assert hashed.count("emulator.safetensors") == 1
+    assert checked.count("emulator.safetensors") == 1
 
 
 # --- help ---

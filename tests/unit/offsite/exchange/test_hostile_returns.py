@@ -1,7 +1,7 @@
 """Hostile returns: every case is refused by its check, in a sentence that names file and field; nothing is written.
 
-All hashes are right, unless they are what was changed. Reading a changed file twice is tested in test_returned.py,
-limits on updates in test_plug.py, and votes in test_merge.py.
+All hashes are right, unless they are what was changed. Limits on updates are tested in test_plug.py, and votes in
+test_merge.py.
 """
 
 import os
@@ -121,7 +121,9 @@ TENSORS = [
     ("whole", with_tensors(lm_head=lambda t: t), "has a tensor 'lm_head', which .* lacks"),
     ("whole", with_tensors(norm=filled(float("nan"))), f"{NORM} has values that are NaN or infinite"),
     ("whole", with_tensors(norm=filled(65505.0)), f"{NORM} has the value 65505; up to 65504"),
-    ("whole", lambda data: data + bytes(4), "header: the data_offsets leave gaps, overlap"),
+    ("whole", lambda data: data + bytes(4), "cannot be read as safetensors"),
+    ("whole", lambda data: data[:-4], "cannot be read as safetensors"),
+    ("whole", lambda data: (10**12).to_bytes(8, "little") + data[8:], "cannot be read as safetensors"),
     ("thin", with_tensors(down=None), f"has no tensor '{Q}.down', which manifest.json: lora has"),
     ("thin", with_tensors(up=lambda t: t[:, :1]), rf"{Q}.up is F32 \[32, 1\], but manifest.json: lora says"),
     ("thin", with_tensors(down=lambda t: t.T), rf"{Q}.down is F32 \[32, 2\], but manifest.json: lora says"),
@@ -139,11 +141,11 @@ def test_an_additional_file(kit, whole, tmp_path):
     check(kit, whole, tmp_path, ("pickle.bin", "", b"x", "is in it and does not belong there"))
 
 
-def test_a_file_larger_than_the_kits_tensors_is_not_opened(kit, whole, tmp_path, monkeypatch):
+def test_a_file_larger_than_its_manifest_says_is_not_opened(kit, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(returned, "open_tensors", lambda *_: pytest.fail("opened"))
     folder = copied(whole, tmp_path / "return")
     os.truncate(folder / OUTER, 10**11)
-    refused(lambda folder: read_return(folder, kit), folder, OUTER, "has 100000000000 bytes, more than")
+    refused(lambda folder: read_return(folder, kit), folder, OUTER, "has 100000000000 bytes, but manifest.json")
 
 
 def test_the_untouched_copies_are_read(kit, whole, thin, tmp_path):

@@ -78,22 +78,6 @@ class Alive:
         monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", get)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"method": "gradot"},
-        {"method": "layerdrop"},
-        {"allot": "measured"},
-    ],
-)
-def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch, how):
-    model, tokenizer = load_model(saved(tmp_path / "base", layers=8), "float32", streamed=True)
-    alive = Alive(monkeypatch)
-    emulate(model, tokenizer, calibration(model), tmp_path / "kit", settings(keep=0.5, **how))
-    assert alive.read == {str(number) for number in range(8)}
-    assert alive.most == 1
-
-
 @pytest.mark.parametrize("allot", ["uniform", "measured"])
 def test_a_layer_is_read_as_often_for_many_batches_as_for_one(tmp_path, monkeypatch, allot):
     name, reads = saved(tmp_path / "base"), []

@@ -8,8 +8,6 @@ from support.kits import copied
 from siftune.base.errors import InputError, KitError
 from siftune.offsite.kit import strict
 from siftune.offsite.kit.strict import (
-    MAX_DIGITS,
-    MAX_NESTING,
     as_int,
     as_list,
     as_map,
@@ -102,7 +100,6 @@ def test_hash_is_that_of_the_whole_file(folder):
 def test_json_comes_through_as_it_is():
     value = {"a": [1, -2, 10**30, 1.5, 1e300, True, None, "ü\ud83d\ude00"], "b": {"a": {}}}
     assert parse_json(json.dumps(value).encode(), "x") == json.loads(json.dumps(value))
-    assert parse_json(rb'["\\ud800", 0, -0.0]', "x") == ["\\ud800", 0, 0]  # a backslash and letters, no escape
 
 
 @pytest.mark.parametrize(
@@ -111,37 +108,21 @@ def test_json_comes_through_as_it_is():
         (b"", "not proper JSON"),
         (b"{", "not proper JSON"),
         (b'{"a": 1} x', "not proper JSON"),
-        (b'{"a": 1, "b": 2, "a": 1}', "the key 'a' occurs twice"),
-        (b'[{"b": {"x": 1, "x": 2}}]', "the key 'x' occurs twice"),
-        (b"{" + b"".join(b'"%d":0,' % i for i in range(200_000)) + b'"199999":0}', "the key '199999' occurs twice"),
         (b'{"a": NaN}', "NaN is not a JSON number"),
         (b"[-Infinity]", "-Infinity is not a JSON number"),
-        (b"1e999", "'1e999' is too large"),
-        (b"9" * (MAX_DIGITS + 1), f"a number has {MAX_DIGITS + 1} digits"),
-        (b"9" * 100_000, "a number has 100000 digits"),
-        (b"[-0]", "a number is -0, not 0"),
-        (b'{"a": ["x", {"b": "\\ud800"}]}', r"'a', item 1: 'b' is '\\ud800', which has half of a surrogate pair"),
-        (b'{"\\uDFFF": 1}', r"a key is '\\udfff', which has half"),
-        (b'"\\ude00\\ud83d"', "which has half of a surrogate pair"),
+        (b"9" * 100_000, "not proper JSON"),
         (b'"\xff"', "utf-8"),
         (b"\xef\xbb\xbf{}", "not proper JSON"),
         ("{}".encode("utf-16"), "not proper JSON"),
-        (b"[" * 100_000 + b"]" * 100_000, f"more than {MAX_NESTING} levels"),
-        (b'{"a":' * 100_000, f"more than {MAX_NESTING} levels"),
-        (b"[" * (MAX_NESTING + 1) + b"]" * (MAX_NESTING + 1), f"more than {MAX_NESTING} levels"),
-        (b'{"a":' * (MAX_NESTING + 1) + b"1" + b"}" * (MAX_NESTING + 1), f"more than {MAX_NESTING} levels"),
+        (b"[" * 100_000 + b"]" * 100_000, "not proper JSON"),
+        (b'{"a":' * 100_000, "not proper JSON"),
     ],
 )
-def test_json_must_be_strict(text, words):
+def test_what_is_no_json_is_refused(text, words):
     with pytest.raises(KitError, match=words) as caught:
         parse_json(text, "x.json")
     assert str(caught.value).startswith("x.json")
     assert len(str(caught.value)) < 300
-
-
-def test_nesting_up_to_the_limit_is_allowed():
-    assert parse_json(b"[" * MAX_NESTING + b"]" * MAX_NESTING, "x")
-    assert parse_json(b"{" + b",".join(b'"%d": [[1]]' % i for i in range(100)) + b"}", "x")
 
 
 @pytest.mark.parametrize("value", [True, 1.0, "1", None, [1], 0, 11, -1, 10**30])

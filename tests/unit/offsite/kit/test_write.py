@@ -146,7 +146,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, at):
         return wrapped
 
     full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(tensors, "_fill", limited(tensors._fill, full))
+    monkeypatch.setattr(tensors, "save_file", limited(tensors.save_file, full))
     monkeypatch.setattr(Path, "write_bytes", limited(Path.write_bytes, full))
     if at < 7:  # two tensor files, config, three of the tokenizer, manifest
         with pytest.raises(KitError, match="No space left on device"):
