@@ -58,10 +58,6 @@ python -m lab.reproduce qwen1.5b --data FOLDER --tasks ARC-Easy,ARC-Challenge,op
     "dp_cost.jsonl": """
 python -m lab.dp_cost --steps 5 --warmup 1 --rounds 2 --threads 2 --out dp_cost.jsonl
 """,
-    "federated.jsonl": """
-python -m lab.federated --data FOLDER --rows 800 --questions 200 --seeds 0,1 --work WORK --out federated.jsonl
-python -m lab.federated --report lab/results/federated.jsonl
-""",
     "gast_cost.jsonl": """
 python -m lab.gast_cost --steps 10 --warmup 1 --rounds 2 --threads 2 --out cost.jsonl
 """,

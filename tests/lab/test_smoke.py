@@ -232,20 +232,6 @@ def test_calibration_leak(llama, tmp_path, monkeypatch):
 
 
 @pytest.mark.lab
-def test_federated(llama, suite, tmp_path, capsys):
-    from lab import federated
-
-    out = str(tmp_path / "out.jsonl")
-    words = ["--data", str(suite), "--model", llama, "--owners", "1,3"]
-    words += ["--rows", "32", "--questions", "8", "--rounds", "1", "--batch", "4", "--rank", "2"]
-    words += ["--calibration", "4", "--epochs", "2", "--lr", "0.01"]
-    assert federated.main([*words, "--threads", "1", "--out", out]) == 0
-    assert len(read(Path(out))) == 2
-    assert federated.main(["--report", out]) == 0
-    assert "| 3 | mean |  | 1 of 1 |" in capsys.readouterr().out
-
-
-@pytest.mark.lab
 def test_lira_epsilon(tmp_path, capsys):
     from lab import lira_epsilon
 

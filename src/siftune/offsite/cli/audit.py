@@ -35,7 +35,7 @@ class Options(AuditOptions):
 def run(options: Options) -> dict[str, Any]:
     """Audit, and print the page."""
     if options.kit:
-        refuse_swapped(options.kit, () if options.returned is None else (options.returned,))
+        refuse_swapped(options.kit, options.returned)
     options.check()
     from rich.markdown import Markdown
 

@@ -41,7 +41,7 @@ class Options(Validated):
 def run(options: Options) -> dict[str, Any]:
     """Check, and print what it is."""
     if options.kit is not None:
-        refuse_swapped(options.kit, ())
+        refuse_swapped(options.kit)
     from siftune.offsite.kit.folder import is_kit, read_kit
 
     console = text_console()

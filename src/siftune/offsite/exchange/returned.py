@@ -207,13 +207,12 @@ class OpenReturn(Mapping[str, Tensor]):
     """A return that has passed every check. Its tensors are read when they are asked for, and held to what was checked.
 
     Attributes:
-        path: Its folder.
         privacy: What it says of its differential privacy; None where it says nothing.
     """
 
     def __init__(self, path: Path, file: TensorFile, privacy: dict[str, Any] | None) -> None:
-        self.path, self.privacy = path, privacy
-        self._file = file
+        self.privacy = privacy
+        self._path, self._file = path, file
 
     def __getitem__(self, name: str) -> Tensor:
         """Read a tensor, on the CPU.
@@ -221,7 +220,7 @@ class OpenReturn(Mapping[str, Tensor]):
         Raises:
             KitError: The file has changed since it was checked.
         """
-        with naming(f"return {self.path}"):
+        with naming(f"return {self._path}"):
             return self._file.again(name)
 
     def __iter__(self) -> Iterator[str]:

@@ -47,7 +47,7 @@ def test_from_the_model_to_the_tuned_model(half, rows, tmp_path, capsys):
     assert (plugged["model"], plugged["dtype"], plugged["verified"]) == (str(tuned), "bfloat16", False)
     assert 0 < plugged["largest"]["update"] < plugged["limit"] == 0.25
     assert {name: plugged[name] for name in found.keys() & plugged.keys() - {"kit"}} == {
-        name: value for name, value in found.items() if name not in ("return", "kit", "digest")
+        name: value for name, value in found.items() if name not in ("kit", "digest")
     }
     assert plugged["loss"] is None
     assert {"first.0", "last.0"} == set(plugged["layers"])
