@@ -173,7 +173,7 @@ def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audi
         DataError, RecipeError, TrainingError: As `audit`.
     """
     options.check()
-    kit = read_kit(options.kit, options.public_key)
+    kit = read_kit(options.kit)
     if options.calibration and kit.manifest.calibration.kind != ROWS:
         raise RecipeError(
             f"{options.kit} was calibrated on {kit.manifest.calibration}, so no rows of yours are in it: leave out "
@@ -262,7 +262,7 @@ def own_audit_paths(options: AuditOptions, progress: Progress | None = None) -> 
         InputError: On a kit, return, rows or settings that cannot be used.
     """
     options.check()
-    kit = read_kit(options.kit, options.public_key)
+    kit = read_kit(options.kit)
     assert options.returned is not None  # checked where no model is named
     returned = read_return(options.returned, kit)
     train = load_rows(options.train, "train", options.limit, options.columns)

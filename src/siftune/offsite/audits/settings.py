@@ -106,8 +106,6 @@ class AuditOptions(AuditSettings):
     first, and cut at as many tokens, as the kit's manifest says."""
     calibration_others: str = ""
     """Rows of the same source that the kit was not calibrated on; if not given, those that follow in calibration."""
-    public_key: Path | None = None
-    """PEM file of the owner's public key, to check the kit's signature."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of both models; auto: the checkpoint's, or float32 on a processor that lacks it."""
 

@@ -30,8 +30,6 @@ class Options(PlugSettings):
     """Folder of the tuned model; must be new or empty."""
     model: str = "smollm2"
     """Model that the kit was made from: a folder, a hub id, or smollm2."""
-    public_key: Path | None = None
-    """Your public key, a PEM file, to check that the kit is as you signed it."""
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -45,7 +43,7 @@ def run(options: Options) -> dict[str, Any]:
     settings.check()
     console = text_console(stderr=True)
     with console.status("checking what came back"):
-        kit = read_kit(options.kit, options.public_key)
+        kit = read_kit(options.kit)
         result = plug(options.model, kit, options.returned, options.out, settings)
     show_updates(result.report)
     if (loss := result.report.loss) is not None:
@@ -58,7 +56,6 @@ def run(options: Options) -> dict[str, Any]:
         "model": result.folder,
         "dtype": result.dtype,
         "kit": result.kit.digest,
-        "verified": result.kit.verified,
         "return": options.returned,
         **({"privacy": result.privacy} if result.privacy else {}),
         **result.report.to_dict(),

@@ -32,8 +32,6 @@ class Options(Validated):
     """Folder of the kit or of the return."""
     kit: Path | None = None
     """Kit that a return is for."""
-    public_key: Path | None = None
-    """Public key of the owner, a PEM file; the kit must then be signed by the owner."""
     max_update: Positive = MAX_UPDATE
     """For a return: each tensor must have moved by less, relative to its norm, as for siftune plug."""
 
@@ -50,12 +48,12 @@ def run(options: Options) -> dict[str, Any]:
             raise KitError(f"{options.path} is a kit itself: leave out --kit, which names the kit of a return")
         if options.max_update != MAX_UPDATE:
             raise KitError(f"{options.path} is a kit: leave out --max-update, which is about returns")
-        return _show_kit(read_kit(options.path, options.public_key), console)
+        return _show_kit(read_kit(options.path), console)
     if options.kit is None:
         if not options.path.is_dir():
             raise KitError(f"there is no folder {options.path}: give the folder of a kit or of a return")
         raise KitError(f"{options.path} is no kit; if it is a return, name its kit with --kit")
-    return _show_return(options, read_kit(options.kit, options.public_key), console)
+    return _show_return(options, read_kit(options.kit), console)
 
 
 def _show_kit(kit: "Kit", console: Console) -> dict[str, Any]:
@@ -63,11 +61,6 @@ def _show_kit(kit: "Kit", console: Console) -> dict[str, Any]:
 
     figures = facts(kit)
     split, middle, outer = figures["split"], figures["middle"], figures["outer"]
-    signature = {
-        "valid": "valid, by the key that was given",
-        "not checked": "there is one; give --public-key to check it",
-        "none": "none; the kit is as good as the way it came",
-    }
     rows = {
         "kit": f"{kit.path} is sound",
         "digest": kit.digest,
@@ -78,7 +71,6 @@ def _show_kit(kit: "Kit", console: Console) -> dict[str, Any]:
         "frozen": f"{figures['emulator_mb']:,.1f} MB in {figures['dtype']}; all of the base would be "
         f"{figures['base_mb']:,.1f} MB",
         "calibration": f"{kit.manifest.calibration}: the owner's word",
-        "signature": signature[figures["signature"]],
         "tokens": f"text is rewritten first: {'; '.join(kit.normalizers)}" if kit.normalizers else "of the text as is",
         "chats": "the chat template writes only this around messages:" if kit.fixed else "no chat template",
     }

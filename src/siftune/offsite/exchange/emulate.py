@@ -49,13 +49,11 @@ class KitOptions:
     Attributes:
         dtype: Dtype of the frozen part; None keeps the model's.
         outer_dtype: Dtype of the outer layers, also of what comes back; float32 does not round small updates away.
-        signing_key: Private key in PEM format to sign the kit with; None leaves it unsigned.
         calibration: What the manifest says of the calibration; None: rows, of the number and length of the batches.
     """
 
     dtype: torch.dtype | None = None
     outer_dtype: torch.dtype = torch.float32
-    signing_key: Path | None = None
     calibration: Calibration | None = None
 
 
@@ -108,7 +106,7 @@ def emulate(
             converted(parts.outer, options.outer_dtype), tokenizer, base.depth, identity,
             options.calibration or calibrated_on(batches),
         )  # fmt: skip
-        kit = write_kit(out, contents, options.signing_key)
+        kit = write_kit(out, contents)
         work.remove()
     return kit
 

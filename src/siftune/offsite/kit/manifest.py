@@ -47,7 +47,6 @@ from siftune.offsite.kit.tensors import MAX_SIZE, MAX_TENSORS, NAME, TensorSpec,
 
 PROTOCOL = 1
 MANIFEST = "manifest.json"
-SIGNATURE = "kit.sig"
 EMULATOR = "emulator.safetensors"
 # protocol 1 calls the outer layers "adapter", here and in the manifest: files keep that name, code says outer
 OUTER = "adapter.safetensors"
@@ -64,7 +63,6 @@ LIMITS = {
     "chat_template.jinja": 1 << 20,
     EMULATOR: 1 << 40,
     OUTER: 1 << 40,
-    SIGNATURE: 1 << 20,
 }
 MAX_LAYERS = 512
 HASH = r"[0-9a-f]{64}"
@@ -122,7 +120,7 @@ class Manifest:
     middle: tuple[LayerShape, ...]  # shapes of the emulator's layers between
     # neutral name -> shape and dtype, of the outer layers' tensors: what a return must hold
     outer: dict[str, TensorSpec]
-    files: dict[str, FileSpec]  # name -> size and hash, of every file but the manifest and the signature
+    files: dict[str, FileSpec]  # name -> size and hash, of every file but the manifest
 
     @property
     def emulator_depth(self) -> int:

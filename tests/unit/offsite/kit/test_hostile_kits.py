@@ -2,7 +2,7 @@
 
 All hashes are right, unless they are what was changed. Fields of manifests and headers one by one are tested in
 test_manifest.py and test_tensors.py, single parts of tokenizers and templates in test_tokenizer.py and
-test_template.py, signatures in test_signing.py.
+test_template.py.
 """
 
 import os

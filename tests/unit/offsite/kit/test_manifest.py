@@ -149,7 +149,6 @@ DEFECTS = [
     (at("files", "../x"), {"bytes": 1, "sha256": "0" * 64}, "files has the unknown key '../x'"),
     (at("files", "/etc/passwd"), {"bytes": 1, "sha256": "0" * 64}, "files has the unknown key '/etc/passwd'"),
     (at("files", "model.py"), {"bytes": 1, "sha256": "0" * 64}, "files has the unknown key 'model.py'"),
-    (at("files", "kit.sig"), {"bytes": 1, "sha256": "0" * 64}, "files has the unknown key 'kit.sig'"),
     (at("files", "config.json", "bytes"), 10**12, "files.config.json.bytes is 1000000000000"),
     (at("files", "config.json", "bytes"), 7.0, "files.config.json.bytes is 7.0, not a whole number"),
     (at("adapter", "first.0.x"), {"shape": [1.0], "dtype": "F32"}, "adapter.first.0.x.shape is 1.0, not a whole"),
@@ -216,7 +215,7 @@ def test_bare_layers_are_allowed(manifest):
 
 
 def test_every_file_has_a_limit_and_the_chat_template_may_be_left_out():
-    assert {*REQUIRED, *OPTIONAL, "manifest.json", "kit.sig"} == set(LIMITS)
+    assert {*REQUIRED, *OPTIONAL, "manifest.json"} == set(LIMITS)
     table = {name: {"bytes": 1, "sha256": "0" * 64} for name in (*REQUIRED, *OPTIONAL)}
     assert set(parse_files(table, REQUIRED, OPTIONAL)) == {*REQUIRED, "chat_template.jinja"}
     table["emulator.safetensors"]["bytes"] = LIMITS["emulator.safetensors"] + 1
