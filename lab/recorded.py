@@ -19,7 +19,7 @@ COMMANDS: dict[str, str] = {
     "audit.json": r"""
 siftune emulate --model smollm2 --calibration ARC-Easy.train.json --rows 32 --max-length 128 --template none --out KIT
 siftune audit --model smollm2 --kit KIT --train ARC-Easy.train.json --limit 256 --eval ARC-Easy.test.json \
-    --eval-limit 256 --steps 32 --shadows 4 --template none --calibration ARC-Easy.train.json --out AUDIT
+    --eval-limit 256 --steps 32 --shadows 4 --template none --out AUDIT
 """,
     "avoid.jsonl": """
 run="python -m lab.avoid.run --data FOLDER --out avoid.jsonl --cells"
@@ -45,9 +45,10 @@ run="siftune bench --methods dense --steps 2 --warmup 1 --rounds 1 --threads 2 -
 $run bfloat16    # and float32, in turns, twice; AVX-512 alone: with ONEDNN_MAX_CPU_ISA=AVX512_CORE
 OMP_NUM_THREADS=2 python -m lab.floor --batch-size 16 --length 24    # and --length 128; QWEN: --length 64
 """,
-    "calibration_leak.jsonl": """
+    "calibration_leak.json": """
+git checkout 31be86d6
 python -m lab.calibration_leak --own ARC-Easy.train.json --public openbookqa.train.json --out leak.jsonl
-python -m lab.calibration_leak --report lab/results/calibration_leak.jsonl
+python -m lab.calibration_leak --report leak.jsonl
 """,
     "commonsense_qwen.json": """
 # for each of names, texts and letters; stop it with Ctrl-C after "untuned is done"
@@ -299,7 +300,9 @@ python -m lab.rows.report lab/results/rows.jsonl
 
 # results of earlier code, and what they support
 NOTES: dict[str, str] = {
-    "audit.json": "Recorded from the table that `siftune audit` printed.",
+    "audit.json": "Recorded from the table that `siftune audit` printed. Its attack on calibration rows was an option "
+    "`--calibration` until commit 31be86d6, which is gone.",
+    "calibration_leak.json": "Recorded with an earlier script, which is gone; the commands name its last commit.",
     "bench.json": "Recorded from the tables that `siftune bench` printed.",
     "natural.jsonl": "It supports docs/sifting.md, which README.md and docs/which_method.md quote. Lines of "
     "`sifted-base` were recorded by `siftune train --sift` when it began with the base. `retrieved`, `rds` in "

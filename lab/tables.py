@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lab import calibration_leak, gast_cost, lira_epsilon, offsite, quality
+from lab import gast_cost, lira_epsilon, offsite, quality
 from lab.avoid import report as avoid
 from lab.keep import report as keep
 from lab.lines import key, read
@@ -160,7 +160,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "audit.json": _printed,
     "avoid.jsonl": lambda path: avoid.report(read(path)),
     "bench.json": _printed,
-    "calibration_leak.jsonl": lambda path: calibration_leak.report(read(path)),
+    "calibration_leak.json": _printed,
     "commonsense_qwen.json": _printed,
     "commonsense_smollm2.json": _printed,
     "commonsense_smollm2_texts.json": _printed,

@@ -21,7 +21,6 @@ from typing import Any
 
 from siftune.base.text import jsonable
 from siftune.evaluate.bootstrap import Bootstrap, Estimate, Means, accuracy_interval, resample
-from siftune.offsite.audits.calibration_attack import CalibrationLeak
 from siftune.offsite.audits.gradients import GradientCosine
 from siftune.offsite.audits.members import RowScores
 from siftune.offsite.audits.membership import Membership
@@ -87,7 +86,6 @@ class Audit:
         settings: How models were tuned and measured.
         facts: Numbers of rows, versions, names: what the figures depend on besides.
         recovery: The emulator's way to `recovered`, at every learning rate; empty where that was not tried.
-        calibration: The attack on the kit's calibration rows; None where these were not given.
     """
 
     conditions: dict[str, Condition]
@@ -99,7 +97,6 @@ class Audit:
     settings: AuditSettings
     facts: dict[str, Any]
     recovery: tuple[RecoveryPoint, ...] = ()
-    calibration: CalibrationLeak | None = None
 
     def to_dict(self, rows: bool = False) -> dict[str, Any]:
         """All of it in plain types for JSON; what is not a finite number is None.
