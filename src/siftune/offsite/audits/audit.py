@@ -86,8 +86,8 @@ def audit(
         rows: Rows to tune on and held-out ones, from `tokenize_audit`. Where the steps do not suffice for all of the
             former, a draw of them is used, so that every row that is used is seen.
         settings: How to tune and measure.
-        returned: The outer layers' tensors, by the names of `outer_names` of `emulator.model`, that a data owner sent back; they take
-            the place of layers that are tuned here, and all training rows pass for theirs.
+        returned: The outer layers' tensors, by the names of `emulator.model.outer_names`, that a data owner sent back;
+            they take the place of layers that are tuned here, and all training rows pass for theirs.
         progress: Called with what is being done, how much of it is done, and of how much.
 
     Raises:

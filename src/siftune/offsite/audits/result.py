@@ -9,7 +9,7 @@ conditions' means:
 | gain share | (Plug-in − Full ZS) / (Full FT − Full ZS)                | 1: as good as tuning on the base            |
 | recovery   | (Recovered − Emulator ZS) / (Full FT − Emulator ZS)      | 1: tuning the whole emulator closes the gap |
 
-Recovered is the best of several learning rates on the held-out rows, as an attacker would choose (`recovery.py`).
+Recovered is the best of several learning rates on the held-out rows, as an attacker would choose (`stages.recovered`).
 
 Δ and the five conditions are offsite-tuning's (Xiao et al. 2023) and GradOT's. Gain share, recovery and the use of
 log-likelihood as a measure are ours.

@@ -90,8 +90,7 @@ def run(options: Options) -> dict[str, Any]:
     rows, settings = calibration_rows(options), options.settings()
     with stages(console, names=_stages(options, settings)) as progress:
         progress(f"loading {options.model}", 0, 0)
-        # to sample from files would read all of them for every token
-        model, tokenizer = load_base(options, streamed=options.calibration != OWN)
+        model, tokenizer = load_base(options)
         kit_options = KitOptions(_kit_dtype(options, model), getattr(torch, options.outer_dtype))
         check_base(model, tokenizer, settings, kit_options)  # sampling texts takes minutes
         batches = calibration_batches(rows, model, tokenizer, options, progress)

@@ -103,7 +103,7 @@ class UpdateReport:
     """The updates of a base model by a return.
 
     Attributes:
-        tensors: Neutral name (see `outer_names` of `emulator.model`) -> update.
+        tensors: Neutral name (see `emulator.model.outer_names`) -> update.
         layers: first.0 … last.N -> update of all its tensors.
         limit: Relative updates of tensors must stay below it.
         loss: On the owner's rows; None where none were given.

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from siftune.base.errors import KitError
 from siftune.models.families import FAMILIES, Family
-from siftune.models.streamed import tensor_of
 from siftune.offsite.emulator.model import LayerShape, Split
 from siftune.offsite.kit.strict import (
     Check,
@@ -278,18 +277,18 @@ def fingerprint(model: nn.Module) -> str:
     another counts once. One piece of a tensor is converted at a time. The model is without PEFT or other wrappers.
 
     Raises:
-        KitError: A weight has no values: it is on the meta device, and accelerate does not know it either.
+        KitError: A weight has no values in memory, as where it is on the meta device.
     """
     tied = getattr(model, "all_tied_weights_keys", None) or ()
-    digest = hashlib.sha256()
-    for name in sorted(model.state_dict().keys() - set(tied)):
-        _add(digest, name, tensor_of(model, name))
+    digest, state = hashlib.sha256(), model.state_dict()
+    for name in sorted(state.keys() - set(tied)):
+        _add(digest, name, state[name])
     return digest.hexdigest()
 
 
 def _add(digest: Any, name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
-        raise KitError(f"{name} of the model has no values; load the model with its weights")
+        raise KitError(f"{name} of the model has no values: load the model with all its weights in memory")
     digest.update(json.dumps([name, list(tensor.shape)]).encode())
     for piece in torch.split(tensor.reshape(-1), _CHUNK):
         digest.update(piece.to("cpu", torch.float32).numpy().astype("<f4", copy=False).data)

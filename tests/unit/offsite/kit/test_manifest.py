@@ -237,13 +237,9 @@ def test_fingerprints_are_of_names_shapes_and_float32_values(monkeypatch):
 
 
 def test_fingerprints_do_not_depend_on_how_a_checkpoint_is_loaded():
-    from accelerate import cpu_offload
-
     half = tiny("gpt2", 2).bfloat16()
     wide = copy.deepcopy(half).float()
     assert fingerprint(wide) == fingerprint(half)
-    offloaded = cpu_offload(copy.deepcopy(half), execution_device=torch.device("cpu"))
-    assert fingerprint(offloaded) == fingerprint(half)
     with torch.no_grad():
         wide.transformer.h[1].ln_1.weight[3] += 2e-7
     assert fingerprint(wide) != fingerprint(half)
