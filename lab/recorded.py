@@ -45,11 +45,6 @@ run="siftune bench --methods dense --steps 2 --warmup 1 --rounds 1 --threads 2 -
 $run bfloat16    # and float32, in turns, twice; AVX-512 alone: with ONEDNN_MAX_CPU_ISA=AVX512_CORE
 OMP_NUM_THREADS=2 python -m lab.floor --batch-size 16 --length 24    # and --length 128; QWEN: --length 64
 """,
-    "calibration_leak.json": """
-git checkout 31be86d6
-python -m lab.calibration_leak --own ARC-Easy.train.json --public openbookqa.train.json --out leak.jsonl
-python -m lab.calibration_leak --report leak.jsonl
-""",
     "commonsense_qwen.json": """
 # for each of names, texts and letters; stop it with Ctrl-C after "untuned is done"
 python -m lab.reproduce qwen1.5b --data FOLDER --tasks ARC-Easy,ARC-Challenge,openbookqa,boolq --answers letters \\
@@ -302,7 +297,8 @@ python -m lab.rows.report lab/results/rows.jsonl
 NOTES: dict[str, str] = {
     "audit.json": "Recorded from the table that `siftune audit` printed. Its attack on calibration rows was an option "
     "`--calibration` until commit 31be86d6, which is gone.",
-    "calibration_leak.json": "Recorded with an earlier script, which is gone; the commands name its last commit.",
+    "calibration_leak.json": "Recorded with lab/calibration_leak.py of commit 31be86d6, which is gone, with "
+    "ARC-Easy.train.json as the owner's rows and openbookqa.train.json as public rows.",
     "bench.json": "Recorded from the tables that `siftune bench` printed.",
     "natural.jsonl": "It supports docs/sifting.md, which README.md and docs/which_method.md quote. Lines of "
     "`sifted-base` were recorded by `siftune train --sift` when it began with the base. `retrieved`, `rds` in "
