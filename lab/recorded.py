@@ -297,8 +297,8 @@ python -m lab.rows.report lab/results/rows.jsonl
 NOTES: dict[str, str] = {
     "audit.json": "Recorded from the table that `siftune audit` printed. Its attack on calibration rows was an option "
     "`--calibration` until commit 31be86d6, which is gone.",
-    "calibration_leak.json": "Recorded with lab/calibration_leak.py of commit 31be86d6, which is gone, with "
-    "ARC-Easy.train.json as the owner's rows and openbookqa.train.json as public rows.",
+    "calibration_leak.json": "Recorded with an earlier script, the module lab.calibration_leak of commit 31be86d6, "
+    "with the rows of ARC-Easy.train.json as the owner's and those of openbookqa.train.json as public ones.",
     "bench.json": "Recorded from the tables that `siftune bench` printed.",
     "natural.jsonl": "It supports docs/sifting.md, which README.md and docs/which_method.md quote. Lines of "
     "`sifted-base` were recorded by `siftune train --sift` when it began with the base. `retrieved`, `rds` in "
