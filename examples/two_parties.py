@@ -45,6 +45,6 @@ outer = {"first.0": first, "first.1": second, "last.0": last_but_one, "last.1": 
 returned = {f"{place}.{name}": value for place, layer in outer.items() for name, value in layer.state_dict().items()}
 
 # the owner of the model again: the tuned layers go into the whole model
-report = plug_in(base, kit, [returned])
+report = plug_in(base, kit, returned)
 base.save_pretrained(folder / "tuned")
 print(f"{report.largest} moved most, by {report.tensors[report.largest].relative:.2%} of its norm")

@@ -19,7 +19,7 @@ COMMANDS: dict[str, str] = {
     "audit.json": r"""
 siftune emulate --model smollm2 --calibration ARC-Easy.train.json --rows 32 --max-length 128 --template none --out KIT
 siftune audit --model smollm2 --kit KIT --train ARC-Easy.train.json --limit 256 --eval ARC-Easy.test.json \
-    --eval-limit 256 --steps 32 --shadows 4 --template none --calibration ARC-Easy.train.json --out AUDIT
+    --eval-limit 256 --steps 32 --shadows 4 --template none --out AUDIT
 """,
     "avoid.jsonl": """
 run="python -m lab.avoid.run --data FOLDER --out avoid.jsonl --cells"
@@ -45,10 +45,6 @@ run="siftune bench --methods dense --steps 2 --warmup 1 --rounds 1 --threads 2 -
 $run bfloat16    # and float32, in turns, twice; AVX-512 alone: with ONEDNN_MAX_CPU_ISA=AVX512_CORE
 OMP_NUM_THREADS=2 python -m lab.floor --batch-size 16 --length 24    # and --length 128; QWEN: --length 64
 """,
-    "calibration_leak.jsonl": """
-python -m lab.calibration_leak --own ARC-Easy.train.json --public openbookqa.train.json --out leak.jsonl
-python -m lab.calibration_leak --report lab/results/calibration_leak.jsonl
-""",
     "commonsense_qwen.json": """
 # for each of names, texts and letters; stop it with Ctrl-C after "untuned is done"
 python -m lab.reproduce qwen1.5b --data FOLDER --tasks ARC-Easy,ARC-Challenge,openbookqa,boolq --answers letters \\
@@ -57,10 +53,6 @@ python -m lab.reproduce qwen1.5b --data FOLDER --tasks ARC-Easy,ARC-Challenge,op
     "commonsense_smollm2_texts.json": _COMMONSENSE,
     "dp_cost.jsonl": """
 python -m lab.dp_cost --steps 5 --warmup 1 --rounds 2 --threads 2 --out dp_cost.jsonl
-""",
-    "federated.jsonl": """
-python -m lab.federated --data FOLDER --rows 800 --questions 200 --seeds 0,1 --work WORK --out federated.jsonl
-python -m lab.federated --report lab/results/federated.jsonl
 """,
     "gast_cost.jsonl": """
 python -m lab.gast_cost --steps 10 --warmup 1 --rounds 2 --threads 2 --out cost.jsonl
@@ -303,7 +295,10 @@ python -m lab.rows.report lab/results/rows.jsonl
 
 # results of earlier code, and what they support
 NOTES: dict[str, str] = {
-    "audit.json": "Recorded from the table that `siftune audit` printed.",
+    "audit.json": "Recorded from the table that `siftune audit` printed. Its attack on calibration rows was an option "
+    "`--calibration` until commit 31be86d6, which is gone.",
+    "calibration_leak.json": "Recorded with an earlier script, the module lab.calibration_leak of commit 31be86d6, "
+    "with the rows of ARC-Easy.train.json as the owner's and those of openbookqa.train.json as public ones.",
     "bench.json": "Recorded from the tables that `siftune bench` printed.",
     "natural.jsonl": "It supports docs/sifting.md, which README.md and docs/which_method.md quote. Lines of "
     "`sifted-base` were recorded by `siftune train --sift` when it began with the base. `retrieved`, `rds` in "

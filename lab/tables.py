@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lab import calibration_leak, federated, gast_cost, lira_epsilon, offsite, quality
+from lab import gast_cost, lira_epsilon, offsite, quality
 from lab.avoid import report as avoid
 from lab.keep import report as keep
 from lab.lines import key, read
@@ -160,12 +160,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "audit.json": _printed,
     "avoid.jsonl": lambda path: avoid.report(read(path)),
     "bench.json": _printed,
-    "calibration_leak.jsonl": lambda path: calibration_leak.report(read(path)),
+    "calibration_leak.json": _printed,
     "commonsense_qwen.json": _printed,
     "commonsense_smollm2.json": _printed,
     "commonsense_smollm2_texts.json": _printed,
     "dp_cost.jsonl": _costs,
-    "federated.jsonl": lambda path: federated.report(read(path)),
     "gast_cost.jsonl": _costs,
     "gast_cost_averaged.jsonl": _costs,
     "gast_cost_epyc.jsonl": _costs,

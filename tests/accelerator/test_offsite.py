@@ -51,29 +51,28 @@ def test_a_kit_from_a_device_without_float64(base, rows, tmp_path, capsys, count
 
 
 @pytest.mark.parametrize("kind", ["whole", "thin"])
-@pytest.mark.parametrize("count", [1, 2])
-def test_returns_on_a_device_without_float64(device, tmp_path, count, kind):
+def test_a_return_on_a_device_without_float64(device, tmp_path, kind):
     model = emulators.base(layers=3, vocab_size=300).float()
     kit = emulators.made_kit(model, tmp_path / "kit")
-    returns = [(moved_layers if kind == "whole" else factors)(kit, seed) for seed in range(count)]
+    returned = (moved_layers if kind == "whole" else factors)(kit)
     expected, found = copy.deepcopy(model), copy.deepcopy(model).to(device)
-    plug_in(expected, kit, returns, 100.0)
+    plug_in(expected, kit, returned, 100.0)
     with standin.without_float64():
-        plug_in(found, kit, returns, 100.0)
+        plug_in(found, kit, returned, 100.0)
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name].cpu(), tensor)
 
 
-def moved_layers(kit, seed):
+def moved_layers(kit):
     """The kit's outer layers, every number of it moved."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     tensors = load_file(kit.path / "adapter.safetensors")
     return {name: tensor + 0.01 * torch.randn(tensor.shape, generator=generator) for name, tensor in tensors.items()}
 
 
-def factors(kit, seed):
+def factors(kit):
     """Factors of LoRA for every matrix of the kit's outer layers."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     matrices = {name: t for name, t in load_file(kit.path / "adapter.safetensors").items() if t.ndim == 2}
     shapes = {f"{name}.up": (len(t), 2) for name, t in matrices.items()}
     shapes |= {f"{name}.down": (2, t.shape[1]) for name, t in matrices.items()}

@@ -28,7 +28,7 @@ def test_a_kit_that_comes_back_untouched_gives_the_model(smollm2, tmp_path):
     emulator.generate(ids[:, :4], max_new_tokens=2, do_sample=False)
     assert (kit.path / "emulator.safetensors").stat().st_size < 0.85 * (smollm2 / "model.safetensors").stat().st_size
     write_return(tmp_path / "return", load_file(kit.path / "adapter.safetensors"), kit)
-    result = plug(str(smollm2), kit, [tmp_path / "return"], tmp_path / "tuned")
+    result = plug(str(smollm2), kit, tmp_path / "return", tmp_path / "tuned")
     before, after = load_file(smollm2 / "model.safetensors"), load_file(tmp_path / "tuned" / "model.safetensors")
     assert result.dtype == "bfloat16"
     assert before.keys() == after.keys()

@@ -1,10 +1,8 @@
 """Every script of the laboratory: its help, and a run in seconds on a tiny random model (marker lab)."""
 
 import ast
-import dataclasses
 import importlib
 import json
-import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -197,49 +195,6 @@ def test_offsite_on_own_texts(llama, suite, tmp_path, monkeypatch):
     found = read(tmp_path / "out.jsonl")
     assert [line["job"].get("source", "rows") for line in found] == ["rows", "free", "prompted", "mixed"]
     assert len({line["text"]["loss_emulator"] for line in found}) == 4
-
-
-@pytest.mark.lab
-def test_calibration_leak(llama, tmp_path, monkeypatch):
-    """Rows that calibrated a kit are recognised, others are not."""
-    from lab import calibration_leak
-    from siftune.data.rows import rows_from
-    from siftune.models.load import load_model
-    from siftune.offsite.emulator.model import Split
-
-    monkeypatch.setenv("SIFTUNE_CACHE", str(tmp_path))
-    drawn = random.Random(0)
-    texts = ["".join(drawn.choices("abcdefgh ", k=12)) for _ in range(200)]
-    own, public = (rows_from([{"text": text} for text in part]) for part in (texts[:130], texts[130:]))
-    model, tokenizer = load_model(llama)
-    setting = calibration_leak.Setting(model, tokenizer, own, public, Split(2, 2), 16, 0)
-    ways = {line["way"]: line for line in calibration_leak.measure_set(setting, "own-32", ["measured", "paper"])}
-    (other,) = calibration_leak.measure_set(setting, "public-32", ["measured"])
-    assert ways["measured"]["beside"]["all"][1] > 0.5  # the interval's lower end
-    assert other["beside"]["all"][1] < 0.5
-    asked = rows_from([{"prompt": text[:6], "completion": text} for text in texts[130:]])
-    setting = dataclasses.replace(setting, public=asked)
-    lost = [
-        line["lost"]["all"]
-        for name in ("free-8", "prompted-8", "prompted-8+public-4")
-        for line in calibration_leak.measure_set(setting, name, ["measured"])
-    ]
-    assert len(set(lost)) == 3
-    assert "own-32" in calibration_leak.report([{"set": "own-32", **line} for line in ways.values()])
-
-
-@pytest.mark.lab
-def test_federated(llama, suite, tmp_path, capsys):
-    from lab import federated
-
-    out = str(tmp_path / "out.jsonl")
-    words = ["--data", str(suite), "--model", llama, "--owners", "1,3"]
-    words += ["--rows", "32", "--questions", "8", "--rounds", "1", "--batch", "4", "--rank", "2"]
-    words += ["--calibration", "4", "--epochs", "2", "--lr", "0.01"]
-    assert federated.main([*words, "--threads", "1", "--out", out]) == 0
-    assert len(read(Path(out))) == 2
-    assert federated.main(["--report", out]) == 0
-    assert "| 3 | mean |  | 1 of 1 |" in capsys.readouterr().out
 
 
 @pytest.mark.lab

@@ -55,8 +55,6 @@ class Options(Validated):
     """Coverage of the intervals."""
     seed: Seed = 0
     """Seed of the bootstrap."""
-    public_key: Path | None = None
-    """Public key of a model's owner, a PEM file; what is measured must be kits signed by the owner, or runs on them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +90,7 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.cli.subjects import find_subjects
 
     # everything that can be refused without loading a model comes first
-    subjects = find_subjects(options.runs, options.public_key, options.base)
+    subjects = find_subjects(options.runs, options.base)
     jobs = [job_of(subject, options) for subject in subjects]
     measured: dict[tuple[Any, ...], Metrics] = {}
     pairs = [measure_job(job, options, measured) for job in jobs]

@@ -3,7 +3,6 @@
 import shlex
 import time
 from dataclasses import fields
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic.dataclasses import dataclass
@@ -39,8 +38,6 @@ class Options(Recipe):
     """Seeds to try each with, with commas between; the recipe's seed if not given."""
     out: str | None = None
     """Folder for results and table; runs/DATE-find-lr if not given."""
-    public_key: str | None = None
-    """Public key of the model's owner, a PEM file: the model must then be a kit that the owner has signed."""
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -57,8 +54,7 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.train.rates.sweep import open_sweep
 
     console = text_console(stderr=True)
-    source = partial(source_of, public_key=options.public_key)
-    sweep = open_sweep(recipe, grid, options.out or new_folder("find-lr"), source)
+    sweep = open_sweep(recipe, grid, options.out or new_folder("find-lr"), source_of)
     _work_off(sweep, console)
     result, path = sweep.result, sweep.folder.path
     assert result is not None

@@ -31,10 +31,7 @@ _INSTEAD: dict[str, tuple[str | None, str]] = {
 _GROUPS = {
     "data": ("train limit eval eval_share columns template max_length", "bad_rows completion_only"),
     "which rows": ("target sift avoid drop_rows target_share target_last", ""),
-    "model": (
-        "model adapter rank",
-        "alpha dropout layers targets from_adapter dtype quantize attention public_key",
-    ),
+    "model": ("model adapter rank", "alpha dropout layers targets from_adapter dtype quantize attention"),
     "training": (
         "method lr epochs steps batch_size accumulate schedule warmup keep checkpointing seed",
         "keep_weight optim weight_decay clip group_by_length dp_epsilon dp_delta dp_clip "

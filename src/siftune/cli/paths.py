@@ -21,7 +21,7 @@ _PATHS = {
     "texts": ("keep",),  # rows, or "own" for texts that the base model writes itself
     "folders": ("folders",),
     "runs": ("run", "runs"),  # run folders, or names of models
-    "files": ("public_key", "drop_rows"),
+    "files": ("drop_rows",),
     "models": ("model", "base"),
 }
 _IN_COLUMNS = ("train", "eval", "target", "avoid")  # rows in the columns that a recipe names

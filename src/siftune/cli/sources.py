@@ -8,8 +8,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
-from siftune.base.errors import KitError
-
 if TYPE_CHECKING:
     from siftune.recipe.schema import Recipe
     from siftune.train.folder.run_folder import RunFolder
@@ -25,13 +23,8 @@ class Kind(Protocol):
     A run on such a model may leave a return for the owner of the model, in the place of an adapter or beside it.
     """
 
-    def find_source(self, name: str, public_key: str | Path | None) -> "Source | None":
-        """Read and check a model; None if the folder holds none of this kind.
-
-        Args:
-            name: The folder.
-            public_key: PEM file of the public key with which the model must be signed.
-        """
+    def find_source(self, name: str) -> "Source | None":
+        """Read and check the model in a folder; None if it holds none of this kind."""
 
     def check_return(self, folder: Path, source: "Source") -> None:
         """Refuse a return that is damaged, or of another model."""
@@ -57,26 +50,17 @@ def kind_of(folder: str | Path) -> Kind | None:
     return None if module is None else cast(Kind, import_module(module))
 
 
-def source_of(name: str, public_key: str | Path | None = None) -> "Source":
-    """The source that a recipe's `model` names.
-
-    Args:
-        name: A folder, a hub id or smollm2.
-        public_key: PEM file of a model owner's public key: the model must then be one that is signed with it.
+def source_of(name: str) -> "Source":
+    """The source that a recipe's `model` names: a folder, a hub id or smollm2.
 
     Raises:
-        KitError: The model is of another kind and damaged, or not signed by the key; or a key was given and it is an
-            ordinary model.
+        KitError: The model is of another kind and damaged.
     """
     from siftune.train.source import ModelSource
 
     kind = kind_of(name)
-    source = None if kind is None else kind.find_source(name, public_key)
-    if source is not None:
-        return source
-    if public_key is not None:
-        raise KitError(f"{name} is no kit, and --public-key is to check a kit's signature: give a kit, or leave it out")
-    return ModelSource(name)
+    source = None if kind is None else kind.find_source(name)
+    return ModelSource(name) if source is None else source
 
 
 def _module_of(folder: str | Path) -> str | None:

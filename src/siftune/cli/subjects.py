@@ -53,24 +53,18 @@ class Subject:
         return isinstance(self.source, ModelSource)
 
 
-def find_subjects(sources: Sequence[str], public_key: Path | None = None, base: str | None = None) -> list[Subject]:
+def find_subjects(sources: Sequence[str], base: str | None = None) -> list[Subject]:
     """Resolve several names; see `find_subject`. A source that several of them have is read once."""
     find = functools.cache(source_of)
-    return [find_subject(source, public_key, base, find) for source in sources]
+    return [find_subject(source, base, find) for source in sources]
 
 
-def find_subject(
-    source: str,
-    public_key: Path | None = None,
-    base: str | None = None,
-    find: Callable[[str, Path | None], Source] = source_of,
-) -> Subject:
+def find_subject(source: str, base: str | None = None, find: Callable[[str], Source] = source_of) -> Subject:
     """Resolve a name.
 
     Args:
         source: A run folder (`recipe.yaml`, and `adapter/` or `return/`), a PEFT adapter folder
             (`adapter_config.json`), a folder of tuned layers (`tuned_layers.json`), or anything that `source_of` takes.
-        public_key: As for `source_of`; of what was trained, it is about the base.
         base: What something was trained on, in the place of what it names itself.
         find: Finds a source; who names several subjects gives one that remembers.
 
@@ -94,12 +88,12 @@ def find_subject(
         trained, model = path, read_about(path).base
     else:
         refuse_unknown(source)
-        return Subject(source, source, find(source, public_key))
+        return Subject(source, source, find(source))
     if base is None:
         _refuse_gone(source, model)
     else:
         model = base
-    subject = Subject(source, model, find(model, public_key), trained, recipe)
+    subject = Subject(source, model, find(model), trained, recipe)
     returned = trained.parent / "return"
     # an adapter does not name a model of another kind; the return beside it does
     if returned != trained and (kind := kind_of(returned)) is not None:

@@ -2,9 +2,7 @@
 
 import logging
 import shlex
-from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 
     from siftune.recipe.training_rows import Read
     from siftune.train.run import Run
-    from siftune.train.source import Source
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +47,6 @@ class Options(Recipe):
     avoid: str | None = None
     """Before training, leave out the rows of the pool that are like these, at least 8 rows with answers that the model
     must not give: a file or hub id."""
-    public_key: str | None = None
-    """PEM file with the public key of the model's owner: the model must then be a kit signed by the owner."""
     dry_run: bool = False
     """Train nothing: validate the data, preview the loss mask of three rows, and measure the memory of a step."""
 
@@ -69,10 +64,9 @@ def run(options: Options) -> dict[str, Any]:
     from siftune.train.run import train
 
     console = text_console(stderr=True)
-    sources = partial(source_of, public_key=options.public_key)
     with in_launch():
-        recipe, read = _sifted(options, recipe, console, sources)
-        finished = train(recipe, source_of=sources, read=read)
+        recipe, read = _sifted(options, recipe, console)
+        finished = train(recipe, source_of=source_of, read=read)
     if launch_rank():
         return {}
     summary, path = finished.summary, finished.folder.path
@@ -99,9 +93,7 @@ def _check(options: Options, recipe: Recipe) -> None:
         RunFolder(Path(recipe.out).expanduser(), create=False).refuse_results(recipe.resume is not False)
 
 
-def _sifted(
-    options: Options, recipe: Recipe, console: "Console", source_of: "Callable[[str], Source]"
-) -> "tuple[Recipe, Read | None]":
+def _sifted(options: Options, recipe: Recipe, console: "Console") -> "tuple[Recipe, Read | None]":
     """The recipe without the rows that sifting leaves out, and its rows if sifting has read them."""
     from siftune.cli.sift import text_of
     from siftune.sifting.sift import sift_first
@@ -139,7 +131,7 @@ def _try(options: Options, recipe: Recipe) -> dict[str, Any]:
     console = text_console(stderr=True)
     if _sifts(options, recipe):
         console.print("a dry run does not sift: rows and steps are those of the complete pool")
-    trial = dry_run(recipe, console, partial(source_of, public_key=options.public_key))
+    trial = dry_run(recipe, console, source_of)
     console.print(shown(trial))
     return trial.to_dict()
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from siftune.base.environment import quiet, ran_out
+from siftune.base.environment import ran_out
 from siftune.base.errors import ModelError, SiftuneError
 from siftune.base.files import why_unreadable
 from siftune.models.source import check_source, not_there, resolve
@@ -27,7 +27,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(
-    source: str, dtype: str = "auto", streamed: bool = False, quantize: str | None = None
+    source: str, dtype: str = "auto", quantize: str | None = None
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a causal language model and its tokenizer; code from its repository and the hub's kernels are never run.
 
@@ -35,12 +35,10 @@ def load_model(
         source: A folder with `config.json`, a hub id, or `smollm2`, which is downloaded on first use.
         dtype: Dtype of the weights: `float32`, `bfloat16`, `float16`, or `auto`, the checkpoint's, or one that
             this machine multiplies fast; see `usable_dtype`.
-        streamed: Leave the decoder layers' weights in their files until they run; see `streamed.py`.
         quantize: Quantise the weights to `4bit` or `8bit` with bitsandbytes; see `quantised.quantization`.
 
     Returns:
-        The model in eval mode, on the CPU, or a streamed one on the device where it will run; and the tokenizer, with
-        a padding token.
+        The model in eval mode, on the CPU; and the tokenizer, with a padding token.
 
     Raises:
         ModelError: The source does not exist, cannot be reached, is no causal language model, or needs code of its
@@ -51,7 +49,7 @@ def load_model(
     check_source(source)
     name = resolve(source)
     with _load_errors(name):
-        model = _streamed(name, dtype) if streamed else _in_memory(name, dtype, quantize)
+        model = _model(name, dtype, quantize)
         tokenizer = _tokenizer(name, source)
     if quantize == "4bit":
         from siftune.models.quantised import KeptUnpacked
@@ -105,7 +103,7 @@ def _load_config(name: str | Path) -> "PretrainedConfig":
     return config
 
 
-def _in_memory(name: str | Path, dtype: str, quantize: str | None) -> "PreTrainedModel":
+def _model(name: str | Path, dtype: str, quantize: str | None) -> "PreTrainedModel":
     """Load a model with all its weights."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -119,28 +117,8 @@ def _in_memory(name: str | Path, dtype: str, quantize: str | None) -> "PreTraine
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **_NO_CODE, **settings)
     if dtype == "auto" and quantize:  # quantised weights cannot be converted
         usable = usable_dtype(model.dtype, model.config.model_type)
-        return model if usable == model.dtype else _in_memory(name, _name_of(usable), quantize)
+        return model if usable == model.dtype else _model(name, _name_of(usable), quantize)
     return fit_for_this_machine(model) if dtype == "auto" else model
-
-
-def _streamed(name: str | Path, dtype: str) -> "PreTrainedModel":
-    """Load a model without its decoder layers' weights."""
-    from transformers import AutoModelForCausalLM
-
-    from siftune.models.streamed import streamed_map
-
-    config = _load_config(name)
-    with quiet_bars(), quiet("accelerate.big_modeling"):  # it reports that weights are on disk
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            dtype=dtype,
-            **_NO_CODE,
-            use_safetensors=True,
-            device_map=streamed_map(config),
-        )
-    usable = usable_dtype(model.dtype, model.config.model_type)
-    return _streamed(name, _name_of(usable)) if dtype == "auto" and usable != model.dtype else model
 
 
 def fit_for_this_machine(model: "PreTrainedModel") -> "PreTrainedModel":

@@ -208,7 +208,7 @@ def test_help_of_train_has_groups_and_examples(monkeypatch, capsys):
     assert len(re.findall(r"^    siftune train ", few, re.MULTILINE)) == 3
     for flag in ("--keep", "--drop-rows", "--eval-share", "--resume", "--limit", "--report-to"):
         assert re.search(rf"^  {flag} ", few, re.MULTILINE), flag
-    for flag in ("--public-key", "--alpha", "--optim"):
+    for flag in ("--alpha", "--optim"):
         assert f"  {flag} " not in few
         assert f"  {flag} " in every
     rows = few.partition("which rows:")[2].partition("model:")[0]

@@ -8,7 +8,6 @@ from importlib import import_module
 
 import pytest
 
-from siftune.base.errors import KitError
 from siftune.cli.commands import COMMANDS, module_of
 from siftune.cli.sources import KINDS, Kind, is_ordinary, kind_of, source_of
 from siftune.train.source import ModelSource
@@ -29,8 +28,6 @@ def test_a_folder_is_an_ordinary_model_unless_its_manifest_says_something_else(t
     assert is_ordinary(tmp_path) == (content is None)
     assert (kind_of(tmp_path) is None) == (content is None)
     assert source_of(str(tmp_path)) == ModelSource(str(tmp_path))
-    with pytest.raises(KitError, match="is no kit, and --public-key is to check a kit's signature"):
-        source_of(str(tmp_path), tmp_path / "key.pem")
 
 
 def test_a_name_that_is_no_folder_is_an_ordinary_model():

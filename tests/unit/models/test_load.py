@@ -155,8 +155,7 @@ def test_code_of_a_repository_is_never_run(tmp_path):
 
 # transformers ignores the last two since 5.25
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_experts_implementation"])
-@pytest.mark.parametrize("streamed", [False, True])
-def test_a_kernel_that_a_config_names_is_not_fetched(saved, tmp_path, monkeypatch, key, streamed):
+def test_a_kernel_that_a_config_names_is_not_fetched(saved, tmp_path, monkeypatch, key):
     def fail(*_, **__):
         raise AssertionError("a kernel was asked for")
 
@@ -164,7 +163,7 @@ def test_a_kernel_that_a_config_names_is_not_fetched(saved, tmp_path, monkeypatc
     folder = shutil.copytree(saved, tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, key: "org/kernel"}))
-    model, _ = load_model(str(folder), streamed=streamed)
+    model, _ = load_model(str(folder))
     assert model.config._attn_implementation == load_model(str(saved))[0].config._attn_implementation
     if "org/kernel" in vars(AutoConfig.from_pretrained(folder)).values():
         with pytest.raises((AssertionError, OSError, ValueError, ImportError)):  # what transformers would do
@@ -173,10 +172,9 @@ def test_a_kernel_that_a_config_names_is_not_fetched(saved, tmp_path, monkeypatc
         assert key.startswith("_")
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-def test_no_kernels_of_the_hub_are_used(saved, streamed):
+def test_no_kernels_of_the_hub_are_used(saved):
     """transformers 5.25 uses them by default, and would exchange forwards of norms when training begins and ends."""
-    model, _ = load_model(str(saved), streamed=streamed)
+    model, _ = load_model(str(saved))
     assert not getattr(model, "_use_kernels", False)
     norm = next(module for module in model.modules() if type(module).__name__.endswith("RMSNorm"))
     norm.forward = own = norm.forward

@@ -7,9 +7,9 @@ Five conditions on the same held-out rows, as in offsite-tuning (Xiao et al. 202
     Plug-in   the base with the outer layers that were tuned on the emulator
 
 and *(ours)*: *recovered*, the emulator with all its decoder layers tuned (embeddings, final norm and head are the
-base's own in any kit, so that nothing of them is left to recover); the cosine of the outer layers' gradients;
-membership inference on the plugged model, with shadow models on request; and the attack on the kit's calibration rows
-if these are given. All tunings start from the base's outer layers and see the same rows in the same order.
+base's own in any kit, so that nothing of them is left to recover); the cosine of the outer layers' gradients; and
+membership inference on the plugged model, with shadow models on request. All tunings start from the base's outer layers
+and see the same rows in the same order.
 
 A data owner has no base. `own_audit` makes the same attacks on a return with the loss under the emulator, before the
 return is sent. If the emulator is near the base, so are the figures; the owner's own may be higher or lower, and so may
@@ -24,7 +24,6 @@ from typing import Any
 from torch import Tensor
 
 from siftune.base.environment import hardware, versions
-from siftune.base.errors import RecipeError
 from siftune.base.files import Progress
 from siftune.base.text import jsonable
 from siftune.data.read import load_rows
@@ -36,7 +35,6 @@ from siftune.offsite.audits.members import (
     padding,
     score_losses,
     tokenize_audit,
-    with_calibration,
 )
 from siftune.offsite.audits.membership import Membership
 from siftune.offsite.audits.models import (
@@ -60,14 +58,13 @@ from siftune.offsite.audits.result import (
     summarise,
 )
 from siftune.offsite.audits.settings import AuditOptions, AuditSettings
-from siftune.offsite.audits.stages import Job, attack, calibration_leak, choose_candidates, choose_rows, recovered
+from siftune.offsite.audits.stages import Job, attack, choose_candidates, choose_rows, recovered
 from siftune.offsite.exchange.calibration import in_batches
 from siftune.offsite.exchange.load import load_kit
 from siftune.offsite.exchange.plug import load_base
 from siftune.offsite.exchange.returned import read_return
 from siftune.offsite.exchange.updates import compare
 from siftune.offsite.kit.folder import read_kit
-from siftune.offsite.kit.manifest import ROWS
 
 Scores = dict[str, RowScores]  # by condition
 _COMPARED = 64  # held-out rows on which gradients are compared, at most
@@ -89,8 +86,8 @@ def audit(
         rows: Rows to tune on and held-out ones, from `tokenize_audit`. Where the steps do not suffice for all of the
             former, a draw of them is used, so that every row that is used is seen.
         settings: How to tune and measure.
-        returned: The outer layers' tensors, by the names of `emulator.split`, that a data owner sent back; they take
-            the place of layers that are tuned here, and all training rows pass for theirs.
+        returned: The outer layers' tensors, by the names of `emulator.model.outer_names`, that a data owner sent back;
+            they take the place of layers that are tuned here, and all training rows pass for theirs.
         progress: Called with what is being done, how much of it is done, and of how much.
 
     Raises:
@@ -126,7 +123,7 @@ def audit(
     shares = parameter_shares(models.base, models.emulator, models.split)
     return Audit(
         *summarise(scores, job.bootstrap), accuracy_name(rows), cosine, shares, membership, settings,
-        _facts(job, returned is not None), points, calibration_leak(job),
+        _facts(job, returned is not None), points,
     )  # fmt: skip
 
 
@@ -173,12 +170,7 @@ def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audi
         DataError, RecipeError, TrainingError: As `audit`.
     """
     options.check()
-    kit = read_kit(options.kit, options.public_key)
-    if options.calibration and kit.manifest.calibration.kind != ROWS:
-        raise RecipeError(
-            f"{options.kit} was calibrated on {kit.manifest.calibration}, so no rows of yours are in it: leave out "
-            "--calibration"
-        )
+    kit = read_kit(options.kit)
     returned = None if options.returned is None else read_return(options.returned, kit)
     train = load_rows(options.train, "train", options.limit, options.columns)
     held_out = load_rows(options.eval, "test", options.eval_limit, options.columns)
@@ -187,8 +179,6 @@ def audit_paths(options: AuditOptions, progress: Progress | None = None) -> Audi
     models = on_accelerator(OffsiteModels(base, emulator, kit.manifest.split, tokenizer))
     settings = options.settings()
     rows = tokenize_audit(train, held_out, tokenizer, settings)
-    if options.calibration:
-        rows = with_calibration(rows, tokenizer, options, kit.manifest.calibration)
     result = audit(models, rows, settings, returned, progress)
     names = {"model": options.model, "kit": kit.digest, "train": options.train, "eval": options.eval}
     return replace(result, facts={**names, **result.facts})
@@ -262,7 +252,7 @@ def own_audit_paths(options: AuditOptions, progress: Progress | None = None) -> 
         InputError: On a kit, return, rows or settings that cannot be used.
     """
     options.check()
-    kit = read_kit(options.kit, options.public_key)
+    kit = read_kit(options.kit)
     assert options.returned is not None  # checked where no model is named
     returned = read_return(options.returned, kit)
     train = load_rows(options.train, "train", options.limit, options.columns)

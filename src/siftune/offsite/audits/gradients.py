@@ -29,7 +29,7 @@ Batches = Iterable[Mapping[str, Tensor]]
 class OuterGradient:
     """The gradient of the summed loss for the outer layers' parameters."""
 
-    tensors: Mapping[str, Tensor]  # neutral name (see `emulator.split`) -> gradient in float32
+    tensors: Mapping[str, Tensor]  # neutral name (see `emulator.model.outer_names`) -> gradient in float32
     loss: float  # mean loss per label token, in nats
     tokens: int  # label tokens
 

@@ -11,15 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from siftune.base.errors import DataError
 from siftune.data.encode import Encoder
-from siftune.data.read import load_rows
 from siftune.data.rows import Row
 from siftune.data.tokens import tokenize_rows
 from siftune.evaluate.bootstrap import Floats
 from siftune.evaluate.likelihood import TokenRow, perplexity
 from siftune.evaluate.measure import measure
 from siftune.evaluate.prepare import Prepared, choose_metrics, prepare_rows
-from siftune.offsite.audits.settings import AuditOptions, AuditSettings
-from siftune.offsite.kit.manifest import Calibration
+from siftune.offsite.audits.settings import AuditSettings
 
 _ACCURACIES = ("choices", "exact_match")
 
@@ -32,15 +30,11 @@ class AuditRows:
         train: Rows to tune on, as `tokenize_rows` makes them.
         held_out: Rows of the same source to measure the loss on, made in the same way.
         questions: The held-out rows for an accuracy; None where there is none to measure.
-        calibrated: Rows that the kit was calibrated on, cut as they were then; None to leave that attack out.
-        uncalibrated: Rows of the same source, cut alike, that it was not calibrated on.
     """
 
     train: Dataset
     held_out: Dataset
     questions: Prepared | None = None
-    calibrated: Dataset | None = None
-    uncalibrated: Dataset | None = None
 
 
 @dataclass(frozen=True)
@@ -76,41 +70,6 @@ def tokenize_audit(
     accuracy = sorted(choose_metrics(held_out, Encoder(tokenizer, settings.template)).intersection(_ACCURACIES))
     questions = prepare_rows(held_out, tokenizer, accuracy, settings.template) if accuracy else None
     return AuditRows(sets[0], sets[1], questions)
-
-
-def with_calibration(
-    rows: AuditRows, tokenizer: PreTrainedTokenizerBase, options: AuditOptions, calibration: Calibration
-) -> AuditRows:
-    """Add the rows that the kit was calibrated on by its manifest, and others, cut as they were then.
-
-    Raises:
-        DataError: They cannot be read, or no others are left.
-    """
-    count, most = calibration.number, options.membership_rows
-    reach = count if options.calibration_others else count + most
-    own = load_rows(options.calibration, "train", reach, options.columns)
-    if len(own) < count:
-        raise DataError(
-            f"{options.calibration} has {len(own)} rows, but the kit was calibrated on {count}: give the file of these"
-        )
-    others = own[count:]
-    if options.calibration_others:
-        others = load_rows(options.calibration_others, "train", most, options.columns)
-    if not others:
-        raise DataError(
-            f"{options.calibration} has {len(own)} rows, all of which calibrated the kit: give others of the same "
-            "source with --calibration-others FILE"
-        )
-    first, second = (
-        tokenize_rows(part, tokenizer, calibration.tokens, options.template, False) for part in (own[:count], others)
-    )
-    left = not_among(second, first)
-    if not left:
-        raise DataError(
-            f"all {len(others)} other rows of {options.calibration_others or options.calibration} are copies of rows "
-            "that calibrated the kit: give others of the same source with --calibration-others FILE"
-        )
-    return replace(rows, calibrated=first, uncalibrated=second.select(left))
 
 
 def accuracy_name(rows: AuditRows) -> str | None:

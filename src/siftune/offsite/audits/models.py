@@ -74,7 +74,7 @@ def check_models(models: OffsiteModels) -> None:
 
 
 def read_outer(model: nn.Module, split: Split) -> dict[str, Tensor]:
-    """Copies of the outer layers' tensors by neutral name (see `emulator.split`)."""
+    """Copies of the outer layers' tensors by neutral name (see `emulator.model.outer_names`)."""
     state = model.state_dict()
     return {neutral: state[name].detach().clone() for neutral, name in outer_names(model, split).items()}
 

@@ -9,7 +9,7 @@ conditions' means:
 | gain share | (Plug-in − Full ZS) / (Full FT − Full ZS)                | 1: as good as tuning on the base            |
 | recovery   | (Recovered − Emulator ZS) / (Full FT − Emulator ZS)      | 1: tuning the whole emulator closes the gap |
 
-Recovered is the best of several learning rates on the held-out rows, as an attacker would choose (`recovery.py`).
+Recovered is the best of several learning rates on the held-out rows, as an attacker would choose (`stages.recovered`).
 
 Δ and the five conditions are offsite-tuning's (Xiao et al. 2023) and GradOT's. Gain share, recovery and the use of
 log-likelihood as a measure are ours.
@@ -21,7 +21,6 @@ from typing import Any
 
 from siftune.base.text import jsonable
 from siftune.evaluate.bootstrap import Bootstrap, Estimate, Means, accuracy_interval, resample
-from siftune.offsite.audits.calibration_attack import CalibrationLeak
 from siftune.offsite.audits.gradients import GradientCosine
 from siftune.offsite.audits.members import RowScores
 from siftune.offsite.audits.membership import Membership
@@ -87,7 +86,6 @@ class Audit:
         settings: How models were tuned and measured.
         facts: Numbers of rows, versions, names: what the figures depend on besides.
         recovery: The emulator's way to `recovered`, at every learning rate; empty where that was not tried.
-        calibration: The attack on the kit's calibration rows; None where these were not given.
     """
 
     conditions: dict[str, Condition]
@@ -99,7 +97,6 @@ class Audit:
     settings: AuditSettings
     facts: dict[str, Any]
     recovery: tuple[RecoveryPoint, ...] = ()
-    calibration: CalibrationLeak | None = None
 
     def to_dict(self, rows: bool = False) -> dict[str, Any]:
         """All of it in plain types for JSON; what is not a finite number is None.

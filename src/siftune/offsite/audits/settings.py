@@ -101,13 +101,6 @@ class AuditOptions(AuditSettings):
     """Other names of columns, such as prompt=question completion=answer, as for siftune train."""
     returned: Path | None = None
     """Return to audit in place of layers that are tuned here; train is then the rows that it was tuned on."""
-    calibration: str = ""
-    """Rows that the kit was calibrated on, as for train, to test whether the kit identifies them: as many from the
-    first, and cut at as many tokens, as the kit's manifest says."""
-    calibration_others: str = ""
-    """Rows of the same source that the kit was not calibrated on; if not given, those that follow in calibration."""
-    public_key: Path | None = None
-    """PEM file of the owner's public key, to check the kit's signature."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of both models; auto: the checkpoint's, or float32 on a processor that lacks it."""
 
@@ -128,13 +121,9 @@ class AuditOptions(AuditSettings):
             )
         if not self.model:
             self._check_without_base()
-        if self.calibration_others and not self.calibration:
-            raise RecipeError("calibration_others goes with the kit's own rows: name them with --calibration")
 
     def _check_without_base(self) -> None:
         """Refuse what a data owner's audit, of a return under the emulator, does not do."""
-        if self.calibration:
-            raise RecipeError("calibration is tried out on the base: name it with --model")
         if not self.membership:
             raise RecipeError("without the base, membership is all that is attacked: leave out --no-membership")
         if self.recovery_lrs:

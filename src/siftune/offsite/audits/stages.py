@@ -1,4 +1,4 @@
-"""The stages of an audit: measurements, attacks on the return and on the calibration rows, and recovery.
+"""The stages of an audit: measurements, attacks on the return, and recovery.
 
 *Recovery* asks how much of the base an emulator can be made into, given rows and time. All decoder layers of the
 emulator are tuned. An attacker takes the best learning rate, so several are tried, and the best one on the held-out
@@ -20,14 +20,12 @@ from siftune.base.errors import DataError
 from siftune.base.files import Progress
 from siftune.evaluate.bootstrap import Bootstrap, Floats, resample
 from siftune.models.layers import find_layers
-from siftune.offsite.audits.calibration_attack import CalibrationLeak, attack_calibration
 from siftune.offsite.audits.lira import confidence, halves, lira
-from siftune.offsite.audits.members import AuditRows, RowScores, drawn, not_among, padding, score_losses, score_rows
+from siftune.offsite.audits.members import AuditRows, RowScores, drawn, not_among, score_losses, score_rows
 from siftune.offsite.audits.membership import Membership, RowLosses, infer_membership, measure_attack
 from siftune.offsite.audits.models import OffsiteModels, Steps, Tuning, plugged, read_outer, tuned
 from siftune.offsite.audits.result import LABELS, RECOVERED, RecoveryPoint, negative
 from siftune.offsite.audits.settings import AuditSettings
-from siftune.offsite.exchange.calibration import in_batches
 
 logger = logging.getLogger(__name__)
 
@@ -169,21 +167,6 @@ def _shadow(job: Job, pool: Dataset, rows: list[int], number: int) -> Floats:
         layers = read_outer(models.emulator, models.split)
         with plugged(models.base, models.split, layers):
             return job.losses(models.base, pool)
-
-
-def calibration_leak(job: Job) -> CalibrationLeak | None:
-    """Tell calibration rows from others of their source, by base and kit; None where there are no such rows."""
-    rows, models = job.rows, job.models
-    if rows.calibrated is None or rows.uncalibrated is None:
-        return None
-    job.tell("calibration rows")
-    sides = rows.calibrated, rows.uncalibrated
-    own, others = (in_batches(side, job.settings.eval_batch_size, padding(models.tokenizer)) for side in sides)
-    leak = attack_calibration(models.base, models.emulator, models.split, own, others, job.bootstrap)
-    own_losses, other_losses = (job.losses(models.base, side) for side in sides)
-    blind = measure_attack(-own_losses, -other_losses, job.bootstrap)
-    job.tell("calibration rows", 1)
-    return replace(leak, blind=blind)
 
 
 _PARTS = (8, 4, 2)  # of the steps after which a run is measured on its way

@@ -11,7 +11,7 @@ from siftune.cli.options import Flag
 from siftune.offsite.audits.settings import AuditOptions
 from siftune.offsite.cli.paths import refuse_swapped
 
-PATHS = {"texts": ("calibration",), "rows": ("calibration_others",), "folders": ("kit", "returned")}
+PATHS = {"folders": ("kit", "returned")}
 
 
 @dataclass(config=CONFIG)
@@ -19,8 +19,8 @@ class Options(AuditOptions):
     """Audit a kit: what its emulator gives the data owner, what it gives away, and what comes back.
 
     Base model and emulator are measured before and after their outer layers are tuned on the same rows; those tuned on
-    the emulator are plugged into the base; and it is tried out what a data owner could recover, what a return reveals
-    of the rows that it was tuned on, and what the kit reveals of those that calibrated it.
+    the emulator are plugged into the base; and it is tried out what a data owner could recover, and what a return
+    reveals of the rows that it was tuned on.
 
     A data owner, who does not have the base, leaves --model out and gives --return: then it is tried out on the
     emulator what the return reveals of its rows.
@@ -35,7 +35,7 @@ class Options(AuditOptions):
 def run(options: Options) -> dict[str, Any]:
     """Audit, and print the page."""
     if options.kit:
-        refuse_swapped(options.kit, () if options.returned is None else (options.returned,))
+        refuse_swapped(options.kit, options.returned)
     options.check()
     from rich.markdown import Markdown
 

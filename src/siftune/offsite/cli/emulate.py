@@ -3,7 +3,6 @@
 import shlex
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from siftune.offsite.emulator.plan import EmulatorSettings
     from siftune.offsite.kit.folder import Kit
 
-PATHS = {"texts": ("calibration",), "rows": ("calibration_prompts",), "files": ("sign",)}
+PATHS = {"texts": ("calibration",), "rows": ("calibration_prompts",)}
 
 
 @dataclass(kw_only=True, config=CONFIG)
@@ -51,17 +50,11 @@ class Options(CalibrationOptions):
     """Data type of the kit's frozen part; auto: the checkpoint's."""
     outer_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the layers to tune, also when they come back; float32 keeps small updates."""
-    sign: Path | None = None
-    """Private key, a PEM file, to sign the kit with."""
 
     def check(self) -> None:
         """Check what can be checked before anything is loaded."""
         super().check()
         self.settings().check()
-        if self.sign is not None:
-            from siftune.offsite.kit.signing import load_signer
-
-            load_signer(self.sign)
 
     def settings(self) -> "EmulatorSettings":
         """Settings of the emulator."""
@@ -97,9 +90,8 @@ def run(options: Options) -> dict[str, Any]:
     rows, settings = calibration_rows(options), options.settings()
     with stages(console, names=_stages(options, settings)) as progress:
         progress(f"loading {options.model}", 0, 0)
-        # to sample from files would read all of them for every token
-        model, tokenizer = load_base(options, streamed=options.calibration != OWN)
-        kit_options = KitOptions(_kit_dtype(options, model), getattr(torch, options.outer_dtype), options.sign)
+        model, tokenizer = load_base(options)
+        kit_options = KitOptions(_kit_dtype(options, model), getattr(torch, options.outer_dtype))
         check_base(model, tokenizer, settings, kit_options)  # sampling texts takes minutes
         batches = calibration_batches(rows, model, tokenizer, options, progress)
         kit_options = replace(kit_options, calibration=calibration_facts(options, batches))

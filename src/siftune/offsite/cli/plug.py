@@ -1,4 +1,4 @@
-"""`siftune plug`: put what data owners returned into the base model."""
+"""`siftune plug`: put what a data owner returned into the base model."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -17,37 +17,34 @@ PATHS = {"folders": ("kit", "returned")}
 
 @dataclass(kw_only=True, config=CONFIG)
 class Options(PlugSettings):
-    """Put one return, or several merged, into the model that their kit was made from, and save an ordinary model.
+    """Put a return into the model that its kit was made from, and save an ordinary model.
 
-    Each return must be for this kit and hold its tensors, no others, with finite numbers that did not move too far.
+    The return must be for this kit and hold its tensors, no others, with finite numbers that did not move too far.
     """
 
     kit: Path
     """Folder of the kit that was handed out."""
-    returned: Annotated[tuple[Path, ...], Flag("return")]
-    """Folder of what came back; once for every data owner."""
+    returned: Annotated[Path, Flag("return")]
+    """Folder of what came back."""
     out: Path
     """Folder of the tuned model; must be new or empty."""
     model: str = "smollm2"
     """Model that the kit was made from: a folder, a hub id, or smollm2."""
-    public_key: Path | None = None
-    """Your public key, a PEM file, to check that the kit is as you signed it."""
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Check, merge, plug in, save."""
+    """Check, plug in, save."""
     refuse_swapped(options.kit, options.returned)
-    from siftune.offsite.cli.updates import show_returns, show_updates
+    from siftune.offsite.cli.updates import show_updates
     from siftune.offsite.exchange.plug import plug
     from siftune.offsite.kit.folder import read_kit
 
     settings = PlugSettings(**{field.name: getattr(options, field.name) for field in fields(PlugSettings)})
-    settings.check(len(options.returned))
+    settings.check()
     console = text_console(stderr=True)
     with console.status("checking what came back"):
-        kit = read_kit(options.kit, options.public_key)
+        kit = read_kit(options.kit)
         result = plug(options.model, kit, options.returned, options.out, settings)
-    show_returns(result.report.parts)
     show_updates(result.report)
     if (loss := result.report.loss) is not None:
         rows = f"{loss.rows} rows of {options.eval}"
@@ -59,7 +56,7 @@ def run(options: Options) -> dict[str, Any]:
         "model": result.folder,
         "dtype": result.dtype,
         "kit": result.kit.digest,
-        "verified": result.kit.verified,
+        "return": options.returned,
+        **({"privacy": result.privacy} if result.privacy else {}),
         **result.report.to_dict(),
-        "returns": [part.to_dict() for part in result.report.parts],
     }

@@ -19,18 +19,14 @@ from siftune.train.folder.weights import put_in
 from siftune.train.source import Source
 
 
-def find_source(name: str, public_key: str | Path | None) -> KitSource | None:
+def find_source(name: str) -> KitSource | None:
     """Read and check a kit; None if the folder's manifest is of something else.
 
-    With the PEM file of a model owner's public key, the kit must be signed with it.
-
     Raises:
-        KitError: The kit is damaged, or not signed by the key.
+        KitError: The kit is damaged.
     """
     path = Path(name).expanduser()
-    if not is_kit(path):
-        return None
-    return KitSource(read_kit(path, None if public_key is None else Path(public_key).expanduser()))
+    return KitSource(read_kit(path)) if is_kit(path) else None
 
 
 def check_return(folder: Path, source: Source) -> None:

@@ -1,25 +1,10 @@
-"""Tables of the updates of returns, for `verify` and `plug`."""
-
-from collections.abc import Sequence
+"""Table of the updates by a return, for `verify` and `plug`."""
 
 from siftune.base.stages import text_console
-from siftune.offsite.exchange.updates import Part, UpdateReport
+from siftune.offsite.exchange.updates import UpdateReport
 from siftune.report.table import Table, print_table
 
 _MOVED = "‖W' − W‖ / ‖W‖"
-
-
-def show_returns(parts: Sequence[Part]) -> None:
-    """Print what each of several returns had to do with the merged update."""
-    if len(parts) < 2:
-        return
-    rows = []
-    for part in parts:
-        cosine = "none" if part.cosine is None else f"{part.cosine:.3f}"
-        loss = "" if part.report.loss is None else f"{part.report.loss.after:.4f}"
-        rows.append([part.name, _number(part.report.whole.relative), cosine, f"{part.weight:.3f}", loss])
-    header = ["return", _MOVED, "cosine to the merged", "weight", "loss alone"]
-    print_table(Table(header, rows), text_console())
 
 
 def show_updates(report: UpdateReport) -> None:

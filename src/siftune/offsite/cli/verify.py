@@ -30,8 +30,6 @@ class Options(Validated):
     """Folder of the kit or of the return."""
     kit: Path | None = None
     """Kit that a return is for."""
-    public_key: Path | None = None
-    """Public key of the owner, a PEM file; the kit must then be signed by the owner."""
     max_update: Positive = MAX_UPDATE
     """For a return: each tensor must have moved by less, relative to its norm, as for siftune plug."""
 
@@ -39,7 +37,7 @@ class Options(Validated):
 def run(options: Options) -> dict[str, Any]:
     """Check, and print what it is."""
     if options.kit is not None:
-        refuse_swapped(options.kit, ())
+        refuse_swapped(options.kit)
     from siftune.offsite.kit.folder import is_kit, read_kit
 
     console = text_console()
@@ -48,12 +46,12 @@ def run(options: Options) -> dict[str, Any]:
             raise KitError(f"{options.path} is a kit itself: leave out --kit, which names the kit of a return")
         if options.max_update != MAX_UPDATE:
             raise KitError(f"{options.path} is a kit: leave out --max-update, which is about returns")
-        return _show_kit(read_kit(options.path, options.public_key), console)
+        return _show_kit(read_kit(options.path), console)
     if options.kit is None:
         if not options.path.is_dir():
             raise KitError(f"there is no folder {options.path}: give the folder of a kit or of a return")
         raise KitError(f"{options.path} is no kit; if it is a return, name its kit with --kit")
-    return _show_return(options, read_kit(options.kit, options.public_key), console)
+    return _show_return(options, read_kit(options.kit), console)
 
 
 def _show_kit(kit: "Kit", console: Console) -> dict[str, Any]:
@@ -62,11 +60,6 @@ def _show_kit(kit: "Kit", console: Console) -> dict[str, Any]:
 
     figures = facts(kit)
     split, middle, outer = figures["split"], figures["middle"], figures["outer"]
-    signature = {
-        "valid": "valid, by the key that was given",
-        "not checked": "there is one; give --public-key to check it",
-        "none": "none; the kit is as good as the way it came",
-    }
     rows = {
         "kit": f"{kit.path} is sound",
         "digest": kit.digest,
@@ -77,7 +70,6 @@ def _show_kit(kit: "Kit", console: Console) -> dict[str, Any]:
         "frozen": f"{figures['emulator_mb']:,.1f} MB in {figures['dtype']}; all of the base would be "
         f"{figures['base_mb']:,.1f} MB",
         "calibration": f"{kit.manifest.calibration}: the owner's word",
-        "signature": signature[figures["signature"]],
         "chats": "with a chat template" if TEMPLATE in kit.manifest.files else "no chat template",
     }
     _show(rows, console)

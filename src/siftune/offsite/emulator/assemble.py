@@ -9,23 +9,19 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from siftune.models.layers import find_layers
-from siftune.models.streamed import tensor_of
 from siftune.offsite.emulator.compress import CompressedLayer
 from siftune.offsite.emulator.model import Base, LayerShape, Split, build, emulator_config, frozen_names, outer_names
 
 
 @dataclass(frozen=True)
 class EmulatorParts:
-    """All of an emulator.
-
-    The tensors are got one at a time, as they are asked for: those of a base whose layers are not loaded are read.
-    """
+    """All of an emulator. The tensors are got one at a time, as they are asked for: some may lie in files."""
 
     config: PreTrainedConfig
     split: Split  # outer layers at either end
     middle: tuple[LayerShape, ...]  # shapes of the layers between
     frozen: Mapping[str, Tensor]  # tensors of everything but the outer layers, by name in the emulator's state dict
-    outer: Mapping[str, Tensor]  # tensors of the outer layers, by the names of `split.outer_names`
+    outer: Mapping[str, Tensor]  # tensors of the outer layers, by the names of `model.outer_names`
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -61,10 +57,12 @@ def assemble(base: Base, layers: Sequence[CompressedLayer]) -> EmulatorParts:
         for number, layer in zip(split.middle(len(decoder.layers)), layers, strict=True)
         for name in layer.tensors
     }
-    of_base = partial(partial, tensor_of, base.model)
-    frozen = {name: compressed.get(name) or of_base(name) for name in frozen_names(skeleton, split)}
-    outer = {neutral: of_base(name) for neutral, name in outer_names(base.model, split).items()}
-    return EmulatorParts(config, split, middle, Tensors(frozen), Tensors(outer))
+    of_base = base.model.state_dict()
+    frozen = {
+        name: compressed.get(name) or partial(of_base.__getitem__, name) for name in frozen_names(skeleton, split)
+    }
+    outer = {neutral: of_base[name] for neutral, name in outer_names(base.model, split).items()}
+    return EmulatorParts(config, split, middle, Tensors(frozen), outer)
 
 
 def converted(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Tensors:

@@ -12,7 +12,6 @@ from typing import Literal
 from torch import Tensor, nn
 
 from siftune.models.families import Family
-from siftune.models.streamed import tensor_of
 from siftune.offsite.emulator.curvature import LayerCurvature
 from siftune.offsite.emulator.model import Base, LayerShape, features, weight_OI
 from siftune.offsite.maths.channels import DAMPING as REFIT_DAMPING
@@ -91,7 +90,7 @@ def compress_layer(base: Base, number: int, seen: LayerCurvature, how: Compressi
         how: Settings.
     """
     layer, family = base.layers[number], base.family
-    tensors = {name: tensor_of(layer, name) for name in layer.state_dict()}
+    tensors: dict[str, Tensor] = dict(layer.state_dict())
     if how.keep >= 1:
         return CompressedLayer(LayerShape(number), tensors)
     ranks = dict[str, int]()
@@ -102,7 +101,7 @@ def compress_layer(base: Base, number: int, seen: LayerCurvature, how: Compressi
         if share >= 1:
             continue
         rank = rank_of(share, outputs, inputs)
-        up_OR, down_RI = _factors(path, weight_OI(matrix, tensors[f"{path}.weight"]), seen, rank, how)
+        up_OR, down_RI = _factors(path, weight_OI(matrix).detach(), seen, rank, how)
         dtype = tensors.pop(f"{path}.weight").dtype
         tensors[f"{path}.down.weight"], tensors[f"{path}.up.weight"] = down_RI.to(dtype), up_OR.to(dtype)
         if f"{path}.bias" in tensors:
@@ -133,7 +132,7 @@ def _narrow(
 ) -> int:
     """Take channels out of the MLP's tensors; return how many are left."""
     paths = (*family.reads, family.writes)
-    weights = {path: weight_OI(layer.get_submodule(path), tensors[f"{path}.weight"]) for path in paths}
+    weights = {path: weight_OI(layer.get_submodule(path)).detach() for path in paths}
     count = channel_count(how.share(family.writes), weights[family.writes].shape[1])
     staying = keep_channels(score_channels(weights, family, seen, how), count)
     for path in family.reads:

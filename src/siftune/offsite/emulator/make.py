@@ -1,8 +1,7 @@
 """Make a model's compressed middle: one pass over calibration rows, then one layer after the other.
 
-Peak memory is the model, or one layer of a model whose layers are loaded as they run (`models/streamed.py`); the hidden
-states, gradients and curvature that the passes keep, or one layer's where they lie in a folder; and one layer's
-factors.
+Peak memory is the model; the hidden states, gradients and curvature that the passes keep, or one layer's where they
+lie in a folder; and one layer's factors.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +12,10 @@ from transformers import PreTrainedModel
 
 from siftune.base.errors import RecipeError
 from siftune.base.files import Progress
-from siftune.models.streamed import tensor_of
 from siftune.offsite.emulator.assemble import EmulatorParts, assemble
 from siftune.offsite.emulator.compress import CompressedLayer, Compression, compress_layer
 from siftune.offsite.emulator.curvature import LayerCurvature, Sums, kept_whole
-from siftune.offsite.emulator.model import Base
+from siftune.offsite.emulator.model import Base, weight_OI
 from siftune.offsite.emulator.plan import EmulatorSettings, Step, measure, plan
 from siftune.offsite.emulator.record import Recording, record, replay
 
@@ -32,7 +30,7 @@ def emulators(
 
     Args:
         model: The base model, without adapters.
-        batches: Calibration rows, as for `protocol.emulate`.
+        batches: Calibration rows, as for `exchange.emulate`.
         choices: Settings of each; their splits must be the same.
         progress: Called for every batch and layer.
 
@@ -106,7 +104,7 @@ def _compress_one(
 
 def _curvature(base: Base, recording: Recording, number: int, paths: Sequence[str], slopes: bool) -> LayerCurvature:
     """Curvature of a layer's matrices, kept since costs were measured, or computed."""
-    device = tensor_of(base.layers[number], f"{paths[0]}.weight").device
+    device = weight_OI(base.layers[number].get_submodule(paths[0])).device
     kept = None if slopes else kept_whole(recording.curvature, number, paths, device)
     if kept is not None:
         return kept

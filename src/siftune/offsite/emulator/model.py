@@ -83,7 +83,7 @@ class Base:
         LayerError: The split leaves no middle.
     """
 
-    model: PreTrainedModel  # without adapters; its layers may be loaded as they run (`models/streamed.py`)
+    model: PreTrainedModel  # without adapters, its weights in memory
     split: Split = field(default_factory=Split)
 
     def __post_init__(self) -> None:
@@ -197,9 +197,9 @@ def features(module: nn.Module) -> tuple[int, int, bool]:
     return inputs, outputs, module.bias is not None
 
 
-def weight_OI(module: nn.Module, weight: Any = None) -> Tensor:
-    """The weight of a Linear or a Conv1D as (out, in); `weight` where it was loaded apart."""
-    weight = module.weight if weight is None else weight
+def weight_OI(module: nn.Module) -> Tensor:
+    """The weight of a Linear or a Conv1D as (out, in)."""
+    weight: Any = module.weight
     return weight if isinstance(module, nn.Linear) else weight.T  # type: ignore[no-any-return]
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from siftune.base.errors import RecipeError, UnsupportedError
 from siftune.base.files import Progress
 from siftune.models.families import Family
-from siftune.models.streamed import tensor_of
 from siftune.offsite.emulator.compress import (
     Compression,
     Parts,
@@ -169,10 +168,7 @@ def layer_costs(base: Base, number: int, seen: Halves, how: Compression) -> list
         (2, S) float64 for each of `measured_paths`: parameters, then what is lost.
     """
     layer, family = base.layers[number], base.family
-    weights = {
-        path: weight_OI(layer.get_submodule(path), tensor_of(layer, f"{path}.weight")).float()
-        for path in how.judged(family)
-    }
+    weights = {path: weight_OI(layer.get_submodule(path)).detach().float() for path in how.judged(family)}
     return [
         _factored(path, weights[path], seen, how) if path in family.attention else _narrowed(weights, family, seen, how)
         for path in measured_paths(family, how.parts)

@@ -3,8 +3,7 @@
 With those two a layer can be run forward and backward alone afterwards, so that curvature, scores and compression need
 one layer's activations at a time. The pass works the same way: all batches go through one layer before the next one,
 upwards without a graph, and downwards to the last middle layer; no gradient of a weight is formed. Each replay
-computes the gradients for the layer below, so layers are best replayed from the last to the first. Of a model whose
-layers are loaded when they run (`models/streamed.py`), one layer is in memory at a time.
+computes the gradients for the layer below, so layers are best replayed from the last to the first.
 
     model --pass--> Recording --replay(layer)--> inputs x and output gradients g of each of the layer's matrices,
                                                  batch by batch
@@ -30,7 +29,6 @@ from siftune.base.files import Progress, write_beside
 from siftune.models.layers import hidden_states
 from siftune.models.loss import cross_entropy, label_positions, logits_at, next_labels
 from siftune.models.modules import evaluating, trainable_only
-from siftune.models.streamed import held
 from siftune.offsite.emulator.model import Base
 
 
@@ -95,9 +93,7 @@ class Call:
     def run(self, layer: nn.Module, hidden_BTH: Tensor) -> Tensor:
         """Run a layer so; (B, T, H)."""
         device = next(layer.parameters()).device
-        args, kwargs = self.args, self.kwargs
-        if device.type != "meta":  # else accelerate moves them
-            hidden_BTH, args, kwargs = send_to_device((hidden_BTH, args, kwargs), device)
+        hidden_BTH, args, kwargs = send_to_device((hidden_BTH, self.args, self.kwargs), device)
         output: Tensor = layer(hidden_BTH, *args, **kwargs)
         return output
 
@@ -227,7 +223,7 @@ def replay(
     _descend(base.layers, recording, number)
     layer = base.layers[number]
     below: list[Tensor] = []
-    with trainable_only(layer), evaluating(layer), held(layer), torch.enable_grad():
+    with trainable_only(layer), evaluating(layer), torch.enable_grad():
         for visit in recording.visits(number):
             inputs, outputs, (*grads, entering) = _backward(layer, visit, paths)
             below.append(entering)
@@ -278,8 +274,7 @@ def _upwards(
         if number >= first:
             recording.hidden.put(number, states)
         calls = [calls[number] for calls in recording.calls]
-        with held(layers[number]):
-            states = [call.run(layers[number], own(hidden)) for call, hidden in zip(calls, states, strict=True)]
+        states = [call.run(layers[number], own(hidden)) for call, hidden in zip(calls, states, strict=True)]
         tell(number + 1)
     recording.hidden.put(depth, states)
 
@@ -337,7 +332,7 @@ def _descend(
     start = next((number for number in range(to, len(layers)) if recording.grads.has(number)), to)
     for number in range(start, to, -1):
         layer = layers[number]
-        with trainable_only(layer), evaluating(layer), held(layer):
+        with trainable_only(layer), evaluating(layer):
             grads = [_input_gradient(layer, visit) for visit in recording.visits(number)]
         recording.grads.put(number - 1, grads)
         tell(2 * len(layers) - number + 1)
@@ -360,7 +355,6 @@ def _logits(
 ) -> Tensor:
     """Logits at some positions of a batch, (N, V), with something else in the place of every layer."""
     device = next(model.parameters()).device
-    device = torch.device("cpu") if device.type == "meta" else device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
     with _replaced(layers, instead), logits_at(model, at_BT):
         logits: Tensor = model(**inputs, use_cache=False).logits[0]

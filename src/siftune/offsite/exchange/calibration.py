@@ -113,10 +113,8 @@ def calibration_facts(options: CalibrationOptions, batches: "Sequence[dict[str, 
     return calibrated_on(batches, options.seed if options.calibration == OWN else None)
 
 
-def load_base(options: CalibrationOptions, streamed: bool = False) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def load_base(options: CalibrationOptions) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load the model, to the accelerator if there is one, and its tokenizer.
-
-    Streamed, its layers' weights stay in their files until they run.
 
     Raises:
         ModelError: It cannot be loaded.
@@ -125,8 +123,8 @@ def load_base(options: CalibrationOptions, streamed: bool = False) -> "tuple[Pre
 
     from siftune.models.load import load_model
 
-    model, tokenizer = load_model(options.model, options.dtype, streamed)
-    if not streamed and torch.accelerator.is_available():
+    model, tokenizer = load_model(options.model, options.dtype)
+    if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     return model, tokenizer
 

@@ -2,8 +2,7 @@
 
 Finished layers, and the states that go from layer to layer, lie in a folder next to the kit until it is complete: an
 interrupted run continues where it stopped. That folder is the owner's own, and no part of the kit.
-Peak memory is the model, one layer's factors, and what goes into and comes back from one layer; of a model whose layers
-are loaded as they run (`models/streamed.py`) the embeddings, the head, and one layer with these.
+Peak memory is the model, one layer's factors, and what goes into and comes back from one layer.
 """
 
 import hashlib
@@ -49,13 +48,11 @@ class KitOptions:
     Attributes:
         dtype: Dtype of the frozen part; None keeps the model's.
         outer_dtype: Dtype of the outer layers, also of what comes back; float32 does not round small updates away.
-        signing_key: Private key in PEM format to sign the kit with; None leaves it unsigned.
         calibration: What the manifest says of the calibration; None: rows, of the number and length of the batches.
     """
 
     dtype: torch.dtype | None = None
     outer_dtype: torch.dtype = torch.float32
-    signing_key: Path | None = None
     calibration: Calibration | None = None
 
 
@@ -71,12 +68,12 @@ def emulate(
     """Compress a model's middle, and write a kit that a data owner can tune.
 
     Args:
-        model: The base model, without adapters; its layers may be loaded as they run (`load_model(…, streamed=True)`).
+        model: The base model, without adapters, its weights in memory.
         tokenizer: Its tokenizer.
         batches: Calibration rows, as a data collator gives them: (B, T) `input_ids`, `attention_mask`, `labels`.
         out: Folder of the kit; must be new or empty.
         settings: How the middle is compressed; GradOT in the whitened basis with measured shares at 0.7 by default.
-        options: Dtypes and signature.
+        options: Dtypes, and what the manifest says of the calibration.
         progress: Called for every batch and layer.
 
     Returns:
@@ -108,7 +105,7 @@ def emulate(
             converted(parts.outer, options.outer_dtype), tokenizer, base.depth, identity,
             options.calibration or calibrated_on(batches),
         )  # fmt: skip
-        kit = write_kit(out, contents, options.signing_key)
+        kit = write_kit(out, contents)
         work.remove()
     return kit
 

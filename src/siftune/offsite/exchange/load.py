@@ -12,7 +12,7 @@ from siftune.offsite.kit.folder import Kit, load_config, load_tokenizer, load_we
 from siftune.offsite.kit.manifest import EMULATOR, OUTER
 
 
-def load_emulator(path: str | Path, dtype: str = "auto", public_key: Path | None = None) -> PreTrainedModel:
+def load_emulator(path: str | Path, dtype: str = "auto") -> PreTrainedModel:
     """Load a kit's emulator: it runs, generates and trains as any transformers model.
 
     Only the outer layers' parameters require gradients.
@@ -21,7 +21,6 @@ def load_emulator(path: str | Path, dtype: str = "auto", public_key: Path | None
         path: The kit's folder.
         dtype: float32, bfloat16, float16, or auto: the kit's, but float32 where only a processor is there that cannot
             multiply in it. The outer layers have this dtype too.
-        public_key: PEM file of the owner's public key, to check the signature.
 
     Returns:
         The model, on the CPU and in eval mode.
@@ -34,7 +33,7 @@ def load_emulator(path: str | Path, dtype: str = "auto", public_key: Path | None
         >>> emulator(**batches[0]).logits.shape[:2] == batches[0]["input_ids"].shape
         True
     """
-    return _load(read_kit(path, public_key), dtype)
+    return _load(read_kit(path), dtype)
 
 
 def load_kit(kit: Kit, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

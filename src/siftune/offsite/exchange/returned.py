@@ -207,12 +207,11 @@ class OpenReturn(Mapping[str, Tensor]):
     """A return that has passed every check. Its tensors are read when they are asked for.
 
     Attributes:
-        path: Its folder.
         privacy: What it says of its differential privacy; None where it says nothing.
     """
 
-    def __init__(self, path: Path, file: TensorFile, privacy: dict[str, Any] | None) -> None:
-        self.path, self.privacy = path, privacy
+    def __init__(self, file: TensorFile, privacy: dict[str, Any] | None) -> None:
+        self.privacy = privacy
         self._file = file
 
     def __getitem__(self, name: str) -> Tensor:
@@ -267,7 +266,7 @@ def open_return(path: str | Path, kit: Kit) -> Iterator[OpenReturn]:
         file.check_numbers()
         closing = stack.pop_all()
     try:
-        yield OpenReturn(folder, file, whole.get(PRIVACY))
+        yield OpenReturn(file, whole.get(PRIVACY))
     finally:
         closing.close()  # without the fault of the block, which is not one of this file
 

@@ -1,6 +1,5 @@
 """The owner's limits on returns. Nothing here imports torch, so that commands can show their options quickly."""
 
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import Literal
 
@@ -16,11 +15,8 @@ MAX_LOSS_INCREASE = 0.0
 
 @dataclass(kw_only=True, config=CONFIG)
 class PlugSettings(Validated):
-    """Limits on returns, their weights, and the format of the tuned model."""
+    """Limits on a return, and the format of the tuned model."""
 
-    weights: tuple[Positive, ...] | None = None
-    """Of several returns: what each counts in their mean, in their order, such as its number of rows; all equal if not
-    given."""
     max_update: Positive = MAX_UPDATE
     """Each tensor must have moved by less, relative to its norm; at 1 nothing needs be left of what it was."""
     eval: str | None = None
@@ -38,16 +34,12 @@ class PlugSettings(Validated):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the tuned model; auto: the base's own."""
 
-    def check(self, returns: int = 1) -> None:
-        """Check the ranges, and that nothing is asked of rows or returns that are not there.
-
-        Args:
-            returns: How many there are.
+    def check(self) -> None:
+        """Check the ranges, and that nothing is asked of rows that are not there.
 
         Raises:
             RecipeError: With one sentence on the first value that cannot be used.
         """
-        check_weights(self.weights, returns)
         defaults = {field.name: field.default for field in fields(PlugSettings)}
         for name in ("max_loss_increase", "eval_limit", "columns", "template"):
             if self.eval is None and getattr(self, name) != defaults[name]:
@@ -58,20 +50,3 @@ class PlugSettings(Validated):
     def loss_limit(self) -> float:
         """Largest increase of the loss, in nats per token."""
         return MAX_LOSS_INCREASE if self.max_loss_increase is None else self.max_loss_increase
-
-
-def check_weights(weights: Sequence[float] | None, count: int) -> None:
-    """Refuse weights with which `count` returns cannot be merged.
-
-    Raises:
-        RecipeError: There is no return, or not one positive finite weight for each of several.
-    """
-    if count < 1:
-        raise RecipeError("no return was given: name one or more with --return")
-    if weights is None:
-        return
-    PlugSettings(weights=tuple(weights))  # whose field has the range
-    if len(weights) != count or count == 1:
-        raise RecipeError(
-            f"--weights has {len(weights)} numbers for {count} returns: give one each, or none for a single return"
-        )

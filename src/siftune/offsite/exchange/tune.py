@@ -21,12 +21,11 @@ from siftune.models.layers import find_layers, layer_numbers
 from siftune.offsite.emulator.model import Split, places
 from siftune.offsite.exchange.load import kit_tokenizer, load_kit
 from siftune.offsite.exchange.returned import DOWN, UP, largest_rank, write_return
-from siftune.offsite.kit.folder import Kit, is_kit, load_weights, read_kit
+from siftune.offsite.kit.folder import Kit, load_weights
 from siftune.offsite.kit.manifest import OUTER
 from siftune.offsite.kit.tensors import DTYPES, check_finite
 from siftune.offsite.maths.drd import canonical
 from siftune.recipe.schema import Recipe
-from siftune.train.source import ModelSource, Source
 
 _USE_RETURN = """\
 The model above is a kit: it stands in for a model that its owner keeps. Send the folder RUN/return, and nothing else,
@@ -144,16 +143,6 @@ class KitSource:
         return {"return": partial(_write_whole, tuned=tuned, dtype=dtype, kit=self.kit, privacy=privacy)}
 
 
-def source_of(name: str) -> Source:
-    """The source that a recipe's `model` names: a kit, which is read and checked, or an ordinary model.
-
-    Raises:
-        KitError: The kit is damaged.
-    """
-    path = Path(name).expanduser()
-    return KitSource(read_kit(path)) if is_kit(path) else ModelSource(name)
-
-
 def save_return(folder: Path, model: nn.Module, kit: Kit, privacy: Mapping[str, Any] | None = None) -> None:
     """Write what goes back to the owner: what LoRA adds to the outer layers, or else these as they are now.
 
@@ -201,7 +190,8 @@ def merged_layers(model: nn.Module, split: Split) -> dict[str, Tensor]:
     """The tensors of the outer layers, PEFT adapters in them merged; the model is left as it is.
 
     Returns:
-        By the names of `split.outer_names`, on the CPU; floating-point ones in float32, or float64 where they are.
+        By the names of `emulator.model.outer_names`, on the CPU; floating-point ones in float32, or float64 where they
+        are.
     """
     layers = find_layers(model).layers
     tensors = {}

@@ -103,18 +103,16 @@ class UpdateReport:
     """The updates of a base model by a return.
 
     Attributes:
-        tensors: Neutral name (see `emulator.split`) -> update.
+        tensors: Neutral name (see `emulator.model.outer_names`) -> update.
         layers: first.0 … last.N -> update of all its tensors.
         limit: Relative updates of tensors must stay below it.
         loss: On the owner's rows; None where none were given.
-        parts: The returns that it is the merged update of, or the one that it is the update of; none without a model.
     """
 
     tensors: Mapping[str, Update]
     layers: Mapping[str, Update]
     limit: float
     loss: LossChange | None = None
-    parts: "tuple[Part, ...]" = ()
 
     @property
     def whole(self) -> Update:
@@ -157,38 +155,6 @@ class UpdateReport:
             "limit": self.limit,
             "rounding": self.rounding,
             "loss": None if self.loss is None else asdict(self.loss),
-        }
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of the returns that were merged.
-
-    Attributes:
-        name: Its folder, or its number where it has none.
-        report: What it would change by itself.
-        weight: Its share of the mean.
-        cosine: Between its update and the merged one; None where either is zero.
-        privacy: What it says of its differential privacy.
-    """
-
-    name: str
-    report: UpdateReport
-    weight: float = 1.0
-    cosine: float | None = None
-    privacy: Mapping[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON."""
-        own = self.report
-        return {
-            "return": self.name,
-            "update": own.whole.relative,
-            "largest": {"tensor": own.largest, "update": own.tensors[own.largest].relative},
-            "cosine": self.cosine,
-            "weight": self.weight,
-            "loss": None if own.loss is None else asdict(own.loss),
-            "privacy": self.privacy,
         }
 
 

@@ -6,7 +6,6 @@
       tokenizer.json, tokenizer_config.json, chat_template.jinja     see tokenizer.py
       emulator.safetensors     everything frozen
       adapter.safetensors      the layers to tune, under names that do not depend on the depth
-      kit.sig                  optional, see signing.py
 
 `read_kit` checks all that can be checked without allocating a tensor. A kit runs no code and writes nothing outside its
 folder. It cannot be seen whether its weights, which are finite and no larger than 65504, are the base's: a kit is
@@ -35,7 +34,6 @@ from siftune.offsite.kit.manifest import (
     LIMITS,
     MANIFEST,
     OUTER,
-    SIGNATURE,
     Calibration,
     FileSpec,
     Manifest,
@@ -43,7 +41,6 @@ from siftune.offsite.kit.manifest import (
     dump_manifest,
     parse_manifest,
 )
-from siftune.offsite.kit.signing import load_signer, load_verifier, sign, verify
 from siftune.offsite.kit.strict import fresh_folder, list_files, naming, parse_json, read_bytes, sha256_of
 from siftune.offsite.kit.tensors import DTYPES, check_specs, open_tensors, spec_of, write_tensors
 
@@ -67,16 +64,12 @@ class Kit:
         manifest: Its manifest.
         digest: SHA-256 of the bytes of manifest.json, in hexadecimal: the kit's name in returns.
         config: Its config.json.
-        signed: Whether it carries a signature. That says nothing: see `verified`.
-        verified: Whether the signature was checked against a public key, and is right.
     """
 
     path: Path
     manifest: Manifest
     digest: str
     config: dict[str, Any]
-    signed: bool
-    verified: bool = False
 
 
 def is_kit(path: str | Path) -> bool:
@@ -88,31 +81,25 @@ def is_kit(path: str | Path) -> bool:
         return False
 
 
-def write_kit(out: str | Path, contents: KitContents, signing_key: Path | None = None) -> Kit:
+def write_kit(out: str | Path, contents: KitContents) -> Kit:
     """Write a kit, beside its place and then in one move, and read it again as a data owner would.
 
     Args:
         out: Its folder; missing or empty.
         contents: What goes into it.
-        signing_key: PEM file of the private key to sign it with; see signing.py.
 
     Raises:
         ModelError: `out` is in use.
-        KitError: It cannot be written to, the contents do not fit together or hold NaN, or the key cannot be used.
-            Nothing is left behind.
+        KitError: It cannot be written to, or the contents do not fit together or hold NaN. Nothing is left behind.
     """
-    if signing_key is not None:
-        load_signer(signing_key)
     with fresh_folder(out) as folder:
         _fill(folder, contents)
-        if signing_key is not None:
-            sign(folder, signing_key)
         kit = read_kit(folder)
     return dataclasses.replace(kit, path=Path(out))
 
 
 def _fill(folder: Path, contents: KitContents) -> None:
-    """Write every file but the signature: what may be refused first, the manifest last, since it has all hashes."""
+    """Write every file: what may be refused first, the manifest last, since it has all hashes."""
     settings = config.scrub(contents.config, _one_dtype(contents.frozen.values()))
     small = {CONFIG: canonical(settings), **tokenizer.tokenizer_files(contents.tokenizer)}
     for name, data in small.items():
@@ -140,25 +127,20 @@ def _one_dtype(tensors: Iterable[Tensor]) -> str:
     return dtypes.pop()
 
 
-def read_kit(path: str | Path, public_key: Path | None = None) -> Kit:
+def read_kit(path: str | Path) -> Kit:
     """Check a kit, completely, and allocate none of its tensors.
 
-    In this order: which files there are; every field of the manifest; sizes; the signature of the manifest and of the
-    hashes in it, if a key is given; the config; the tokenizer; the tensor files: headers, against the manifest and
-    against the model that config and manifest describe, hashes, and numbers. What is loaded later is compared with the
-    same hashes.
+    In this order: which files there are; every field of the manifest; sizes; the config; the tokenizer; the tensor
+    files: headers, against the manifest and against the model that config and manifest describe, hashes, and numbers.
+    What is loaded later is compared with the same hashes.
 
     Args:
         path: Its folder, which may be reached by a link.
-        public_key: PEM file of the owner's public key; then the kit must be signed with its private key. Without one,
-            a signature is neither demanded nor checked.
 
     Raises:
         KitError: Anything is out of order. The message names file and field.
     """
     folder = Path(path)
-    if public_key is not None:
-        load_verifier(public_key)  # here a complaint is about the key, not about the kit
     with naming(f"kit {folder}"):
         sizes = list_files(folder, LIMITS)
         data = read_bytes(folder / MANIFEST, LIMITS[MANIFEST]) if MANIFEST in sizes else b""
@@ -166,8 +148,6 @@ def read_kit(path: str | Path, public_key: Path | None = None) -> Kit:
             raise KitError(f"it has no {MANIFEST}, or an empty one")
         manifest, digest = parse_manifest(data), hashlib.sha256(data).hexdigest()
         _check_sizes(sizes, manifest)
-        if public_key is not None:
-            verify(folder, public_key, {MANIFEST: digest, **{name: s.sha256 for name, s in manifest.files.items()}})
         settings = config.check_settings(parse_json(_read_part(folder, CONFIG, manifest), CONFIG))
         frozen, outer = config.expected_specs(settings, manifest)
         model = f"the model of {CONFIG} and {MANIFEST}"
@@ -178,8 +158,7 @@ def read_kit(path: str | Path, public_key: Path | None = None) -> Kit:
                 check_specs(file.specs, specs, name, model)
                 manifest.files[name].check_hash(name, sha256_of(folder / name))
                 file.check_numbers()
-    signed, verified = SIGNATURE in sizes, public_key is not None
-    return Kit(folder, manifest, digest, settings, signed, verified)
+    return Kit(folder, manifest, digest, settings)
 
 
 def _check_sizes(sizes: Mapping[str, int], manifest: Manifest) -> None:
@@ -189,7 +168,7 @@ def _check_sizes(sizes: Mapping[str, int], manifest: Manifest) -> None:
             raise KitError(f"{name} is missing, but is in {MANIFEST}: files")
         spec.check_size(name, sizes[name])
     for name in sizes:
-        if name not in (*manifest.files, MANIFEST, SIGNATURE):
+        if name not in (*manifest.files, MANIFEST):
             raise KitError(f"{name} is in it, but not in {MANIFEST}: files")
 
 
@@ -260,5 +239,4 @@ def facts(kit: Kit) -> dict[str, Any]:
         "outer_mb": manifest.files[OUTER].bytes / 1e6,
         "base_mb": (rest + base) * getattr(torch, dtype).itemsize / 1e6,
         "outer": {"tensors": len(outer), "dtype": str(outer_dtype).removeprefix("torch.")},
-        "signature": "valid" if kit.verified else "not checked" if kit.signed else "none",
     }

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from siftune.base.errors import KitError
 from siftune.models.families import FAMILIES, Family
-from siftune.models.streamed import tensor_of
 from siftune.offsite.emulator.model import LayerShape, Split
 from siftune.offsite.kit.strict import (
     Check,
@@ -47,7 +46,6 @@ from siftune.offsite.kit.tensors import MAX_SIZE, MAX_TENSORS, TensorSpec, parse
 
 PROTOCOL = 1
 MANIFEST = "manifest.json"
-SIGNATURE = "kit.sig"
 EMULATOR = "emulator.safetensors"
 # protocol 1 calls the outer layers "adapter", here and in the manifest: files keep that name, code says outer
 OUTER = "adapter.safetensors"
@@ -64,7 +62,6 @@ LIMITS = {
     "chat_template.jinja": 1 << 20,
     EMULATOR: 1 << 40,
     OUTER: 1 << 40,
-    SIGNATURE: 1 << 20,
 }
 MAX_LAYERS = 512
 HASH = r"[0-9a-f]{64}"
@@ -123,7 +120,7 @@ class Manifest:
     middle: tuple[LayerShape, ...]  # shapes of the emulator's layers between
     # neutral name -> shape and dtype, of the outer layers' tensors: what a return must hold
     outer: dict[str, TensorSpec]
-    files: dict[str, FileSpec]  # name -> size and hash, of every file but the manifest and the signature
+    files: dict[str, FileSpec]  # name -> size and hash, of every file but the manifest
 
     @property
     def emulator_depth(self) -> int:
@@ -281,18 +278,18 @@ def fingerprint(model: nn.Module) -> str:
     another counts once. One piece of a tensor is converted at a time. The model is without PEFT or other wrappers.
 
     Raises:
-        KitError: A weight has no values: it is on the meta device, and accelerate does not know it either.
+        KitError: A weight has no values in memory, as where it is on the meta device.
     """
     tied = getattr(model, "all_tied_weights_keys", None) or ()
-    digest = hashlib.sha256()
-    for name in sorted(model.state_dict().keys() - set(tied)):
-        _add(digest, name, tensor_of(model, name))
+    digest, state = hashlib.sha256(), model.state_dict()
+    for name in sorted(state.keys() - set(tied)):
+        _add(digest, name, state[name])
     return digest.hexdigest()
 
 
 def _add(digest: Any, name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
-        raise KitError(f"{name} of the model has no values; load the model with its weights")
+        raise KitError(f"{name} of the model has no values: load the model with all its weights in memory")
     digest.update(json.dumps([name, list(tensor.shape)]).encode())
     for piece in torch.split(tensor.reshape(-1), _CHUNK):
         digest.update(piece.to("cpu", torch.float32).numpy().astype("<f4", copy=False).data)

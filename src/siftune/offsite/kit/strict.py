@@ -40,19 +40,12 @@ def brief(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def about(what: str, advice: str = "") -> Iterator[None]:
-    """Put in front of a complaint what it is about, and behind it what to do; an empty text leaves it as it is."""
+def naming(folder: str) -> Iterator[None]:
+    """Put in front of a complaint which folder it is about, and behind it where a sound one is to be had."""
     try:
         yield
     except KitError as error:
-        if not what:
-            raise
-        raise KitError(f"{what}: {error}{advice}") from error
-
-
-def naming(folder: str) -> contextlib.AbstractContextManager[None]:
-    """Put in front of a complaint which folder it is about, and behind it where a sound one is to be had."""
-    return about(folder, "; ask whoever made it for a sound copy")
+        raise KitError(f"{folder}: {error}; ask whoever made it for a sound copy") from error
 
 
 def list_files(folder: Path, limits: Mapping[str, int]) -> dict[str, int]:

@@ -9,7 +9,6 @@ from siftune.base.errors import RecipeError
 from siftune.base.files import writable_folder, write_beside
 from siftune.evaluate.bootstrap import Estimate
 from siftune.offsite.audits.audit import OwnAudit
-from siftune.offsite.audits.calibration_attack import CalibrationLeak
 from siftune.offsite.audits.gradients import GradientCosine
 from siftune.offsite.audits.membership import Attack, Membership
 from siftune.offsite.audits.result import LABELS, Audit, RecoveryPoint
@@ -133,8 +132,6 @@ def _attacks(audit: Audit) -> list[str]:
         sections += ["### Recovery from the complete emulator", recovery_section(audit.recovery)]
     if audit.membership is not None:
         sections += ["### Leakage of training rows by the return", membership_section(audit.membership)]
-    if audit.calibration is not None:
-        sections += ["### Leakage of calibration rows by the kit", calibration_section(audit.calibration)]
     return sections
 
 
@@ -148,8 +145,6 @@ def _cannot_write(folder: Path, error: OSError) -> RecipeError:
 NOT_DEFINED = "not defined"
 
 _ATTACK_HEADER = ["", "AUC", "found at 1 % false alarms", "found at 5 %"]
-
-_KINDS = {"attention": "attention's matrices", "mlp": "the MLPs' matrices", "all": "all matrices"}
 
 
 def membership_section(membership: Membership, base: str = "base") -> str:
@@ -187,29 +182,6 @@ def recovery_section(points: tuple[RecoveryPoint, ...]) -> str:
         "It was still falling at the end: more rows or steps may get further." if still else "Longer was no better."
     )
     return f"{table}\n\n{words}"
-
-
-def calibration_section(leak: CalibrationLeak) -> str:
-    """How well the kit shows which rows calibrated it."""
-    named = {f"by {_KINDS[kind]}": attack for kind, attack in leak.attacks.items()}
-    if not named:
-        return "The kit has only complete layers: no matrix was fitted to the calibration rows."
-    if leak.blind is not None:
-        named["blind: the base's loss alone"] = leak.blind
-    strongest = leak.strongest
-    assert strongest is not None
-    words = [
-        _attack_table(named),
-        f"Rows: {strongest.members} that calibrated the kit, {strongest.others} others.",
-        _calibration_words(strongest),
-        _few(strongest),
-    ]
-    if leak.blind is not None and leak.blind.tells_apart:
-        words.append(
-            "**The two kinds of rows differ by source**: the base's loss alone separates them, and the figures above "
-            "are no measure of the kit. Give others of the very source of the calibration rows."
-        )
-    return "\n\n".join(filter(None, words))
 
 
 def shown(estimate: Estimate, percent: bool = False, signed: bool = False) -> str:
@@ -258,14 +230,3 @@ def _membership_words(attacks: Mapping[str, Attack]) -> str:
         f"None of these attacks distinguished training rows from others beyond chance (the best: {label}, AUC "
         f"{shown(best.auc)}); that says nothing of attacks that were not tried."
     )
-
-
-def _calibration_words(strongest: Attack) -> str:
-    assert strongest.auc.low is not None
-    advice = " An attacker with a second kit, of the same settings and other rows, does better."
-    if strongest.auc.low > 0.5:
-        return (
-            f"Whoever has the base can tell which rows calibrated the kit: AUC {shown(strongest.auc)} (0.5 is "
-            f"guessing). Calibrate on public or generated text if that must not be known.{advice}"
-        )
-    return f"Calibration rows were not distinguished from others beyond chance: AUC {shown(strongest.auc)}.{advice}"

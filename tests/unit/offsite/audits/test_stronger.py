@@ -200,8 +200,6 @@ def test_what_a_data_owner_cannot_audit():
         ("recovery_lrs", {"recovery_lrs": (1e-3, 0.0)}),
         ("recovery_lrs", {"recovery_lrs": (float("inf"),)}),
         ("--model", {"model": ""}),
-        ("calibration", {"model": "", "returned": Path("R"), "calibration": "c.jsonl"}),
-        ("--calibration", {"calibration_others": "c.jsonl"}),
         ("--no-membership", {"model": "", "returned": Path("R"), "membership": False}),
         ("recovery_lrs", {"model": "", "returned": Path("R"), "recovery_lrs": (1e-3,)}),
     ],

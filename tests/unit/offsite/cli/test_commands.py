@@ -1,6 +1,5 @@
 """The commands of a kit from `siftune emulate` to `audit`: its whole way, and what each says to what it cannot use."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -10,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.commands import EMULATE, TRAIN, error_of, siftune
-from support.keys import make_keys
 from support.kits import tensor_specs
 from support.tiny_run import save_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -43,10 +41,10 @@ def test_from_the_model_to_the_tuned_model(half, rows, tmp_path, capsys):
     assert "first.0" in said
 
     plugged, said = siftune(capsys, "plug", "--model", half, "--kit", kit, "--return", run / "return", "--out", tuned)
-    assert (plugged["model"], plugged["dtype"], plugged["verified"]) == (str(tuned), "bfloat16", False)
+    assert (plugged["model"], plugged["dtype"]) == (str(tuned), "bfloat16")
     assert 0 < plugged["largest"]["update"] < plugged["limit"] == 0.25
     assert {name: plugged[name] for name in found.keys() & plugged.keys() - {"kit"}} == {
-        name: value for name, value in found.items() if name not in ("return", "kit", "digest")
+        name: value for name, value in found.items() if name not in ("kit", "digest")
     }
     assert plugged["loss"] is None
     assert {"first.0", "last.0"} == set(plugged["layers"])
@@ -94,7 +92,7 @@ def test_what_a_kit_is_said_to_be(parties, capsys):
     assert found["outer_mb"] == (kit.path / "adapter.safetensors").stat().st_size / 1e6
     assert (found["model_type"], found["layers"], found["split"]) == ("llama", 4, {"first": 1, "last": 1})
     assert (found["dtype"], found["outer"]) == ("bfloat16", {"tensors": len(adapter), "dtype": "float32"})
-    assert (found["signature"], found["digest"]) == ("none", kit.digest)
+    assert found["digest"] == kit.digest
 
 
 def test_dropped_layers_do_not_count(half, rows, tmp_path, capsys):
@@ -231,7 +229,6 @@ def test_what_emulate_refuses(half, rows, tmp_path, capsys, parties, monkeypatch
         ),
         ({"--rows": 0}, "--rows is 0"),
         ({"--max-length": 1}, "--max-length is 1"),
-        ({"--sign": rows}, f"{rows} is no private key" if _signs() else "needs the package model-signing"),
         ({"--sweep": None, "--keep": 0.5}, "unknown option --sweep of `siftune emulate`"),
         ({"--lambda-atn": 1}, "unknown option --lambda-atn of `siftune emulate`; did you mean --lambda-attn?"),
         ({"--method": "magic"}, "--method is magic"),
@@ -261,43 +258,6 @@ def test_what_verify_refuses(damaged, parties, half, capsys):
     assert "emulator.safetensors has the SHA-256" in error_of(capsys, "verify", back, "--kit", kit)
     (back / "notes.txt").write_text("")
     assert "notes.txt" in error_of(capsys, "verify", back, "--kit", parties / "kit")
-
-
-def _signs():
-    return importlib.util.find_spec("model_signing") is not None
-
-
-@pytest.mark.skipif(not _signs(), reason="needs siftune[sign]")
-def test_a_signed_kit(half, rows, tmp_path, capsys):
-    private, public = make_keys(tmp_path, name="owner")
-    _, other = make_keys(tmp_path, name="other")
-    kit, run = tmp_path / "kit", tmp_path / "run"
-    arguments = (
-        "--model",
-        half,
-        "--calibration",
-        rows,
-        "--out",
-        kit,
-        "--method",
-        "layerdrop",
-        "--keep",
-        "0.5",
-        *EMULATE,
-    )
-    made, _ = siftune(capsys, "emulate", *arguments, "--sign", private)
-    assert made["signature"] == "not checked"
-    checked, said = siftune(capsys, "verify", kit)
-    assert checked["signature"] == "not checked"
-    assert "give --public-key" in said
-    checked, _ = siftune(capsys, "verify", kit, "--public-key", public)
-    assert checked["signature"] == "valid"
-    assert "kit.sig" in error_of(capsys, "verify", kit, "--public-key", other)
-    siftune(capsys, "train", "--model", kit, "--train", rows, "--out", run, *TRAIN)
-    way = ("plug", "--model", half, "--kit", kit, "--return", run / "return", "--out", tmp_path / "tuned")
-    assert "kit.sig" in error_of(capsys, *way, "--public-key", other)
-    plugged, _ = siftune(capsys, *way, "--public-key", public)
-    assert plugged["verified"] is True
 
 
 # --- plug ---

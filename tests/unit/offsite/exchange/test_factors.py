@@ -150,7 +150,7 @@ def test_it_is_plugged_into_the_base_and_not_into_the_kits_copy(tmp_path):
     save_return(tmp_path / "return", adapted(kit, size=0.01), kit)
     state = copy.deepcopy(base.state_dict())
     with open_return(tmp_path / "return", kit) as found:
-        plug_in(base, kit, [found], max_update=5)
+        plug_in(base, kit, found, max_update=5)
         product = found[f"{NAME}.up"].double() @ found[f"{NAME}.down"].double()
     key = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(base.state_dict()[key], (state[key].double() + product).float())
@@ -243,7 +243,7 @@ def test_the_product_is_held_to_what_whole_tensors_are(kit, folder, up, down, wo
     base = base_model()
     before = copy.deepcopy(base.state_dict())
     with open_return(folder, kit) as found, pytest.raises(KitError, match=words):
-        plug_in(base, kit, [found])
+        plug_in(base, kit, found)
     assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
 
 
@@ -265,7 +265,7 @@ def test_factors_in_memory_are_held_to_the_base_too(kit, tensors, words):
     base = base_model()
     before = copy.deepcopy(base.state_dict())
     with pytest.raises(KitError, match=words):
-        plug_in(base, kit, [tensors])
+        plug_in(base, kit, tensors)
     assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
 
 

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,7 @@ from siftune.evaluate.prepare import prepare_rows
 from siftune.offsite.emulator.model import outer_names
 from siftune.offsite.exchange.emulate import KitOptions
 from siftune.offsite.exchange.plug import plug, plug_in
-from siftune.offsite.exchange.returned import write_return
+from siftune.offsite.exchange.returned import OpenReturn, open_return, write_return
 from siftune.offsite.exchange.settings import PlugSettings
 from siftune.offsite.exchange.updates import LossChange, OwnRows
 from siftune.offsite.kit.folder import read_kit
@@ -50,7 +51,7 @@ def test_a_round_trip_changes_exactly_the_outer_tensors(family, mlp, tmp_path):
     kit = made_kit(copy.deepcopy(original).float(), tmp_path / "kit", KitOptions(torch.bfloat16), mlp=mlp)
     tuned = moved(kit, 0.004)
     write_return(tmp_path / "return", tuned, kit)
-    result = plug(str(tmp_path / "base"), read_kit(tmp_path / "kit"), [tmp_path / "return"], tmp_path / "tuned")
+    result = plug(str(tmp_path / "base"), read_kit(tmp_path / "kit"), tmp_path / "return", tmp_path / "tuned")
     assert (result.folder, result.dtype, result.kit.digest) == (tmp_path / "tuned", "bfloat16", kit.digest)
 
     plugged = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype="auto")
@@ -81,9 +82,9 @@ def test_the_limit_can_be_chosen(model, kit, limit, refused):
     plugged = copy.deepcopy(model)
     if refused:
         with pytest.raises(KitError, match=r"must stay below 0\.05: refuse the return, or raise --max-update"):
-            plug_in(plugged, kit, [moved(kit)], limit)
+            plug_in(plugged, kit, moved(kit), limit)
     else:
-        report = plug_in(plugged, kit, [moved(kit)], limit)
+        report = plug_in(plugged, kit, moved(kit), limit)
         assert 0.05 < report.to_dict()["largest"]["update"] < 0.25
         assert report.limit == limit
 
@@ -107,7 +108,7 @@ def test_what_is_refused_leaves_the_model_untouched(model, kit, name):
     spoil(tensors)
     plugged = copy.deepcopy(model)
     with pytest.raises(KitError, match=words):
-        plug_in(plugged, kit, [tensors])
+        plug_in(plugged, kit, tensors)
     for key, tensor in model.state_dict().items():
         assert torch.equal(plugged.state_dict()[key], tensor)
 
@@ -119,13 +120,13 @@ def test_another_base_model_is_refused(model, kit, where):
         other.state_dict()[where][0, 0] += 1e-3
     wanted = kit.manifest.fingerprint[:12]
     with pytest.raises(KitError, match=rf"fingerprint {wanted}…, but this one has [0-9a-f]{{12}}…"):
-        plug_in(other, kit, [moved(kit)])
+        plug_in(other, kit, moved(kit))
 
 
 def test_a_kit_that_gives_another_depth_for_its_base_is_refused(model, kit):
     other = replace(kit, manifest=replace(kit.manifest, depth=5))
     with pytest.raises(KitError, match=r"base\.layers is 5, but the base model's is 3"):
-        plug_in(copy.deepcopy(model), other, [moved(kit)])
+        plug_in(copy.deepcopy(model), other, moved(kit))
 
 
 def test_weights_that_accelerate_keeps_elsewhere_are_refused(model, kit):
@@ -134,13 +135,54 @@ def test_weights_that_accelerate_keeps_elsewhere_are_refused(model, kit):
 
     offloaded = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
     with pytest.raises(UnsupportedError, match="not in memory"):
-        plug_in(offloaded, kit, [moved(kit)])
+        plug_in(offloaded, kit, moved(kit))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_kit_of_half_precision_does_not_round_the_base(model, tmp_path, dtype):
+    """The kit's copy is rounded; what is added to the base is what moved since."""
+    kit = made_kit(model, tmp_path / "kit", KitOptions(outer_dtype=dtype))
+    returned = {name: tensor.to(dtype) for name, tensor in moved(kit).items()}
+    plugged, names = copy.deepcopy(model), outer_names(model, kit.manifest.split)
+    plug_in(plugged, kit, returned)
+    for name, tensor in returned.items():
+        before = model.state_dict()[names[name]]
+        expected = before.double() + (tensor.double() - before.to(dtype).double())
+        torch.testing.assert_close(plugged.state_dict()[names[name]].double(), expected, rtol=2e-7, atol=1e-9)
+
+
+def factors(kit):
+    """A return of factors for every matrix."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, spec in kit.manifest.outer.items():
+        if len(spec.shape) == 2:
+            tensors[f"{name}.up"] = 0.05 * torch.randn(spec.shape[0], 2, generator=generator)
+            tensors[f"{name}.down"] = 0.05 * torch.randn(2, spec.shape[1], generator=generator)
+    return tensors
+
+
+def test_factors_are_read_one_pair_after_the_other(model, kit, tmp_path, monkeypatch):
+    alive, most, read = [], [], OpenReturn.__getitem__
+
+    def counted(self, name):
+        tensor = read(self, name)
+        alive.append(weakref.ref(tensor))
+        alive[:] = [ref for ref in alive if ref() is not None]
+        most.append(len(alive))
+        return tensor
+
+    monkeypatch.setattr(OpenReturn, "__getitem__", counted)
+    write_return(tmp_path / "return", factors(kit), kit)
+    with open_return(tmp_path / "return", kit) as opened:
+        plug_in(copy.deepcopy(model), kit, opened, 100.0)
+    assert 1 <= max(most) <= 2
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, math.nan, math.inf])
 def test_a_limit_that_is_none_is_refused(model, kit, limit):
     with pytest.raises(RecipeError, match=r"max_update is .*, but must be a number, above 0"):
-        plug_in(copy.deepcopy(model), kit, [moved(kit)], limit)
+        plug_in(copy.deepcopy(model), kit, moved(kit), limit)
 
 
 @pytest.mark.parametrize(("dtype", "by", "lost"), [(torch.bfloat16, 1e-6, True), (torch.float32, 1e-6, False)])
@@ -148,7 +190,7 @@ def test_rounding_that_drowns_the_update_is_told(tmp_path, caplog, dtype, by, lo
     model = base(layers=3, vocab_size=300).to(dtype)
     kit = made_kit(copy.deepcopy(model).float(), tmp_path / "kit")
     with caplog.at_level(logging.WARNING, logger="siftune"):
-        report = plug_in(model, kit, [moved(kit, by)])
+        report = plug_in(model, kit, moved(kit, by))
     assert (report.rounding > 0.9) == lost
     assert (report.rounding < 0.1) == (not lost)
     assert ("--dtype float32 avoids it" in caplog.text) == lost
@@ -166,9 +208,10 @@ def test_the_dtype_can_be_chosen(tmp_path):
     kit = made_kit(model.float(), tmp_path / "kit")
     tuned = moved(kit, 1e-5)
     write_return(tmp_path / "return", tuned, kit)
-    result = plug(source, kit, [tmp_path / "return"], tmp_path / "tuned", PlugSettings(dtype="float32"))
+    result = plug(source, kit, tmp_path / "return", tmp_path / "tuned", PlugSettings(dtype="float32"))
     assert result.dtype == "float32"
     assert result.report.rounding == 0.0
+    assert result.privacy is None
     found = load_file(tmp_path / "tuned" / "model.safetensors")
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
     assert torch.equal(found["model.layers.2.mlp.up_proj.weight"], tuned["last.0.mlp.up_proj.weight"])
@@ -178,8 +221,8 @@ def test_the_dtype_can_be_chosen(tmp_path):
 def test_a_base_can_be_tuned_to_a_narrower_dtype(model, kit, tmp_path, dtype):
     source, back = saved(model, tmp_path / "base"), tmp_path / "return"
     write_return(back, moved(kit), kit)
-    result = plug(source, kit, [back], tmp_path / "tuned", PlugSettings(dtype=dtype))
-    whole = plug(source, kit, [back], tmp_path / "whole")
+    result = plug(source, kit, back, tmp_path / "tuned", PlugSettings(dtype=dtype))
+    whole = plug(source, kit, back, tmp_path / "whole")
     assert (result.dtype, whole.dtype) == (dtype, "float32")
     assert 0 == whole.report.rounding < result.report.rounding < 0.5
     found, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "tuned", tmp_path / "whole"))
@@ -189,7 +232,7 @@ def test_a_base_can_be_tuned_to_a_narrower_dtype(model, kit, tmp_path, dtype):
 def test_a_base_in_the_dtype_that_its_kit_was_made_in(model, tmp_path):
     half = made_kit(copy.deepcopy(model).to(torch.bfloat16), tmp_path / "kit")
     write_return(tmp_path / "return", moved(half), half)
-    source, where = saved(model, tmp_path / "base"), (half, [tmp_path / "return"], tmp_path / "tuned")
+    source, where = saved(model, tmp_path / "base"), (half, tmp_path / "return", tmp_path / "tuned")
     with pytest.raises(KitError, match="with the --dtype that the kit was made with"):
         plug(source, *where)
     with pytest.raises(KitError, match="fingerprint"):
@@ -203,7 +246,7 @@ def test_a_template_for_the_rows_is_not_that_of_the_model(model, kit, tmp_path):
     template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}")
     write_return(tmp_path / "return", moved(kit, 0.0), kit)
     settings = PlugSettings(eval=str(rows), template=template, max_loss_increase=9.0)
-    plug(source, kit, [tmp_path / "return"], tmp_path / "tuned", settings)
+    plug(source, kit, tmp_path / "return", tmp_path / "tuned", settings)
     own, tuned = (AutoTokenizer.from_pretrained(folder).chat_template for folder in (source, tmp_path / "tuned"))
     assert own == tuned
 
@@ -226,11 +269,8 @@ def test_nothing_is_written_where_something_is_wrong(model, kit, tmp_path):
         ((str(tmp_path / "none"), kit.path, back, tmp_path / "tuned"), ModelError, "does not exist"),
     ]:
         with pytest.raises(kind, match=words):
-            plug(model_source, read_kit(folder), [back_from], to)
+            plug(model_source, read_kit(folder), back_from, to)
         assert sorted(path.name for path in tmp_path.iterdir()) == before
-    with pytest.raises(KitError):  # a key was given, and the kit is not signed
-        plug(source, read_kit(kit.path, tmp_path / "owner.pub.pem"), [back], tmp_path / "tuned")
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 # --- the owner's own rows
@@ -258,13 +298,22 @@ def plain_loss(model, prepared):
 
 def test_losses_are_of_the_model_before_and_after(model, kit, own):
     plugged = copy.deepcopy(model)
-    report = plug_in(plugged, kit, [moved(kit)], rows=OwnRows(own, max_loss_increase=10.0))
+    report = plug_in(plugged, kit, moved(kit), rows=OwnRows(own, max_loss_increase=10.0))
     assert report.loss.before == pytest.approx(plain_loss(model, own), rel=1e-5)
     assert report.loss.after == pytest.approx(plain_loss(plugged, own), rel=1e-5)
     assert abs(report.loss.after - report.loss.before) > 1e-3
     assert report.to_dict()["loss"] == {
         "before": report.loss.before, "after": report.loss.after, "rows": 9, "limit": 10.0
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", [moved, factors])
+def test_measuring_does_not_change_what_is_put_in(model, kit, own, form):
+    """Factors are added to what is there, which must be the base."""
+    measured, plain = copy.deepcopy(model), copy.deepcopy(model)
+    plug_in(measured, kit, form(kit), 100.0, OwnRows(own, max_loss_increase=10.0))
+    plug_in(plain, kit, form(kit), 100.0)
+    assert_same(measured.state_dict(), plain.state_dict())
 
 
 def worse(model, kit, own):
@@ -283,12 +332,12 @@ def worse(model, kit, own):
 def test_a_model_that_got_worse_is_refused_and_left_as_it_was(model, kit, own):
     plugged, returned = copy.deepcopy(model), worse(model, kit, own)
     with pytest.raises(KitError, match=r"makes the model worse: on your 9 rows its loss goes from \S+ to \S+ nats"):
-        plug_in(plugged, kit, [returned], rows=OwnRows(own))
+        plug_in(plugged, kit, returned, rows=OwnRows(own))
     assert all(torch.equal(plugged.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     increase = plain_loss(filled(model, kit, returned), own) - plain_loss(model, own)
     with pytest.raises(KitError, match="makes the model worse"):
-        plug_in(plugged, kit, [returned], rows=OwnRows(own, 0.99 * increase))
-    plug_in(plugged, kit, [returned], rows=OwnRows(own, 1.01 * increase))
+        plug_in(plugged, kit, returned, rows=OwnRows(own, 0.99 * increase))
+    plug_in(plugged, kit, returned, rows=OwnRows(own, 1.01 * increase))
 
 
 def filled(model, kit, returned):
@@ -306,7 +355,7 @@ def test_a_measurement_that_is_cut_short_leaves_the_model_as_it_was(model, kit, 
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        plug_in(plugged, kit, [moved(kit)], rows=rows)
+        plug_in(plugged, kit, moved(kit), rows=rows)
     assert all(torch.equal(plugged.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -336,5 +385,5 @@ def test_rows_are_read_before_a_model_is_loaded(model, kit, tmp_path, monkeypatc
     write_return(tmp_path / "return", moved(kit), kit)
     monkeypatch.setattr("siftune.offsite.exchange.plug.load_model", None)
     with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
-        plug("smollm2", kit, [tmp_path / "return"], tmp_path / "tuned", PlugSettings(eval=str(tmp_path / "none.jsonl")))
+        plug("smollm2", kit, tmp_path / "return", tmp_path / "tuned", PlugSettings(eval=str(tmp_path / "none.jsonl")))
     assert not (tmp_path / "tuned").exists()

@@ -21,6 +21,7 @@ from support.trainers import At, stop
 from siftune.base.errors import KitError, LayerError, RecipeError
 from siftune.cli.demo_rows import arithmetic_rows
 from siftune.cli.main import main
+from siftune.cli.sources import source_of
 from siftune.models.adapters.attach import attach_adapter
 from siftune.models.layers import find_layers
 from siftune.offsite.emulator.model import outer_names
@@ -29,7 +30,7 @@ from siftune.offsite.exchange import tune as module
 from siftune.offsite.exchange.emulate import KitOptions
 from siftune.offsite.exchange.load import load_emulator
 from siftune.offsite.exchange.returned import open_return, read_return, write_return
-from siftune.offsite.exchange.tune import merged_layers, save_return, source_of
+from siftune.offsite.exchange.tune import merged_layers, save_return
 from siftune.offsite.kit.folder import read_kit
 from siftune.offsite.kit.manifest import canonical
 from siftune.recipe.read import load_recipe

@@ -207,7 +207,7 @@ def test_verify_says_what_plug_says(parties, name):
     change(returned)
     by_kit = outcome(lambda: check_return(kit, returned))
     assert words in by_kit, by_kit
-    assert by_kit == outcome(lambda: plug_in(copy.deepcopy(model), kit, [returned]))
+    assert by_kit == outcome(lambda: plug_in(copy.deepcopy(model), kit, returned))
 
 
 def test_verify_holds_the_kit_to_what_was_read(parties, tmp_path):

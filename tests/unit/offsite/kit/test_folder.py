@@ -43,8 +43,6 @@ def test_what_is_written_is_read(tmp_path, family):
     assert (kit.manifest.model_type, kit.manifest.depth, kit.manifest.split) == (family, 5, Split(1, 1))
     assert kit.manifest.fingerprint == parts.fingerprint
     assert kit.digest == hashlib.sha256((kit.path / "manifest.json").read_bytes()).hexdigest()
-    assert not kit.signed
-    assert not kit.verified
     assert load_config(kit).num_hidden_layers == 5
     assert tensor_specs(kit.path / "adapter.safetensors") == kit.manifest.outer
     for name, tensors in (("emulator", parts.frozen), ("adapter", parts.outer)):

@@ -1,7 +1,7 @@
 """Hostile kits: every case is refused by its check, in a sentence that names file and field, and nothing is written.
 
 All hashes are right, unless they are what was changed. Fields of manifests are tested one by one in test_manifest.py,
-tokenizers in test_tokenizer.py, signatures in test_signing.py.
+tokenizers in test_tokenizer.py.
 """
 
 import math

@@ -1,15 +1,11 @@
 """The page's words on attacks: every figure with its interval, and what is said of it, high, at chance, or unsure."""
 
-from dataclasses import replace
-
 import pytest
 
 from siftune.evaluate.bootstrap import Estimate
-from siftune.offsite.audits.calibration_attack import CalibrationLeak
 from siftune.offsite.audits.membership import Attack, Membership
 from siftune.offsite.audits.result import RecoveryPoint
 from siftune.offsite.report.audit import (
-    calibration_section,
     membership_section,
     recovery_section,
 )
@@ -46,8 +42,6 @@ def test_at_chance_nothing_is_promised():
 def test_sources_that_differ_are_warned_of(auc):
     text = membership_section(Membership(attack(0.8), attack(0.5), attack(auc), 40, 200))
     assert "**Members and others differ by source**" in text
-    leak = CalibrationLeak({"all": attack(0.9)}, attack(auc))
-    assert "**The two kinds of rows differ by source**" in calibration_section(leak)
 
 
 def test_what_few_others_do_not_resolve():
@@ -67,13 +61,3 @@ def test_recovery_by_rate():
     assert [line.split("|")[1].strip() for line in text.splitlines()[2:6]] == ["0.0001"] * 2 + ["0.001"] * 2
     assert "learning rate of 0.001 after 2,000 tokens. It was still falling at the end" in text
     assert "Longer was no better" in recovery_section((point(1e-3, 1000, 2.0), point(1e-3, 2000, 2.1)))
-
-
-def test_calibration():
-    leak = CalibrationLeak({"attention": attack(0.7), "mlp": attack(0.9)}, attack(0.5))
-    text = calibration_section(leak)
-    assert cells(text, "by attention's matrices")[0] == "0.700 [0.620, 0.780]"
-    assert "Whoever has the base can tell which rows calibrated the kit: AUC 0.900" in text
-    chance = calibration_section(replace(leak, attacks={"all": attack(0.52)}))
-    assert "not distinguished from others beyond chance" in chance
-    assert "only complete layers" in calibration_section(CalibrationLeak({}))
