@@ -49,9 +49,9 @@ def run(options: Options) -> dict[str, Any]:
         raise RecipeError(f"--csv {options.csv} is a folder: give the file to write")
     folder = Path(options.run).expanduser()
     if not folder.is_dir():
-        raise DataError(f"there is no run folder {options.run}; give one that siftune train has made.")
+        raise DataError(f"there is no run folder {options.run}; give one that siftune train has made")
     if not (folder / "recipe.yaml").is_file():
-        raise DataError(f"{options.run} has no recipe.yaml, so it is no run folder; give one of siftune train.")
+        raise DataError(f"{options.run} has no recipe.yaml, so it is no run folder; give one of siftune train")
     refuse_links(folder)
 
     from siftune.base.stages import text_console
@@ -90,9 +90,9 @@ def _score(options: Options, folder: Path, console: "Console") -> None:
     if not is_own(folder):
         other = f"this user has not trained {options.run} on this machine"
         if options.base is None:
-            raise RecipeError(f"{other}: name its base model with --base.")
+            raise RecipeError(f"{other}: name its base model with --base")
         if isinstance(recipe.template, Path):
-            raise RecipeError(f"{other}, so its chat template {recipe.template} is not read: train by its recipe here.")
+            raise RecipeError(f"{other}, so its chat template {recipe.template} is not read: train by its recipe here")
     score_run(folder, options.files, options.base, console, source_of)
 
 

@@ -149,9 +149,9 @@ def read_decisions(path: str, files: Sequence[str] = (), moved: Sequence[str] = 
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is invalid; save it as UTF-8.") from None
+        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is invalid; save it as UTF-8") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; give the path of a file that names rows.") from None
+        raise DataError(f"{path} cannot be read: {error.strerror}; give the path of a file that names rows") from None
     first, _, _ = text.partition("\n")
     if Path(path).suffix.lower() == ".csv" or {PLACE, SELECTED} <= {*first.strip().split(",")}:
         lines, columns = _csv_lines(path, text)
@@ -160,7 +160,7 @@ def read_decisions(path: str, files: Sequence[str] = (), moved: Sequence[str] = 
         lines, columns = [_Line(place, False) for place in places if place and not place.startswith("#")], []
     for_copies = SELECTED in columns
     if not lines and not for_copies:
-        raise DataError(f"{path} names no rows, so there is nothing to leave out; train without it.")
+        raise DataError(f"{path} names no rows, so there is nothing to leave out; train without it")
     selected: dict[str, bool] = {}
     texts: dict[str, tuple[str, str]] = {}
     is_there = cache(lambda source: os.path.exists(os.path.expanduser(path_and_split(source)[0])))
@@ -191,7 +191,7 @@ def _csv_lines(path: str, text: str) -> tuple[list[_Line], list[str]]:
         if PLACE not in columns:
             raise DataError(
                 f"{path} has no column {PLACE!r} in its first line ({', '.join(columns) or 'nothing'}); save it with "
-                "that column, and with commas between the columns."
+                "that column, and with commas between the columns"
             )
         lines, has_texts = [], {"prompt", "completion"} <= {*columns}
         for fields in reader:
@@ -202,7 +202,7 @@ def _csv_lines(path: str, text: str) -> tuple[list[_Line], list[str]]:
                 selected = SELECTED in columns and is_selected(fields[SELECTED] or "")
                 lines.append(_Line(place, selected, (fields["prompt"], fields["completion"]) if has_texts else None))
             except ValueError as error:
-                raise DataError(f"{path}: {error}, for {place}.") from None
+                raise DataError(f"{path}: {error}, for {place}") from None
         return lines, columns
     finally:
         csv.field_size_limit(before)
@@ -239,13 +239,13 @@ def remaining_rows(decisions: Decisions, rows: Sequence[Row], target: Sequence[R
     if missing := [place for place in decisions.selected if place not in own]:
         shown = ", ".join(map(one_line, missing[:_SHOWN_PLACES])) + (", …" if len(missing) > _SHOWN_PLACES else "")
         first = f"the first training row is at {every[0].origin}" if every else "no training row can be used"
-        raise DataError(f"{path} names {counted(len(missing), 'place')} without a training row ({shown}); {first}.")
+        raise DataError(f"{path} names {counted(len(missing), 'place')} without a training row ({shown}); {first}")
     _refuse_changed(decisions, dict(zip(places, every, strict=True)))
     named = [decisions.selected.get(place) for place in places]  # None: the file does not name the row
     decided = [*_with_copies(rows, named[: len(rows)]), *named[len(rows) :]] if decisions.for_copies else named
     remaining = [row for row, selected in zip(every, decided, strict=True) if selected is not False]
     if not remaining:
-        raise DataError(f"{path} leaves out all training rows; leave some in.")
+        raise DataError(f"{path} leaves out all training rows; leave some in")
     count = len(every) - len(remaining)
     if not count:
         logger.info("%s excludes no row: all %s stay", path, counted(len(every), "row"))

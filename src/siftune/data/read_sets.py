@@ -72,7 +72,7 @@ def read_saved(folder: Path, source: str, split: str) -> Iterator[tuple[str, Any
         if (folder / "dataset_dict.json").is_file():
             splits = read_json(folder / "dataset_dict.json", _Splits, advice, _LARGEST).splits
             if split not in splits:
-                raise DataError(f"{source} has no split {split!r}; it has {', '.join(map(one_line, splits))}.")
+                raise DataError(f"{source} has no split {split!r}; it has {', '.join(map(one_line, splits))}")
             _refuse_outside([folder / split], folder, source)
             folder, source = folder / split, f"{source}@{split}"
         names = [file.filename for file in read_json(folder / "state.json", _State, advice, _LARGEST).files]
@@ -83,7 +83,7 @@ def read_saved(folder: Path, source: str, split: str) -> Iterator[tuple[str, Any
         raise DataError(str(error)) from error
     except Exception as error:  # of Arrow, JSON and datasets
         reason = one_line(str(error)) or type(error).__name__
-        raise DataError(f"{source} cannot be read as a saved data set: {reason}; {advice}.") from error
+        raise DataError(f"{source} cannot be read as a saved data set: {reason}; {advice}") from error
     return _records(data, source)
 
 
@@ -123,7 +123,7 @@ def read_set(source: str, split: str, endings: Iterable[str]) -> Iterator[tuple[
         raise DataError(
             f"{source} is no data file, and no data set of that name (split {split!r}) could be loaded: "
             f"{reason.rstrip('.')}; check the name, the split and the network, or give a file ending in "
-            f"{', '.join(endings)}."
+            f"{', '.join(endings)}"
         ) from error
     return _records(data, f"{source}@{split}")
 
@@ -174,7 +174,7 @@ def _refuse_unread(files: Mapping[str, Iterable[str]], folder: Path, source: str
         if is_data and path.is_file() and path.resolve() not in read:
             raise DataError(
                 f"{source}: {one_line(str(name))} would not be read, since its name has no split, as other names have; "
-                "name the files."
+                "name the files"
             )
 
 
@@ -183,11 +183,11 @@ def _refuse_outside(paths: Iterable[Path], folder: Path, source: str) -> None:
         if not is_inside(path, folder):
             raise DataError(_elsewhere(source, str(path)))
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise DataError(f"{source}: {one_line(str(path))} is neither a file nor a folder; remove it.")
+            raise DataError(f"{source}: {one_line(str(path))} is neither a file nor a folder; remove it")
 
 
 def _elsewhere(source: str, path: str) -> str:
-    return f"{source} takes rows from {one_line(path)}, which is no file of the data set: name the file itself."
+    return f"{source} takes rows from {one_line(path)}, which is no file of the data set: name the file itself"
 
 
 def _tell(names: list[str], source: str) -> None:
@@ -224,4 +224,4 @@ def _is_media(feature: Any) -> bool:
 
 def unreadable(origin: str, error: Exception) -> DataError:
     """The error for a row with a value that Python cannot represent."""
-    return DataError(f"{origin}: a value cannot be read ({one_line(str(error))}); correct it, or remove its column.")
+    return DataError(f"{origin}: a value cannot be read ({one_line(str(error))}); correct it, or remove its column")

@@ -24,7 +24,7 @@ from siftune.recipe.training_rows import digest_of
 
 _ABOUT = b"siftune"  # key in the Parquet metadata
 _NUMBERS = ("row", "tokens", "other")  # columns of whole numbers
-_AGAIN = "remove it, and `siftune rows` scores the rows again."
+_AGAIN = "remove it, and `siftune rows` scores the rows again"
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
@@ -78,11 +78,11 @@ def trained_rows(run: Path, files: Sequence[str] = ()) -> tuple[list[Row], str]:
     refuse_links(run)
     rows = rows_again(run, files)
     about = digest_of(rows)
-    recorded = read_sealed(run / "run.json", _Run, "train to the end first.").rows
+    recorded = read_sealed(run / "run.json", _Run, "train to the end first").rows
     if recorded is None:
-        raise DataError(f"{run} has no hash of its training rows, as a private run: train without dp_epsilon.")
+        raise DataError(f"{run} has no hash of its training rows, as a private run: train without dp_epsilon")
     if recorded != about:
-        raise DataError(f"the training rows have changed since {run} was trained: restore them, or train again.")
+        raise DataError(f"the training rows have changed since {run} was trained: restore them, or train again")
     return rows, about
 
 
@@ -114,7 +114,7 @@ def read_losses(path: Path, about: str, count: int) -> Losses:
     import pyarrow
 
     if not path.exists():
-        raise DataError(f"{path} does not exist, so the rows have no scores: `siftune rows {path.parent}` scores them.")
+        raise DataError(f"{path} does not exist, so the rows have no scores: `siftune rows {path.parent}` scores them")
     types = {each.name: pyarrow.int32() if each.name in _NUMBERS else pyarrow.float32() for each in fields(Losses)}
     types["covered"] = pyarrow.bool_()
     table = read_table(path, types, _AGAIN)
