@@ -23,7 +23,7 @@ def test_a_link_that_leads_out_is_refused(folder, name):
     path = folder / name
     path.parent.mkdir(exist_ok=True)
     path.symlink_to(folder.parent / "id_rsa")
-    with pytest.raises(InputError, match=rf"{re.escape(str(path))} is a symbolic link, which leads out of the folder"):
+    with pytest.raises(InputError, match=rf"{re.escape(str(path))} is a symbolic link"):
         check_links(folder)
 
 

@@ -21,64 +21,38 @@ def trained(base, tmp_path_factory):
     return place
 
 
+CASES = [
+    *((command, "run/run.json") for command in ("eval", "export", "ask", "rows", "report", "resume")),
+    *((command, "run/adapter/README.md") for command in ("alone", "export", "continue")),
+    ("model", "base/tokenizer.json"), ("base", "base/LICENSE"), ("base", "base/generation_config.json"),
+]  # fmt: skip
 COMMANDS = {
     "eval": ("eval", "{run}", "--data", "{rows}"),
     "export": ("export", "{run}", "--out", "{out}"),
     "ask": ("ask", "{run}", "Hi"),
     "rows": ("rows", "{run}"),
     "report": ("report", "{run}", "-o", "{out}"),
-    "train --resume": ("train", "--resume", "{run}"),
-    "train --from-adapter": ("train", "--from-adapter", "{run}", "--train", "{rows}", "--out", "{out}"),
+    "resume": ("train", "--resume", "{run}"),
+    "continue": ("train", "--from-adapter", "{run}", "--train", "{rows}", "--out", "{out}"),
+    "alone": ("eval", "{run}/adapter", "--data", "{rows}"),
+    "model": ("eval", "{base}", "--data", "{rows}"),
+    "base": ("export", "{run}", "--base", "{base}", "--out", "{out}"),
 }
 
 
-def spoil(path, kind, elsewhere):
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+@pytest.mark.parametrize(("command", "name"), CASES)
+def test_every_command_refuses_them(trained, tmp_path, capsys, command, name, kind):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    (tmp_path / "elsewhere").write_text("secret")
+    path = copy / name
     path.unlink(missing_ok=True)
     if kind == "pipe":
         os.mkfifo(path)
     else:
-        path.symlink_to(elsewhere)
-
-
-def refusal(capsys, command, place, run):
-    words = [word.format(run=run, rows=place / "rows.jsonl", out=place / "out") for word in COMMANDS[command]]
-    message = error_of(capsys, *words)
+        path.symlink_to(tmp_path / "elsewhere")
+    places = {"run": copy / "run", "base": copy / "base", "rows": copy / "rows.jsonl", "out": copy / "out"}
+    message = error_of(capsys, *(word.format(**places) for word in COMMANDS[command]))
+    assert message.startswith(f"{path} is ")
     assert "secret" not in message
-    assert not (place / "out").exists()
-    return message
-
-
-@pytest.fixture
-def copy(trained, tmp_path):
-    (tmp_path / "elsewhere").write_text("secret")
-    return shutil.copytree(trained, tmp_path / "copy")
-
-
-@pytest.mark.parametrize("kind", ["link", "pipe"])
-@pytest.mark.parametrize("name", ["recipe.yaml", "run.json", "metrics.jsonl", "adapter/adapter_config.json"])
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "train --from-adapter"])
-def test_a_run_folder(copy, capsys, command, name, kind):
-    path = copy / "run" / name
-    spoil(path, kind, copy.parent / "elsewhere")
-    message = refusal(capsys, command, copy, copy / "run")
-    assert message.startswith(f"{path} is ") or (name, kind) == ("recipe.yaml", "pipe")  # then it is no run folder
-
-
-@pytest.mark.parametrize("kind", ["link", "pipe"])
-@pytest.mark.parametrize("name", ["README.md", "chat_template.jinja", "adapter_model.safetensors"])
-@pytest.mark.parametrize("command", ["eval", "export", "ask", "train --from-adapter"])
-def test_an_adapter(copy, capsys, command, name, kind):
-    path = copy / "run" / "adapter" / name
-    if kind == "link" and name == "adapter_model.safetensors":
-        pytest.skip("weights may be on another disk")
-    spoil(path, kind, copy.parent / "elsewhere")
-    assert refusal(capsys, command, copy, copy / "run" / "adapter").startswith(f"{path} is ")
-
-
-@pytest.mark.parametrize("kind", ["link", "pipe"])
-@pytest.mark.parametrize("name", ["LICENSE", "tokenizer.json", "chat_template.jinja"])
-@pytest.mark.parametrize("command", ["eval", "ask"])
-def test_a_model(copy, capsys, command, name, kind):
-    path = copy / "base" / name
-    spoil(path, kind, copy.parent / "elsewhere")
-    assert refusal(capsys, command, copy, copy / "base").startswith(f"{path} is ")
+    assert not (copy / "out").exists()

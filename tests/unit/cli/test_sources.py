@@ -29,7 +29,7 @@ def test_a_folder_is_an_ordinary_model_unless_its_manifest_says_something_else(t
     assert is_ordinary(tmp_path) == (content is None)
     assert (kind_of(tmp_path) is None) == (content is None)
     assert source_of(str(tmp_path)) == ModelSource(str(tmp_path))
-    with pytest.raises(KitError, match="is no kit, and --public-key is to check a kit's signature"):
+    with pytest.raises(KitError, match="is no kit, and --public-key"):
         source_of(str(tmp_path), tmp_path / "key.pem")
 
 

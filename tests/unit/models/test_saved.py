@@ -97,7 +97,7 @@ def test_usual_configs_pass(tmp_path, change):
 def test_a_pattern_without_end_is_refused(tmp_path, monkeypatch, change):
     monkeypatch.setattr(saved, "_SECONDS", 1.0)
     config = read_config(write(tmp_path, {**PLAIN, **change}))
-    with pytest.raises(AdapterError, match=r"adapter_config\.json has patterns that take more than 1 s to match"):
+    with pytest.raises(AdapterError, match=r"adapter_config\.json .*more than 1 s"):
         check_patterns(tmp_path, config, NAMES)
 
 

@@ -109,7 +109,7 @@ def test_a_recipe_of_any_size_is_refused_at_once(recipe_file):
 
 
 def test_a_recipe_that_cannot_be_opened(tmp_path):
-    with pytest.raises(RecipeError, match=r"recipe .*no\.yaml does not exist \(looked in "):
+    with pytest.raises(RecipeError, match=r"no\.yaml does not exist"):
         load_recipe(tmp_path / "no.yaml")
     with pytest.raises(RecipeError, match="cannot be read: Is a directory"):
         load_recipe(tmp_path)

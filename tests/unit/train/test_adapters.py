@@ -119,7 +119,7 @@ def test_a_run_on_experts_is_not_resumed_without_them(rows, tmp_path):
     given = {"method": "dense", "steps": 2, "save_every": 2}
     first = train(recipe(place, rows, tmp_path / "run", targets=("q_proj", "experts"), **given), QUIET)
     trained = (first.folder.adapter / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(RecipeError, match=r"target_parameters = .*set targets and layers as that run did"):
+    with pytest.raises(RecipeError, match=r"target_parameters = .*targets"):
         train(recipe(place, rows, tmp_path / "run", targets=("q_proj",), resume=True, **given | {"steps": 4}), QUIET)
     assert (first.folder.adapter / "adapter_model.safetensors").read_bytes() == trained
 
@@ -183,9 +183,7 @@ def test_without_bitsandbytes_there_is_a_sentence(base, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else found(name, *a)
     )
-    with pytest.raises(
-        ModelError, match="quantize needs bitsandbytes, which is not installed: `pip install bitsandbytes`"
-    ):
+    with pytest.raises(ModelError, match="pip install bitsandbytes"):
         load_model(str(base), quantize="4bit")
 
 

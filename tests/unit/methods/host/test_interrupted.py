@@ -119,12 +119,6 @@ def test_passes_of_methods_see_the_weights_that_train(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_method_begins_anew_on_an_interrupted_model(tmp_path, name):
-    model = interrupted(tmp_path, name)
-    assert_same(first_gradients(tmp_path, *built(name), model=model), first_gradients(tmp_path, *built(name)))
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_an_interrupted_trainer_trains_again(tmp_path, name):
     """As after an error out of memory, or when a cell of a notebook runs again."""
     model, callbacks, spy = adapted(), built(name), FirstGradients()
