@@ -113,6 +113,14 @@ def test_a_place_that_cannot_be_written_to(tmp_path):
         folder(tmp_path).begin({})
 
 
+def test_a_folder_with_a_link_is_refused(tmp_path):
+    with folder(tmp_path).begin({}) as work:
+        result(work)
+    (work.path / "two.bin").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"two\.bin is a symbolic link"):
+        folder(tmp_path).begin({})
+
+
 def test_a_line_that_was_cut_off_is_dropped(tmp_path):
     work = folder(tmp_path).begin({})
     for number in range(2):

@@ -110,18 +110,6 @@ def another_process_in(folder):
             process.stdin.close()
 
 
-def contents(folder):
-    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("changes", [{}, {"seed": 3}])
-def test_a_second_process_changes_nothing(given, complete, changes):
-    before = contents(complete)
-    with another_process_in(complete), pytest.raises(InputError, match="another process is working in"):
-        sift(**{**given, **changes}, console=QUIET)
-    assert contents(complete) == before
-
-
 def test_a_second_process_in_the_run_folder_does_not_sift(given, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints" / "checkpoint-1").mkdir(parents=True)

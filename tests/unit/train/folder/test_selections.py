@@ -152,25 +152,3 @@ def test_choices_that_no_run_makes_are_refused(tmp_path, change):
     parquet.write_table(pyarrow.Table.from_pylist([LINE | change], schema), tmp_path / SELECTIONS)
     with pytest.raises(InputError, match=SELECTIONS):
         list(read_selections(tmp_path))
-
-
-@pytest.mark.parametrize("part", [0.0, 0.5, 0.9])
-def test_a_damaged_file_is_refused(tmp_path, part):
-    write(tmp_path, choice())
-    data = (tmp_path / SELECTIONS).read_bytes()
-    (tmp_path / SELECTIONS).write_bytes(data[: int(part * len(data))])
-    with pytest.raises(InputError, match=SELECTIONS):
-        list(read_selections(tmp_path))
-
-
-def test_another_table_is_refused(tmp_path):
-    parquet.write_table(pyarrow.table({"step": [1]}), tmp_path / SELECTIONS)
-    with pytest.raises(InputError, match=SELECTIONS):
-        list(read_selections(tmp_path))
-
-
-def test_an_untrusted_file_does_not_unpack_to_any_size(tmp_path, monkeypatch):
-    write(tmp_path, choice())
-    monkeypatch.setattr("siftune.base.parquet_files._MOST", 20)
-    with pytest.raises(InputError, match="more than 20 bytes"):
-        list(read_selections(tmp_path))
