@@ -186,14 +186,6 @@ def limited(kilobytes, words):
     return done.stderr.splitlines()[-1]
 
 
-def test_a_limit_on_the_size_of_files_before_the_first_checkpoint(words, tmp_path):
-    """The advice holds: raise the limit, and run the same command again."""
-    assert "(`ulimit -f`)" in limited(6, words)
-    assert not [*(tmp_path / "run" / "checkpoints").glob("*/files.json")]
-    assert "train without --resume" in limited(6, [*words, "--resume"])
-    assert main(words) == 0
-
-
 def test_a_limit_on_the_size_of_files_leaves_the_checkpoint_whole(words, base, tmp_path):
     """As a full disk or a quota does, it lets a write fail in the middle."""
     out = tmp_path / "run"
