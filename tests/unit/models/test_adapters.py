@@ -184,12 +184,14 @@ def test_attach_refuses(settings, message):
 def test_a_damaged_file_of_weights_is_refused(tmp_path):
     attach_adapter(tiny("llama")).save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
-    data, tensors = path.read_bytes(), load_file(path)
+    name, tensor = next(iter(load_file(path).items()))
+    save_file({name: tensor.clone()}, path)
+    with pytest.raises(AdapterError, match="missing adapter keys"):
+        load_adapter(tiny("llama"), tmp_path, "base")
+    data = path.read_bytes()
+    path.unlink()  # it may still be mapped into memory
     path.write_bytes(data[:20])
     with pytest.raises(AdapterError, match="does not fit the model base"):
-        load_adapter(tiny("llama"), tmp_path, "base")
-    save_file(dict(list(tensors.items())[:1]), path)
-    with pytest.raises(AdapterError, match="missing adapter keys"):
         load_adapter(tiny("llama"), tmp_path, "base")
     path.unlink()
     with pytest.raises(AdapterError, match="has no weights"):
