@@ -1,8 +1,11 @@
-"""Examples in docstrings run as is, on the tiny models that `names` gives them."""
+"""Examples in docstrings run as is, on the tiny models that `names` gives them. Error messages have one form."""
 
+import ast
 import doctest
 import inspect
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from support.trainers import adapted, arguments, rows
 from transformers import PrinterCallback, Trainer
 
 import siftune
+import siftune.base.errors
 import siftune.base.numerics
 import siftune.integrations.groups
 import siftune.offsite
@@ -113,3 +117,38 @@ def test_examples_run(module, name, tmp_path, monkeypatch):
 def test_the_harness_sees_a_wrong_example():
     test = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3\n", {}, "wrong", None, 0)
     assert doctest.DocTestRunner().run(test, out=lambda _: None).failed == 1
+
+
+def messages():
+    """The texts of all errors in the source, with their places; `{}` for what is formatted in."""
+    for path in sorted(Path(siftune.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+            if name in vars(siftune.base.errors) and node.args:
+                text = node.args[0]
+                parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+                said = "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
+                yield f"{path.name}:{node.lineno}", said
+
+
+def fault_of(message):
+    capital = re.match(r"([A-Z][a-z]*)\b", message)
+    if capital and capital[1] not in (*siftune.__all__, "Sift"):
+        return "an upper-case letter at the start"
+    if message.endswith("."):
+        return "a full stop at the end"
+    if re.search(r"[a-z)}`][.!] +[A-Z{]", message):
+        return "two sentences"
+    negation = re.search(r"can't|can not|could not|n't\b", message)
+    return negation and negation[0]
+
+
+def test_errors_are_one_sentence_without_capital_and_full_stop():
+    faults = {place: fault for place, message in messages() if (fault := fault_of(message))}
+    assert not faults
+
+
+@pytest.mark.parametrize("message", ["Give a row", "give a row.", "no row. Give one", "{} can't train", "{}. {}"])
+def test_the_check_of_messages_sees_a_fault(message):
+    assert fault_of(message)
+    assert not fault_of("Keep has {} rows, e.g. those of {}: give N; PEFT cannot")

@@ -1,6 +1,5 @@
 """Files that would run code if they were unpickled freely do nothing, and are refused in a sentence."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -90,17 +89,6 @@ def test_a_model(planted, base, capsys, tmp_path):
     run, trace = planted("pytorch_model.bin")
     shutil.move(run.parent / "pytorch_model.bin", model)
     rows = run.parent / "rows.jsonl"
-    assert_refused(capsys, ["train", "--model", model, "--train", rows, "--out", tmp_path / "new"], trace)
-
-
-def test_code_in_a_models_folder(base, run, capsys, tmp_path):
-    model, trace = tmp_path / "model", tmp_path / "trace"
-    shutil.copytree(base, model)
-    (model / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nConfig = Model = None\n")
-    own = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
-    config = json.loads((model / "config.json").read_text()) | own
-    (model / "config.json").write_text(json.dumps(config))
-    rows = run / "rows.jsonl"
     assert_refused(capsys, ["train", "--model", model, "--train", rows, "--out", tmp_path / "new"], trace)
 
 

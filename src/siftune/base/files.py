@@ -69,7 +69,7 @@ def write_beside(*places: Path) -> Iterator[list[Path]]:
     for beside, place in pairs:
         if place.is_dir() and not beside.is_dir():
             _remove(beside)
-            raise InputError(f"{place} is a folder, and no file is put in its place; give another name.")
+            raise InputError(f"{place} is a folder, and no file is put in its place; give another name")
         to_disk(beside)
         _swap(beside, place)
         to_disk(place.parent, all_in_it=False)
@@ -255,7 +255,7 @@ def refuse_full(out: str | Path) -> None:
     """
     try:
         if Path(out).expanduser().exists() and any(Path(out).expanduser().iterdir()):
-            raise ModelError(f"{out} is not empty; give another folder with --out.")
+            raise ModelError(f"{out} is not empty; give another folder with --out")
     except OSError as error:
         raise _unwritable(out, error) from error
 
@@ -287,9 +287,9 @@ def disk_faults(folder: Path) -> Iterator[None]:
             raise
         file = getattr(error, "filename", None) or _newest(folder)
         raise TrainingError(
-            f"Writing {file} failed: {reason}. Free some space, raise a limit on the size of files (`ulimit -f`), or "
-            f"choose another disk with --out. Then train again; --resume continues from the newest complete checkpoint "
-            f"in {folder}, if there is one."
+            f"{file} cannot be written ({reason}): free some space, raise a limit on the size of files (`ulimit -f`), "
+            f"or choose another disk with --out, and train again; --resume continues from the newest complete "
+            f"checkpoint in {folder}, if there is one"
         ) from error
 
 
@@ -305,4 +305,4 @@ def _disk_reason(error: BaseException) -> str | None:
 
 
 def _unwritable(out: str | Path, error: OSError) -> ModelError:
-    return ModelError(f"{out} cannot be written to ({error.strerror}); give another folder with --out.")
+    return ModelError(f"{out} cannot be written to ({error.strerror}); give another folder with --out")

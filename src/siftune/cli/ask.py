@@ -98,7 +98,7 @@ def _rows(options: Options, columns: Columns) -> "list[Row]":
         try:
             text = "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
         except UnicodeDecodeError as error:
-            raise DataError(f"standard input is not UTF-8 text: byte {error.start} is invalid; convert it.") from None
+            raise DataError(f"standard input is not UTF-8 text: byte {error.start} is invalid; convert it") from None
     if not text.strip():
         raise RecipeError(
             "there is no prompt: give a text after the run, in quotation marks, on standard input, or with --file FILE"

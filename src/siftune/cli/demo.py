@@ -138,7 +138,7 @@ def _write_rows(options: Options) -> Path:
     try:
         writable_folder(folder)
     except OSError as error:
-        raise RecipeError(f"{folder} cannot be written to ({error.strerror}); give another with --out.") from error
+        raise RecipeError(f"{folder} cannot be written to ({error.strerror}); give another with --out") from error
     for name, rows in zip(("pool", "few", "test"), parts, strict=True):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")

@@ -70,7 +70,7 @@ def _draw(rng: random.Random, kind: str, count: int, seen: set[Problem]) -> list
     if count > len(pool):
         raise DataError(
             f"{count} arithmetic rows of the kind {kind!r} were asked for, but only {len(pool)} different "
-            f"problems are left; ask for at most {len(pool) * len(KINDS)} rows in all."
+            f"problems are left; ask for at most {len(pool) * len(KINDS)} rows in all"
         )
     return rng.sample(pool, count)
 

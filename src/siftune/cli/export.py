@@ -47,7 +47,7 @@ def run(options: Options) -> dict[str, Any]:
     if (kind := kind_of_subject(subject)) is not None:
         kind.refuse_export(subject.name)
     if subject.adapter is None:
-        raise ModelError(f"{options.run} holds no adapter; give a run folder, or a folder in PEFT's format.")
+        raise ModelError(f"{options.run} holds no adapter; give a run folder, or a folder in PEFT's format")
     with new_folder(out) as partial:
         model, tokenizer = load_subject(subject, options.dtype, exact=True)
         _refuse_unmergeable(model, subject)

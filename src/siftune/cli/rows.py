@@ -45,9 +45,9 @@ def run(options: Options) -> dict[str, Any]:
         raise RecipeError(f"--csv {options.csv} is a folder: give the file to write")
     folder = Path(options.run).expanduser()
     if not folder.is_dir():
-        raise DataError(f"there is no run folder {options.run}; give one that siftune train has made.")
+        raise DataError(f"there is no run folder {options.run}; give one that siftune train has made")
     if not (folder / "recipe.yaml").is_file():
-        raise DataError(f"{options.run} has no recipe.yaml, so it is no run folder; give one of siftune train.")
+        raise DataError(f"{options.run} has no recipe.yaml, so it is no run folder; give one of siftune train")
     refuse_links(folder)
 
     from siftune.base.stages import text_console

@@ -110,7 +110,7 @@ def _refuse_gone(source: str, base: str) -> None:
     """Refuse what was trained on a folder that is not there any more."""
     place = Path(base).expanduser()
     if place.is_absolute() and not place.exists():
-        raise ModelError(f"{source} was trained on {base}, which is not there: say with --base where it is.")
+        raise ModelError(f"{source} was trained on {base}, which is not there: say with --base where it is")
 
 
 def load_subject(subject: Subject, dtype: str = "auto", exact: bool = False) -> tuple[Any, Any]:
@@ -200,7 +200,7 @@ def _trained_in(run: Path) -> Path:
     elif kind_of(returned) is not None:
         trained = returned
     else:
-        raise ModelError(f"the run folder {run} has no adapter yet; finish the run with siftune train --resume {run}.")
+        raise ModelError(f"the run folder {run} has no adapter yet; finish the run with siftune train --resume {run}")
     _tell_older(run, trained)
     return trained
 

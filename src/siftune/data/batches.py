@@ -50,7 +50,7 @@ def weighted(data: Dataset, rows: Sequence[Row]) -> Dataset:
     """
     weights = [row.weight for row in rows]
     if not any(weights):
-        raise DataError("every row has the weight 0, so that no row trains; give some a weight above 0.")
+        raise DataError("every row has the weight 0, so that no row trains; give some a weight above 0")
     return data if all(weight == 1 for weight in weights) else data.add_column(WEIGHT, weights)
 
 

@@ -149,9 +149,9 @@ def read_decisions(path: str, moved: Sequence[str] = ()) -> Decisions:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is invalid; save it as UTF-8.") from None
+        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is invalid; save it as UTF-8") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; give the path of a file that names rows.") from None
+        raise DataError(f"{path} cannot be read: {error.strerror}; give the path of a file that names rows") from None
     first, _, _ = text.partition("\n")
     if Path(path).suffix.lower() == ".csv" or {PLACE, SELECTED} <= {*first.strip().split(",")}:
         columns, fields = csv_lines(path, text, (PLACE,))
@@ -161,7 +161,7 @@ def read_decisions(path: str, moved: Sequence[str] = ()) -> Decisions:
         lines, columns = [_Line(place, False) for place in places if place and not place.startswith("#")], []
     for_copies = SELECTED in columns
     if not lines and not for_copies:
-        raise DataError(f"{path} names no rows, so there is nothing to leave out; train without it.")
+        raise DataError(f"{path} names no rows, so there is nothing to leave out; train without it")
     selected: dict[str, bool] = {}
     texts: dict[str, tuple[str, str]] = {}
     is_there = cache(lambda source: os.path.exists(os.path.expanduser(path_and_split(source)[0])))
@@ -262,13 +262,13 @@ def remaining_rows(decisions: Decisions, rows: Sequence[Row], target: Sequence[R
     if missing := [place for place in decisions.selected if place not in own]:
         shown = ", ".join(map(one_line, missing[:_SHOWN_PLACES])) + (", …" if len(missing) > _SHOWN_PLACES else "")
         first = f"the first training row is at {every[0].origin}" if every else "no training row can be used"
-        raise DataError(f"{path} names {counted(len(missing), 'place')} without a training row ({shown}); {first}.")
+        raise DataError(f"{path} names {counted(len(missing), 'place')} without a training row ({shown}); {first}")
     _refuse_changed(decisions, dict(zip(places, every, strict=True)))
     named = [decisions.selected.get(place) for place in places]  # None: the file does not name the row
     decided = [*_with_copies(rows, named[: len(rows)]), *named[len(rows) :]] if decisions.for_copies else named
     remaining = [row for row, selected in zip(every, decided, strict=True) if selected is not False]
     if not remaining:
-        raise DataError(f"{path} leaves out all training rows; leave some in.")
+        raise DataError(f"{path} leaves out all training rows; leave some in")
     count = len(every) - len(remaining)
     if not count:
         logger.info("%s excludes no row: all %s stay", path, counted(len(every), "row"))

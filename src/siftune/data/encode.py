@@ -124,10 +124,10 @@ class Encoder:
         if self.chat and not tokenizer.chat_template:
             raise RecipeError(
                 "template is 'chat', but this tokenizer has no chat template; use template 'none', or an "
-                "instruction-tuned model."
+                "instruction-tuned model"
             )
         if tokenizer.eos_token_id is None:
-            raise ModelError("the tokenizer has no end-of-sequence token; set one in its tokenizer_config.json.")
+            raise ModelError("the tokenizer has no end-of-sequence token; set one in its tokenizer_config.json")
         self._eos: list[int] = [tokenizer.eos_token_id]
         self._bos = self._leading_ids()
         end, letter, both = self._tokenize([(text, "a short text") for text in ("\n", "a", "\na")])
@@ -202,7 +202,7 @@ class Encoder:
             roles = one_line(", ".join(message.role for message in row.prompt))
             raise DataError(
                 f"{row.origin}: a conversation (turns before the completion: {roles}) needs a chat template, "
-                "but none is in use; take an instruction-tuned model with template 'auto', or plain prompts."
+                "but none is in use; take an instruction-tuned model with template 'auto', or plain prompts"
             )
         return _Rendered([_Part(row.prompt[0].content, False), _Part(answer, True)], self._bos, self._eos)
 
@@ -230,7 +230,7 @@ class Encoder:
             if others == full:
                 raise DataError(
                     f"{origin}: the chat template leaves out the turn of the role {one_line(turn.role)!r}; change its "
-                    "role, remove the row, or give another template."
+                    "role, remove the row, or give another template"
                 )
 
     def _earlier_spans(self, turns: list[Message], full: str, origin: str) -> list[tuple[int, int]]:
@@ -257,7 +257,7 @@ class Encoder:
         except Exception as error:  # templates raise errors of jinja and of their own
             raise DataError(
                 f"{origin}: the chat template refuses the conversation ({one_line(str(error))}); its roles are "
-                f"{one_line(', '.join(turn.role for turn in turns))}; change the row or use template 'none'."
+                f"{one_line(', '.join(turn.role for turn in turns))}; change the row or use template 'none'"
             ) from error
 
     def _apply_all(self, conversations: Sequence[Sequence[Message]], open_turn: bool = False) -> list[str]:
@@ -298,7 +298,7 @@ class Encoder:
         origin, error = next(((o, e) for o, e in errors if isinstance(e, BaseException)), ("the rows", ids))
         raise DataError(
             f"{origin}: the tokenizer fails on the text ({' '.join(str(error).split())[:200]}); "
-            "change or remove the row, or take another tokenizer."
+            "change or remove the row, or take another tokenizer"
         ) from error
 
     def _try(self, texts: list[str], special: bool) -> list[list[int]] | BaseException:
@@ -346,7 +346,7 @@ def use_template(template: str | Path, tokenizer: PreTrainedTokenizerBase) -> No
         return
     text = read_template(Path(template))
     if hasattr(tokenizer, "chats"):  # of `offsite.kit.tokenizer`
-        raise RecipeError(f"a kit has its own chat template: leave out --template {template}.")
+        raise RecipeError(f"a kit has its own chat template: leave out --template {template}")
     tokenizer.chat_template = text
 
 

@@ -59,11 +59,11 @@ def load_rows(
         RecipeError: a pair in `columns` is wrong.
     """
     if limit is not None and limit < 1:
-        raise DataError(f"the limit on rows is {limit}; give at least 1, or leave it out to read all rows.")
+        raise DataError(f"the limit on rows is {limit}; give at least 1, or leave it out to read all rows")
     with no_garbage():
         rows = parse_rows(islice(_open(source, split), limit), columns, bad, questions)
     if not rows and not bad:
-        raise DataError(f"{source} is empty: no rows found; give a file with at least one row.")
+        raise DataError(f"{source} is empty: no rows found; give a file with at least one row")
     logger.info("%s: %s", source, counted(len(rows), "row"))
     if unanswered := sum(row.unanswered > 0 for row in rows):
         logger.warning(
@@ -96,7 +96,7 @@ def _open(source: str, split: str) -> Records:
     name, own = path_and_split(source)
     path = Path(name).expanduser()
     if own and path.is_file():
-        raise DataError(f"{source}: a file has no splits; leave out {own}.")
+        raise DataError(f"{source}: a file has no splits; leave out {own}")
     if path.is_file():
         return _reporting(_READERS[path.suffix.lower()](path, source), source)
     split = own.removeprefix("@") or split
@@ -118,13 +118,13 @@ def check_source(source: str) -> None:
     is_data = path.suffix.lower() in _READERS
     if path.is_dir() and len(first := _kinds_in(path)) > 1:  # `datasets` would read one kind and ignore the others
         *others, last = first.values()
-        raise DataError(f"{source} has files of several kinds, such as {', '.join(others)} and {last}; name the files.")
+        raise DataError(f"{source} has files of several kinds, such as {', '.join(others)} and {last}; name the files")
     if path.is_file() and not is_data:
-        raise DataError(f"{source}: the ending {path.suffix!r} is unknown; supported: {', '.join(_READERS)}.")
+        raise DataError(f"{source}: the ending {path.suffix!r} is unknown; supported: {', '.join(_READERS)}")
     if not path.is_file() and (is_data or (not path.exists() and source.startswith((".", "/", "~")))):
         state = "is a folder, not a file" if path.exists() else "does not exist"
         hint = "put spaces between files, not commas" if "," in source else "give the path of a data file"
-        raise DataError(f"{source} {state}; {hint}.")
+        raise DataError(f"{source} {state}; {hint}")
 
 
 _OTHERS = (".tsv", ".gz", ".bz2", ".xz", ".zst", ".zip")  # what `datasets` also reads in a folder
@@ -189,7 +189,7 @@ def _reporting(records: Records, source: str) -> Records:
         yield from records
     except OSError as error:
         reason = one_line(error.strerror or str(error))
-        raise DataError(f"{source} cannot be read: {reason}; check the path and its permissions.") from error
+        raise DataError(f"{source} cannot be read: {reason}; check the path and its permissions") from error
 
 
 def _read_jsonl(path: Path, source: str) -> Records:
@@ -225,13 +225,13 @@ def _read_json(path: Path, source: str) -> Records:
     except DataError as error:
         if not _is_object(text.partition("\n")[0]):
             raise
-        raise DataError(f"{source} has one object per line: name it .jsonl, and not .json.") from error
+        raise DataError(f"{source} has one object per line: name it .jsonl, and not .json") from error
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list):
         raise DataError(
             f"{source}: found {kind_of(content)}, but a .json file must hold a list of objects or "
-            '{"data": [...]}; with one object per line, name it .jsonl.'
+            '{"data": [...]}; with one object per line, name it .jsonl'
         )
     yield from ((f"{source} row {number}", record) for number, record in enumerate(content, 1))
 
@@ -254,10 +254,10 @@ def _read_csv(path: Path, source: str) -> Records:
         end = reader.line_num
         for name, character in (("tabs", "\t"), ("semicolons", ";")):
             if len(header) == 1 and character in header[0]:
-                raise DataError(f"{source}:1: {name} separate the fields; save the file with commas, or as JSONL.")
+                raise DataError(f"{source}:1: {name} separate the fields; save the file with commas, or as JSONL")
         twice = [name for name, count in Counter(header).items() if name and count > 1]
         if twice:
-            raise DataError(f"{source}:1: the column {one_line(twice[0])!r} comes twice; rename one, or remove it.")
+            raise DataError(f"{source}:1: the column {one_line(twice[0])!r} comes twice; rename one, or remove it")
         for fields in rows:
             origin, end = f"{source}:{end + 1}", reader.line_num
             if fields and len(fields) != len(header):
@@ -265,13 +265,13 @@ def _read_csv(path: Path, source: str) -> Records:
                     origin,
                     DataError(
                         f"{origin}: the row has {counted(len(fields), 'field')}, but the header has {len(header)}; "
-                        "put fields that hold commas or line breaks in double quotes."
+                        "put fields that hold commas or line breaks in double quotes"
                     ),
                 )
             elif fields:
                 yield origin, dict(zip(header, fields, strict=True))
     except csv.Error as error:
-        raise DataError(f"{source}:{end + 1}: invalid CSV ({error}); mend the row or save as JSONL.") from error
+        raise DataError(f"{source}:{end + 1}: invalid CSV ({error}); mend the row or save as JSONL") from error
 
 
 def _of_any_length(reader: Iterator[list[str]], longest: int) -> Iterator[list[str]]:
@@ -304,7 +304,7 @@ def _read_parquet(path: Path, source: str) -> Records:
                     origin = f"{source} row {number}"
                     yield origin, unreadable(origin, record) if isinstance(record, Exception) else record
     except pyarrow.ArrowException as error:
-        raise DataError(f"{source}: invalid Parquet ({one_line(str(error))}); write the file again.") from error
+        raise DataError(f"{source}: invalid Parquet ({one_line(str(error))}); write the file again") from error
 
 
 def _values(row: Any) -> dict[str, Any] | Exception:
@@ -337,7 +337,7 @@ def _decode(data: bytes, source: str, line: int | None = None) -> str:
         column = len(before) - (before.rfind(b"\n") + 1) + 1
         raise DataError(
             f"{source}:{at}: invalid UTF-8, byte 0x{data[error.start]:02x} at position {column} of the line; "
-            "save the file as UTF-8."
+            "save the file as UTF-8"
         ) from error
 
 
@@ -346,9 +346,9 @@ def _parse_json(text: str, source: str, line: int | None = None) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         at, reason = line or error.lineno, f"{error.msg}, character {error.colno}"
-        raise DataError(f"{source}:{at}: invalid JSON ({reason}); mend the line.") from error
+        raise DataError(f"{source}:{at}: invalid JSON ({reason}); mend the line") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
-        raise DataError(f"{source}:{line or 1}: invalid JSON ({error}); mend the line.") from error
+        raise DataError(f"{source}:{line or 1}: invalid JSON ({error}); mend the line") from error
 
 
 def read_template(path: Path) -> str:
@@ -363,10 +363,10 @@ def read_template(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
             f"template {one_line(str(path))} cannot be read ({one_line(str(error))}); give auto, chat, none, or a text "
-            "file with a chat template."
+            "file with a chat template"
         ) from error
     if len(text) > _LONGEST:
-        raise RecipeError(f"template {path} has more than {_LONGEST:,} characters: give a chat template.")
+        raise RecipeError(f"template {path} has more than {_LONGEST:,} characters: give a chat template")
     if not text.strip():
         raise RecipeError(f"template {path} is empty: give a chat template, or none to use none")
     return text

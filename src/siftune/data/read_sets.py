@@ -80,7 +80,7 @@ def read_set(source: str, split: str, endings: Iterable[str]) -> Iterator[tuple[
         raise DataError(
             f"{source} is no data file, and no data set of that name (split {split!r}) could be loaded: "
             f"{reason.rstrip('.')}; check the name, the split and the network, or give a file ending in "
-            f"{', '.join(endings)}."
+            f"{', '.join(endings)}"
         ) from error
     return _records(data, f"{source}@{split}")
 
@@ -96,7 +96,7 @@ def _refuse_unread(files: Mapping[Any, Iterable[str]], folder: Path, source: str
         if is_data and path.is_file() and path.resolve() not in read:
             raise DataError(
                 f"{source}: {one_line(str(name))} would not be read, since its name has no split, as other names have; "
-                "name the files."
+                "name the files"
             )
 
 
@@ -128,4 +128,4 @@ def _is_media(feature: Any) -> bool:
 
 def unreadable(origin: str, error: Exception) -> DataError:
     """The error for a row with a value that Python cannot represent."""
-    return DataError(f"{origin}: a value cannot be read ({one_line(str(error))}); correct it, or remove its column.")
+    return DataError(f"{origin}: a value cannot be read ({one_line(str(error))}); correct it, or remove its column")

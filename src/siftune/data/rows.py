@@ -138,7 +138,7 @@ def _refuse_long(row: Row) -> None:
     """Refuse a row whose tokens would take more than about half a GB of memory."""
     length = len(row.completion) + sum(len(turn.content) for turn in row.prompt)
     if length > _LONGEST:
-        raise DataError(f"{row.origin}: the row has {length:,} characters; at most {_LONGEST:,} can be used: split it.")
+        raise DataError(f"{row.origin}: the row has {length:,} characters; at most {_LONGEST:,} can be used: split it")
 
 
 def _pairs(columns: Sequence[str]) -> dict[str, str]:
@@ -157,7 +157,7 @@ def _renamed(record: Record, names: Mapping[str, str], origin: str) -> Record:
         if column not in record:
             raise DataError(
                 f"{origin}: the column {column!r} of --columns {name}={column} is missing (found: {_names(record)}); "
-                "--columns takes siftune's name first, as in prompt=question, and applies to all files."
+                "--columns takes siftune's name first, as in prompt=question, and applies to all files"
             )
     others = {column: value for column, value in record.items() if column not in names.values() and column not in names}
     return {**{name: record[column] for name, column in names.items()}, **others}
@@ -181,7 +181,7 @@ def _columns(record: Any, origin: str) -> Record:
     if not isinstance(record, dict):
         raise DataError(
             f"{origin}: the row is {kind_of(record)}, but must be an object; if the file is one list of them, name "
-            "it .json."
+            "it .json"
         )
     return record
 
@@ -234,7 +234,7 @@ def detect_format(record: Record, origin: str, named: Collection[str] = ()) -> F
     for each, columns in formats.items():
         if columns[0] in record and not paired:  # an incomplete row: reading it names the column that is missing
             return each
-    raise DataError(f"{origin}: the columns found ({_names(record)}) are no known format; {_advice(record)}.")
+    raise DataError(f"{origin}: the columns found ({_names(record)}) are no known format; {_advice(record)}")
 
 
 def _advice(record: Record) -> str:
@@ -276,7 +276,7 @@ def _refuse_unread(record: Record, origin: str, format: Format) -> None:
     if name is not None and format != "text":
         raise DataError(
             f"{origin}: the column {name!r} would not reach the model; give the row as 'messages' with a turn for it, "
-            "or rename the column."
+            "or rename the column"
         )
 
 
@@ -295,7 +295,7 @@ def parse_question(record: Record, origin: str, format: Format) -> Row:
         turns = turns_of(record, column, origin)
         prompt = turns[:-1] if turns[-1].role == "assistant" else turns
         if not prompt:
-            raise DataError(f"{origin}: {column!r} has no turn to answer; add the user's turn, or remove the row.")
+            raise DataError(f"{origin}: {column!r} has no turn to answer; add the user's turn, or remove the row")
     elif format == "prompt" and isinstance(record.get("prompt"), list):
         prompt = turns_of(record, "prompt", origin)
     else:
@@ -368,24 +368,24 @@ def _conversation(
     if all(turn.role != "assistant" for turn in turns):
         raise DataError(
             f"{origin}: {column!r} has no turn of the assistant, so the row has no completion; add one, or remove "
-            "the row."
+            "the row"
         )
     end = max(number for number, turn in enumerate(turns, 1) if turn.role != "user")
     *earlier, last = (*before, *turns[:end])
     if last.role != "assistant":
         raise DataError(
             f"{origin}: {column!r} ends with a turn of the role {last.role!r}, so the row has no completion; "
-            "end it with the assistant's turn, or remove the row."
+            "end it with the assistant's turn, or remove the row"
         )
     if not last.learned:
         raise DataError(
             f"{origin}: the last turn of {column!r} has the weight 0, so the row has no completion; end the row with a "
-            "turn to learn, or remove it."
+            "turn to learn, or remove it"
         )
     if not earlier:
         raise DataError(
             f"{origin}: {column!r} has only the assistant's turn and nothing before it; add the user's turn, "
-            "or give the row as 'text'."
+            "or give the row as 'text'"
         )
     return Row(tuple(earlier), last.content, origin, extra, unanswered=len(turns) - end)
 
@@ -400,8 +400,7 @@ def _weight(value: Any, origin: str) -> float:
         weight = math.nan
     if not (math.isfinite(weight) and weight >= 0):
         raise DataError(
-            f"{origin}: 'weight' is {value!r}; give a number from 0, the row's weight in training, or "
-            "rename the column."
+            f"{origin}: 'weight' is {value!r}; give a number from 0, the row's weight in training, or rename the column"
         )
     return weight
 
@@ -416,7 +415,7 @@ def _text(record: Record, column: str, origin: str) -> str:
     if column not in record:
         raise DataError(
             f"{origin}: the column {column!r} is missing (found: {_names(record)}); name the column that has it with "
-            f"--columns {column}=NAME, or remove the row."
+            f"--columns {column}=NAME, or remove the row"
         )
     return string_of(record[column], f"{origin}: {column!r}", may_be_empty=False)
 

@@ -96,7 +96,7 @@ def tokens_of(rows: Sequence[Row], form: Form, progress: Progress | None = None)
         RecipeError, ModelError: as `Encoder`.
     """
     if not rows:
-        raise DataError("there are no rows to tokenise; give at least one.")
+        raise DataError("there are no rows to tokenise; give at least one")
     encoder = Encoder(form.tokenizer, form.template)
     bad: dict[int, str] = {}
     chunks, cut, notes = [], 0, Counter[str]()
@@ -138,7 +138,7 @@ def _row(pieces: list[Piece] | DataError, form: Form, origin: str) -> tuple[list
     if first >= min(form.max_length, len(ids)):
         raise DataError(
             f"{origin}: the prompt takes {first} of {len(ids)} tokens, but the limit is {form.max_length}, so nothing "
-            f"is left to learn; raise --max-length to {len(ids)}, or shorten or remove the row."
+            f"is left to learn; raise --max-length to {len(ids)}, or shorten or remove the row"
         )
     return ids, labels
 

@@ -99,8 +99,8 @@ def _generator(model: nn.Module) -> Any:
     config = getattr(model, "active_peft_config", None)
     if config is not None and config.is_prompt_learning:
         raise AdapterError(
-            f"a {config.peft_type} adapter adds virtual tokens, which generation here doesn't support. "
-            "Use LoRA or DoRA."
+            f"a {config.peft_type} adapter adds virtual tokens, which generation here does not support: "
+            "use LoRA or DoRA"
         )
     return inner_model(model)
 

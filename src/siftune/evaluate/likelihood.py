@@ -65,8 +65,8 @@ def perplexity(
     result = row_nll(model, rows, batch_size, progress)
     if not result.tokens.sum():
         raise DataError(
-            f"none of the {len(rows)} rows has a label token after its first, so there is no perplexity. "
-            "Give rows with a completion."
+            f"none of the {len(rows)} rows has a label token after its first, so there is no perplexity: "
+            "give rows with a completion"
         )
     return result
 

@@ -86,7 +86,7 @@ def prepare_rows(
         RecipeError: No such metric or template.
     """
     if not rows:
-        raise DataError("there are no rows to evaluate; give at least one.")
+        raise DataError("there are no rows to evaluate; give at least one")
     encoder = Encoder(tokenizer, template)
     chosen = choose_metrics(rows, encoder, metrics)
     return Prepared(
@@ -110,7 +110,7 @@ def choose_metrics(rows: Sequence[Row], encoder: Encoder, metrics: Sequence[str]
     unknown = [name for name in metrics if name not in ("auto", *METRICS)]
     if unknown or not metrics:
         fault = f"unknown metric {unknown[0]!r}" if unknown else "no metric given"
-        raise RecipeError(f"{fault}; use auto, {', '.join(METRICS)}.")
+        raise RecipeError(f"{fault}; use auto, {', '.join(METRICS)}")
     named = set(metrics) - {"auto"}
     if "auto" not in metrics:
         return named
@@ -139,7 +139,7 @@ def _choices(row: Row) -> list[str]:
     if not texts or len(choices) < 2 or len(set(choices)) < len(choices):
         raise DataError(
             f"{row.origin}: 'choices' is {_shown(choices)}; give a list of two different texts or more, or "
-            "leave the metric 'choices' out."
+            "leave the metric 'choices' out"
         )
     return list(choices)
 
@@ -158,7 +158,7 @@ def _answer_index(row: Row, choices: list[str]) -> int:
             return alike[0]
     raise DataError(
         f"{row.origin}: the answer {_shown(answer)} is none of the {len(choices)} choices; give its text or its "
-        f"index from 0 to {len(choices) - 1}."
+        f"index from 0 to {len(choices) - 1}"
     )
 
 
@@ -199,7 +199,7 @@ def _accepted(row: Row) -> tuple[str, ...]:
         choices = _choices(row)
         answer = choices[_answer_index(row, choices)]
     if isinstance(answer, bool | list | dict):
-        raise DataError(f"{row.origin}: 'answer' is {_shown(answer)}; give a text or a number.")
+        raise DataError(f"{row.origin}: 'answer' is {_shown(answer)}; give a text or a number")
     return tuple(dict.fromkeys((row.completion, str(answer))))
 
 
@@ -207,7 +207,7 @@ def _prompt(row: Row, encoder: Encoder) -> list[int]:
     """Token ids of a prompt, which must not be empty."""
     ids = encoder.prompt(row) if row.prompt else []
     if not ids:
-        raise DataError(f"{row.origin}: the row has no prompt to answer; plain text has perplexity only.")
+        raise DataError(f"{row.origin}: the row has no prompt to answer; plain text has perplexity only")
     return ids
 
 

@@ -140,6 +140,6 @@ def _refuse_sharding(trainer: Trainer) -> None:
     kinds = {kind.__name__ for kind in type(trainer.strategy).__mro__}
     if kinds & _SHARDING:
         raise UnsupportedError(
-            f"{type(trainer.strategy).__name__} shards the adapters that selection works on. Use one device or DDP: "
-            "adapters are small enough to be replicated."
+            f"{type(trainer.strategy).__name__} shards the adapters that selection works on: use one device, or DDP, "
+            "since adapters are small enough to be replicated"
         )

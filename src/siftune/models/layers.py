@@ -68,13 +68,13 @@ def find_layers(model: nn.Module, path: str | None = None) -> DecoderLayers:
     owner, embeddings = _input_embeddings(model)
     candidates = _nearest(_outermost_lists(model, embeddings), embeddings)
     if not candidates:
-        raise LayerError(f"{type(model).__name__} has no list of similar decoder layers. {_advice(model)}")
+        raise LayerError(f"{type(model).__name__} has no list of similar decoder layers; {_advice(model)}")
     length = max(len(blocks) for blocks in candidates.values())
     longest = {name: blocks for name, blocks in candidates.items() if len(blocks) == length}
     if len(longest) > 1 or getattr(getattr(owner, "config", None), "is_encoder_decoder", False):
         raise LayerError(
             f"{type(model).__name__} has several lists that may be its decoder layers: "
-            f"{_listing(longest if len(longest) > 1 else candidates)}. {_advice(model)}"
+            f"{_listing(longest if len(longest) > 1 else candidates)}; {_advice(model)}"
         )
     ((name, blocks),) = longest.items()
     return DecoderLayers(name, list(blocks))
@@ -88,7 +88,7 @@ def _at_path(model: nn.Module, path: str) -> DecoderLayers:
         if isinstance(blocks, nn.ModuleList | nn.Sequential) and len(blocks):
             return DecoderLayers(name, list(blocks))
     classes = ", ".join(f"a {type(m).__name__}" for m in matches.values()) or "nothing"
-    raise LayerError(f"{type(model).__name__} has no list of layers at {path!r} but {classes}. {_advice(model)}")
+    raise LayerError(f"{type(model).__name__} has no list of layers at {path!r} but {classes}; {_advice(model)}")
 
 
 def _is_wrapped(name: str, path: str) -> bool:
@@ -171,8 +171,8 @@ def _advice(model: nn.Module) -> str:
     more = f" and {len(lists) - len(shown)} more" if len(lists) > len(shown) else ""
     example = next(iter(lists), "model.layers")
     return (
-        f"Lists of modules in it: {_listing(shown) or 'none'}{more}. "
-        f'Pass the path of the decoder layers, e.g. find_layers(model, "{example}").'
+        f"lists of modules in it: {_listing(shown) or 'none'}{more}; "
+        f'pass the path of the decoder layers, e.g. find_layers(model, "{example}")'
     )
 
 

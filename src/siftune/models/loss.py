@@ -112,8 +112,8 @@ def find_output_embeddings(model: nn.Module) -> nn.Module:
     head = getter() if callable(getter) else None
     if not isinstance(head, nn.Module):
         raise LayerError(
-            f"{type(model).__name__} has no output embeddings (found {type(head).__name__}). "
-            "Load a model with a language-modelling head, e.g. with AutoModelForCausalLM."
+            f"{type(model).__name__} has no output embeddings (found {type(head).__name__}): "
+            "load a model with a language-modelling head, e.g. with AutoModelForCausalLM"
         )
     return head
 
@@ -153,8 +153,8 @@ def logits_at(model: nn.Module, mask: Tensor) -> Iterator[None]:
     if calls != 1:
         raise LayerError(
             f"the head of {type(model).__name__} ({type(head).__name__}) was called {calls} times in one "
-            "block, once is supported. Run one forward pass per block, on a model whose forward calls "
-            "get_output_embeddings() as a module, or compute all logits."
+            "block, but once is supported: run one forward pass per block, on a model whose forward calls "
+            "get_output_embeddings() as a module, or compute all logits"
         )
 
 
@@ -185,8 +185,8 @@ def _select(args: tuple[Any, ...], mask: Tensor) -> Tensor:
     if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[:2] != mask.shape:
         found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
         raise AdapterError(
-            f"the head got hidden states {found}, expected (B, T, H) with (B, T) = {tuple(mask.shape)}. "
-            "Adapters that add virtual tokens (prompt or prefix tuning) are not supported: use LoRA or DoRA."
+            f"the head got hidden states {found}, expected (B, T, H) with (B, T) = {tuple(mask.shape)}; "
+            "adapters that add virtual tokens (prompt or prefix tuning) are not supported: use LoRA or DoRA"
         )
     where = places(mask).to(hidden.device)
     return hidden.reshape(-1, hidden.shape[2]).index_select(0, where).unsqueeze(0)

@@ -130,7 +130,7 @@ def check_window(model: Any, longest: int, what: str, remedy: str = "give a smal
     """
     window = model_window(model)
     if window is not None and longest > window:
-        raise DataError(f"{what} takes {longest} tokens, but the model's window is {window}; {remedy}.")
+        raise DataError(f"{what} takes {longest} tokens, but the model's window is {window}; {remedy}")
 
 
 def model_window(model: Any) -> int | None:

@@ -125,7 +125,7 @@ def read_rows(recipe: Recipe, reader: ReadOnce | None = None) -> Read:
             if not part:
                 raise DataError(
                     f"eval_share {recipe.eval_share:g} of {counted(len(train) + len(heldout), 'row')} {fault}; give "
-                    "another share, or other rows with --eval FILE."
+                    "another share, or other rows with --eval FILE"
                 )
     parts = {"train": with_target(train, target, recipe.target_share) if recipe.target else train}
     if recipe.eval or heldout:

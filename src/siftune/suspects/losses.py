@@ -20,7 +20,7 @@ from siftune.recipe.training_rows import digest_of, recipe_of_rows, recorded_dig
 
 _ABOUT = b"siftune"  # key in the Parquet metadata
 _NUMBERS = ("row", "tokens", "other")  # columns of whole numbers
-_AGAIN = "remove it, and `siftune rows` scores the rows again."
+_AGAIN = "remove it, and `siftune rows` scores the rows again"
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
@@ -66,7 +66,7 @@ def trained_rows(run: Path) -> tuple[list[Row], str]:
     refuse_links(run)
     rows = used_rows(run, recipe_of_rows(run))["train"]
     if recorded_digest(run) is None:
-        raise DataError(f"{run} has no hash of its training rows, as a private run: train without dp_epsilon.")
+        raise DataError(f"{run} has no hash of its training rows, as a private run: train without dp_epsilon")
     refuse_changed(run, rows)
     return rows, digest_of(rows)
 
@@ -99,7 +99,7 @@ def read_losses(path: Path, about: str, count: int) -> Losses:
     import pyarrow
 
     if not path.exists():
-        raise DataError(f"{path} does not exist, so the rows have no scores: `siftune rows {path.parent}` scores them.")
+        raise DataError(f"{path} does not exist, so the rows have no scores: `siftune rows {path.parent}` scores them")
     types = {each.name: pyarrow.int32() if each.name in _NUMBERS else pyarrow.float32() for each in fields(Losses)}
     types["covered"] = pyarrow.bool_()
     table = read_table(path, types, _AGAIN)

@@ -131,12 +131,10 @@ def _refuse_bad(recipe: Recipe, bad: Sequence[str]) -> None:
     if not bad or recipe.bad_rows == "drop":
         return
     if len(bad) == 1:
-        raise DataError(f"{bad[0].rstrip('.')}; or leave it out with --bad-rows drop.")
+        raise DataError(f"{bad[0]}; or leave it out with --bad-rows drop")
     reasons = grouped(bad)
     if len(reasons) == 1:
-        raise DataError(
-            f"{len(bad)} rows cannot be used: {reasons[0].rstrip('.')}; or leave them out with --bad-rows drop."
-        )
+        raise DataError(f"{len(bad)} rows cannot be used: {reasons[0]}; or leave them out with --bad-rows drop")
     more = len(reasons) - _SHOWN
     last = [f"… and {more} more, which `siftune train --dry-run` lists"] if more > 0 else []
     lines = "\n  ".join([*reasons[:_SHOWN], *last])

@@ -164,5 +164,5 @@ def _check_adapter(checkpoint: Path, config: Any) -> None:
 def _other_run(checkpoint: Path, what: str, asked: str, name: str) -> RecipeError:
     return RecipeError(
         f"{checkpoint} is of another run: {what}, this recipe asks for {asked}; set {name} as that run did, or train "
-        "in another folder with --out."
+        "in another folder with --out"
     )

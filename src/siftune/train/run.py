@@ -262,7 +262,7 @@ def _run(results: Results, fit: Callable[[], None], release: Callable[[], None])
         raise
     except TrainingError as error:
         status = "stopped"
-        raise type(error)(f"{error} So far, {results.text()}.") from error
+        raise type(error)(f"{error}; so far, {results.text()}") from error
     finally:
         with held_back() as signals:
             returned = results.returned() if trainer.is_world_process_zero() else {}

@@ -40,7 +40,7 @@ def test_a_file_without_columns_with_others_or_with_nulls_is_refused(tmp_path):
     write_table(path, TABLE)
     assert read_table(path, {"row": TYPES["row"], "loss": TYPES["loss"]}, "", {"place": TYPES["place"]}).equals(TABLE)
     for types in ({}, {**TYPES, "more": pyarrow.int32()}, {**TYPES, "row": pyarrow.int64()}):
-        with pytest.raises(InputError, match=r"rows\.parquet is damaged \(its columns are row: int32.*; train again"):
+        with pytest.raises(InputError, match=r"rows\.parquet .*row: int32.*train again"):
             read_table(path, types, "train again")
     write_table(path, pyarrow.table({"row": pyarrow.array([1, None], pyarrow.int32())}))
     with pytest.raises(InputError, match="its column row has nulls"):
@@ -66,5 +66,5 @@ def test_losses_of_rows_that_a_run_does_not_have_are_refused(tmp_path, name, val
     if is_sound in (True, name):
         assert read_losses(path, "about", 5).row.dtype == np.int32
     else:
-        with pytest.raises(DataError, match=r"losses\.parquet has rows that the run does not have"):
+        with pytest.raises(DataError, match=r"losses\.parquet has rows"):
             read_losses(path, "about", 5)

@@ -102,7 +102,7 @@ def test_a_record_that_is_damaged_or_was_changed_is_refused(tmp_path, old, new):
     text = (work.path / "work.json").read_text()
     (work.path / "work.json").write_text(text.replace(old, new))
     for seed in (0, 1):
-        with pytest.raises(InputError, match=r"work\.json .*; give another folder, or delete this one"):
+        with pytest.raises(InputError, match=r"work\.json .*delete this one"):
             folder(tmp_path).begin({"seed": seed})
     assert (work.path / "work.json").read_text() == text.replace(old, new)
 
@@ -110,6 +110,14 @@ def test_a_record_that_is_damaged_or_was_changed_is_refused(tmp_path, old, new):
 def test_a_place_that_cannot_be_written_to(tmp_path):
     (tmp_path / "work").write_text("a file")
     with pytest.raises(RecipeError, match="cannot be written to"):
+        folder(tmp_path).begin({})
+
+
+def test_a_folder_with_a_link_is_refused(tmp_path):
+    with folder(tmp_path).begin({}) as work:
+        result(work)
+    (work.path / "two.bin").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"two\.bin is a symbolic link"):
         folder(tmp_path).begin({})
 
 

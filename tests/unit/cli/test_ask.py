@@ -17,7 +17,6 @@ from siftune.cli.ask import Options, _show, run
 from siftune.evaluate.measure import Answer
 from siftune.recipe.read import recipe_to_yaml
 from siftune.recipe.schema import Recipe
-from siftune.train.folder.weights import About, save_tuned
 
 TOKENIZER = byte_tokenizer()
 NEW = 12
@@ -141,17 +140,6 @@ def test_a_model_by_itself_gives_one_answer(place, capsys):
     [found] = ask("base", "b")
     assert (found["base"], found["tuned"]) == (by_hand(base_model(), chat("b")), None)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["prompt", "answer"]
-
-
-def test_layers_that_were_tuned_themselves(place):
-    name = "model.layers.1.self_attn.v_proj.weight"
-    changed = base_model()
-    with torch.no_grad():
-        changed.get_parameter(name).mul_(-3)
-    save_tuned(place / "layers", About("base", (1,)), {name: changed.state_dict()[name]})
-    [found] = ask("layers", "b")
-    assert (found["base"], found["tuned"]) == (by_hand(base_model(), chat("b")), by_hand(changed, chat("b")))
-    assert found["base"] != found["tuned"]
 
 
 def test_answers_that_are_cut_are_counted(place, capsys):

@@ -146,10 +146,3 @@ def test_what_it_refuses(tmp_path, capsys, flags, message):
     assert captured.err.count("\n") == 1
     assert message in captured.err
     assert not out.exists()
-
-
-def test_a_folder_that_is_there_stays_as_it_is(tmp_path, capsys):
-    (tmp_path / "kept.txt").write_text("mine")
-    assert main(["demo", "--out", str(tmp_path)]) == 2
-    assert f"{tmp_path} is not empty" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]

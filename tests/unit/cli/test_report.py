@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 from support.commands import error_of, siftune
 from support.report_runs import save_run
 from support.sifted_pools import save_pool, save_sifting
@@ -14,19 +13,6 @@ def test_a_page(tmp_path, capsys):
     assert result["report"] == str(tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size == result["bytes"] < 3e6
     assert f"report in {tmp_path / 'page.html'}" in told
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nope"], "there is no folder nope (working directory: "),
-        (["x", "--ouput", "y"], "unknown option --ouput of `siftune report`; did you mean --out?"),
-    ],
-)
-def test_what_it_refuses(tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    assert error_of(capsys, "report", *arguments).startswith(message)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_list_and_a_sifted_pool(tmp_path, capsys):

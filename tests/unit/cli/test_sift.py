@@ -165,7 +165,8 @@ def test_an_adapter_of_a_sifting_that_has_changed_or_is_gone_is_refused(words, o
     else:
         shutil.rmtree(out / gone)
     said = error_of(capsys, *words, "--out", out, "--sift")
-    assert f"{path.parent} is not what was trained, or is gone: remove {out / 'sift'}, and run the command" in said
+    assert said.startswith(f"{path.parent} is not what was trained")
+    assert f"remove {out / 'sift'}" in said
 
 
 def test_a_run_resumes_without_sifting_in_another_folder(sifted, tmp_path, monkeypatch):
@@ -189,27 +190,6 @@ def test_interrupted_while_sifting(words, sifted, tmp_path, interfere, monkeypat
     assert main([*map(str, words), "--out", str(run), "--sift", *resume]) == 0
     assert rows_of(run) == rows_of(sifted)
     assert (run / "sift" / "losses.jsonl").read_bytes() == (sifted / "sift" / "losses.jsonl").read_bytes()
-
-
-def test_interrupted_in_the_training(words, sifted, out, interfere, monkeypatch):
-    interfere(At("on_step_begin", 1, lambda _: os.kill(os.getpid(), signal.SIGINT)))
-    assert main([*map(str, words), "--out", str(out), "--sift"]) == 130
-    monkeypatch.undo()
-    assert main([*map(str, words), "--out", str(out), "--sift", "--resume"]) == 0
-    assert rows_of(out) == rows_of(sifted)
-    assert json.loads((out / "run.json").read_text())["summary"]["steps"] == 2
-
-
-@pytest.mark.parametrize(("amount", "count"), [(["--sift", "0.25"], 9), (["--sift", "5"], 5)])
-def test_the_amount(words, out, amount, count):
-    assert main([*map(str, words), "--out", str(out), *amount]) == 0
-    assert len(rows_of(out)[0]) == count
-
-
-def test_in_a_recipe(words, sifted, out, tmp_path):
-    (tmp_path / "more.yaml").write_text("sift: true")
-    assert main([*map(str, words), str(tmp_path / "more.yaml"), "--out", str(out)]) == 0
-    assert rows_of(out) == rows_of(sifted)
 
 
 def test_a_pool_that_is_selected_in_full(words, out, capsys):
@@ -246,25 +226,6 @@ def test_a_dry_run_does_not_sift(words, tmp_path, capsys):
     assert "a dry run does not sift" in said
     assert not (tmp_path / "run").exists()
     assert "--target" in error_of(capsys, *words[:-4], "--steps", "2", "--sift", "--dry-run")
-
-
-@pytest.mark.parametrize(
-    ("more", "word"),
-    [
-        (["--drop-rows", "{pool}"], "drop_rows"), (["--sift", "1.5"], "--sift"), (["--sift", "37"], "37 rows"),
-        (["--eval", "nowhere.jsonl"], "nowhere.jsonl"), (["--eval", "{pool}", "--eval-share", "0.1"], "eval_share"),
-        (["--resume"], "checkpoint"), (["--sharding", "fsdp"], "sharding"), (["--target", "{few}"], "at least 8"),
-        (["--train", "{pool}", "{target}"], "is also a file"), (["--train", "{pool}", "{pool}"], "twice"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_wrong_input_is_one_sentence_and_leaves_nothing(words, task, tmp_path, capsys, monkeypatch, more, word):
-    monkeypatch.setattr("siftune.train.source.load_model", None)
-    few = save(tmp_path / "3.jsonl", [{"prompt": f"{i}?", "completion": "a"} for i in range(3)])
-    places = {"few": few, "pool": task / "pool.jsonl", "target": task / "few.jsonl"}
-    given = [each.format(**places) for each in more]
-    assert word in error_of(capsys, *words, "--out", tmp_path / "run", "--sift", *given)
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_with_a_run_is_refused_before_sifting(words, sifted, tmp_path, capsys, monkeypatch):
@@ -388,42 +349,3 @@ def test_the_command_names_the_training_that_follows(base, task, tmp_path, capsy
         rows = read_rows(load_recipe(f"run {share}/recipe.yaml")).parts["train"]
         assert sum("few" not in row.origin for row in rows) == result["selected"]
         again = ["--out", folder]
-
-
-def test_another_share_selects_again_without_computing(base, task, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    words = ["sift", "--model", base, "--train", task / "pool.jsonl", "--target", task / "few.jsonl"]
-    words += ["--template", "none", "--max-length", "64", "--rank", "2", "--batch-size", "4", "--steps", "2"]
-    first, said = siftune(capsys, *words, "--share", "5")
-    again = re.search(
-        "^the same command with (--out .*) and another --share selects again without computing$", said, re.M
-    )
-    assert again is not None, said
-    monkeypatch.setattr(tuning, "tune", None)
-    monkeypatch.setattr("siftune.train.source.load_model", None)
-    second, said = siftune(capsys, *words, *shlex.split(again[1]), "--share", "7")
-    assert (first["selected"], second["selected"]) == (5, 7)
-    assert Path(first["folder"]).resolve() == Path(second["folder"]).resolve()
-    assert "the same command with another --share selects again without computing\n" in said
-    assert "limits:" not in said
-    folder = shlex.split(again[1])
-    third, said = siftune(capsys, *words, *folder, "--max-score", "99")
-    assert third["score_limit"] == 99.0
-    assert f"limits: score at most 99.0, similarity of the prompt at least {third['similarity_limit']}\n" in said
-    assert "with --max-score, --min-similarity or --share selects again without training\n" in said
-    assert f"look: `siftune report {Path(third['folder']).resolve()}`\nnext: `siftune train " in said
-    assert "leave out share" in error_of(capsys, *words, *folder, "--max-score", "99", "--share", "5")
-
-
-def test_no_share_is_of_bad_rows_alone(base, task, bad, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(scoring, "unlike", lambda scores, _: Choice(scores > np.sort(scores)[9], "ten are left out"))
-    words = ["--model", base, "--train", task / "pool.jsonl", "--avoid", bad, "--out", tmp_path / "s"]
-    _, said = siftune(capsys, "sift", *words, "--template", "none", "--rank", "2", "--steps", "1")
-    assert "--share" not in said
-
-
-@pytest.mark.parametrize(("name", "word"), [("--train", "pool"), ("--target", "--target FILE")])
-def test_the_command_needs_pool_and_target(task, capsys, name, word):
-    given = {"--train": task / "pool.jsonl", "--target": task / "few.jsonl"}
-    del given[name]
-    assert word in error_of(capsys, "sift", *next(iter(given.items())))

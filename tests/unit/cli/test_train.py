@@ -1,7 +1,6 @@
 """`siftune train` from the command line: a whole run, and every way in which input can be wrong."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -20,7 +19,6 @@ from support.tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 from siftune.cli.main import main
-from siftune.train import source as module
 from siftune.train.results import Results
 
 SETTINGS = """\
@@ -42,12 +40,6 @@ def words(base, rows, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(SETTINGS)
     return ["train", str(path), "--model", str(base), "--train", str(rows), "--out", str(tmp_path / "run")]
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    """Fail where the model is loaded although the input could be refused before."""
-    monkeypatch.setattr(module, "load_model", None)
 
 
 def loads(base, folder):
@@ -108,34 +100,6 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("x.jsonl", GOOD.encode() + b'{"prompt": "a"}\n', r"x\.jsonl:2: .*completion"),
-        ("x.tsv", b"text", r"x\.tsv: the ending '\.tsv' is unknown; supported: \.jsonl"),
-    ],
-)
-def test_data_that_cannot_be_used(words, tmp_path, capsys, no_model, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    assert re.search(message, error_of(capsys, *words, "--train", tmp_path / name))
-    assert re.search(message, error_of(capsys, *words, "--eval", tmp_path / name))
-
-
-def test_a_data_file_that_is_not_there(words, tmp_path, capsys, no_model):
-    found = error_of(capsys, *words, "--train", tmp_path / "none.jsonl")
-    assert found == f"{tmp_path}/none.jsonl does not exist; give the path of a data file."
-
-
-def test_no_data(capsys, no_model):
-    assert error_of(capsys, "train") == "no training data: give --train FILE, or `train: FILE` in the recipe"
-
-
-def test_a_run_to_resume_that_is_none(tmp_path, capsys, no_model):
-    assert "--resume RUN" in error_of(capsys, "train", "--resume")
-    for name in ("rum", ""):
-        assert f"{tmp_path / name}" in error_of(capsys, "train", "--resume", tmp_path / name)
-
-
-@pytest.mark.parametrize(
     "command",
     [
         ("train", "--steps", "1"),
@@ -152,33 +116,7 @@ def test_rows_that_are_longer_than_the_window_are_refused(tmp_path, capsys, comm
     path.write_text(GOOD * 20 + json.dumps({"prompt": "a", "completion": "x" * 200}) + "\n")
     given = ["--model", model, "--train", path, "--template", "none", "--out", tmp_path / "out"]
     found = error_of(capsys, *(few if word == "FEW" else word for word in command), *given, "--max-length", "150")
-    assert "takes 150 tokens, but the model's window is 64; give a smaller --max-length." in found
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--methd", "ist"], "unknown option --methd of `siftune train`; did you mean --method?"),
-        (["--columns", "prompt"], "--columns is prompt, but must be a list of pairs such as prompt=question"),
-        (["--ist.active", "0"], "--ist.active is 0, but must be a number, above 0 and at most 1"),
-        (["--resume"], "No complete checkpoint in {run}/checkpoints; train without --resume."),
-        (["--resume", "nowhere"], "nowhere is no complete checkpoint; give a folder RUN/checkpoints/checkpoint-N."),
-    ],
-)
-def test_flags_that_cannot_be_used(words, tmp_path, capsys, no_model, flags, message):
-    assert error_of(capsys, *words, *flags) == message.format(run=tmp_path / "run")
-
-
-def test_a_recipe_with_an_unknown_key(words, tmp_path, capsys, no_model):
-    (tmp_path / "recipe.yaml").write_text("rank: 2\nlearning_rate: 1\n")
-    assert error_of(capsys, *words) == f"{tmp_path}/recipe.yaml:2: unknown key 'learning_rate'; did you mean 'lr'?"
-
-
-def test_a_model_that_is_not_there(words, tmp_path, capsys):
-    found = error_of(capsys, *words, "--model", tmp_path / "none")
-    assert found.startswith(f"model folder {tmp_path}/none does not exist")
-    (tmp_path / "empty").mkdir()
-    assert error_of(capsys, *words, "--model", tmp_path / "empty").endswith("there is no config.json in it")
+    assert "takes 150 tokens, but the model's window is 64" in found
 
 
 def test_what_was_followed_is_named_by_source_where_rows_have_one():
@@ -233,56 +171,7 @@ def test_what_a_run_says_has_no_advice_of_other_libraries(words, tmp_path, capfd
     assert logging.getLogger("bitsandbytes.backends.cpu.ops").level == logging.NOTSET
 
 
-@pytest.mark.parametrize("place", ["file/run", "file"])
-def test_a_run_folder_that_cannot_be_written(words, tmp_path, capsys, no_model, place):
-    (tmp_path / "file").write_text("not a folder")
-    found = error_of(capsys, *words, "--out", tmp_path / place)
-    assert re.match(rf"The run folder {tmp_path}/{place} cannot be written to \(.+\); give another with --out\.", found)
-
-
-# --- a disk that is full ---
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB, where this user may mount one."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, check=False
-    )
-    if done.returncode:
-        pytest.skip("mounting is not allowed here")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
-
-
-def fill(place, left):
-    """Fill the file system up to `left` bytes."""
-    state = os.statvfs(place)
-    (place / "filler").write_bytes(b"x" * (state.f_bavail * state.f_frsize - left))
-
-
-@pytest.mark.parametrize("left", [0, 14 * 4096])
-def test_a_full_disk_leaves_checkpoints_and_adapter_whole(words, base, tmp_path, small_disk, capsys, left):
-    out = small_disk / "run"
-    assert main([*words, "--out", str(out), "--save-every", "2", "--schedule", "constant", "--steps", "2"]) == 0
-    before = loads(base, out / "adapter")
-    checkpoint = {p.name: p.read_bytes() for p in (out / "checkpoints" / "checkpoint-2").iterdir()}
-    capsys.readouterr()
-    fill(small_disk, left)
-    found = error_of(capsys, *words, "--out", out, "--save-every", "2", "--schedule", "constant", "--resume")
-    assert re.search("Writing to .*/disk/run failed: |cannot be written to |the disk is full|No space left", found)
-    assert "\n" not in found
-    assert {p.name: p.read_bytes() for p in (out / "checkpoints" / "checkpoint-2").iterdir()} == checkpoint
-    after = loads(base, out / "adapter")
-    assert set(after) == set(before)
-    (small_disk / "filler").unlink()
-    assert main([*words, "--out", str(out), "--save-every", "2", "--schedule", "constant", "--resume"]) == 0
-    assert main([*words, "--out", str(tmp_path / "whole"), "--schedule", "constant"]) == 0
-    whole = loads(base, tmp_path / "whole" / "adapter")
-    assert all(torch.equal(value, whole[name]) for name, value in loads(base, out / "adapter").items())
-    assert [line["step"] for line in choices_of(out)] == list(range(6))
+# --- a limit on the size of files ---
 
 
 def limited(kilobytes, words):
@@ -297,23 +186,14 @@ def limited(kilobytes, words):
     return done.stderr.splitlines()[-1]
 
 
-def test_a_limit_on_the_size_of_files_before_the_first_checkpoint(words, tmp_path):
-    """The advice holds: raise the limit, and run the same command again."""
-    assert "(`ulimit -f`)" in limited(6, words)
-    assert not [*(tmp_path / "run" / "checkpoints").glob("*/files.json")]
-    assert "train without --resume" in limited(6, [*words, "--resume"])
-    assert main(words) == 0
-
-
-@pytest.mark.parametrize("kilobytes", [2, 6, 12])
-def test_a_limit_on_the_size_of_files_leaves_the_checkpoint_whole(words, base, tmp_path, kilobytes):
-    """As a quota does, it lets a write fail in the middle; torch, safetensors and Python each say so in their way."""
+def test_a_limit_on_the_size_of_files_leaves_the_checkpoint_whole(words, base, tmp_path):
+    """As a full disk or a quota does, it lets a write fail in the middle."""
     out = tmp_path / "run"
     assert main([*words, "--save-every", "2", "--schedule", "constant", "--steps", "2"]) == 0
     checkpoint = {p.name: p.read_bytes() for p in (out / "checkpoints" / "checkpoint-2").iterdir()}
     resumed = [*words, "--save-every", "2", "--schedule", "constant", "--resume"]
-    last = limited(kilobytes, resumed)
-    assert re.search("failed: |cannot be written to |File too large|the disk is full", last), last
+    last = limited(6, resumed)
+    assert re.search("cannot be written |File too large|the disk is full", last), last
     assert {p.name: p.read_bytes() for p in (out / "checkpoints" / "checkpoint-2").iterdir()} == checkpoint
     assert main(resumed) == 0
     assert [line["step"] for line in choices_of(out)] == list(range(6))

@@ -124,10 +124,10 @@ def test_files_that_cannot_be_read(tmp_path):
         ("bytes.txt", b"\xff", "is not UTF-8 text: byte 0"),
         ("empty.csv", b"", r"no column 'place' in its first line \(nothing\)"),
         ("semicolons.csv", b"place;selected\na:1;no\n", r"no column 'place' .*\(place;selected\).* commas"),
-        ("maybe.csv", b"place,selected\na:1,no\na:2,maybe\n", "selected is 'maybe', but must be yes or no, for a:2"),
-        ("blank.csv", b"place,selected\na:1,\n", "selected is '', but must be yes or no, for a:1"),
-        ("short.csv", b"place,selected\na:1\n", r"short\.csv:2 has 1 field under 2 columns"),
-        ("twice.csv", b"place,selected\na:1,no\na:2,no\na:1,yes\n", "names a:1 twice, once with yes and once with no"),
+        ("maybe.csv", b"place,selected\na:1,no\na:2,maybe\n", "'maybe', .* a:2"),
+        ("blank.csv", b"place,selected\na:1,\n", "selected is '', .* a:1"),
+        ("short.csv", b"place,selected\na:1\n", r"short\.csv:2 has 1 field"),
+        ("twice.csv", b"place,selected\na:1,no\na:2,no\na:1,yes\n", "names a:1 twice"),
     ):
         path = tmp_path / name
         if content is not None:
@@ -177,9 +177,7 @@ def test_places_whose_rows_have_another_text_are_refused(tmp_path, changed, refu
     again = [changed.get(at, record) for at, record in enumerate(records)]
     rows = rows_from([*filter(None, again), dict.fromkeys(records[0], "five")], "rows.jsonl row")
     if refused:
-        with pytest.raises(
-            DataError, match=r"rows? of .*list.csv, the first of them rows.jsonl row [12], ha(s|ve) another"
-        ):
+        with pytest.raises(DataError, match=r"rows? of .*list.csv, .*rows.jsonl row [12]"):
             remaining_rows(read_decisions(str(file)), rows)
     else:
         assert len(remaining_rows(read_decisions(str(file)), rows)) == 3

@@ -115,7 +115,7 @@ def test_progress_counts_the_rows_of_every_metric(model):
 def test_rows_beyond_the_window_are_named(model, metric):
     long = {"prompt": "?" * 70, "completion": "y", "choices": ["y", "n"]}
     rows = rows_from([{"prompt": "?", "completion": "y", "choices": ["y", "n"]}, long], name="held-out row")
-    with pytest.raises(DataError, match=r"held-out row 2: the row takes \d+ tokens, .* window is 64"):
+    with pytest.raises(DataError, match=r"held-out row 2: .* window is 64"):
         measure(model, prepare_rows(rows, TOKENIZER, (metric,)))
 
 
@@ -158,6 +158,6 @@ def test_a_tokenizer_that_panics_on_what_was_written_is_a_sentence(model, monkey
     written = [[broken.convert_tokens_to_ids("!")]]
     monkeypatch.setattr("siftune.evaluate.measure.greedy", lambda *_: written)
     prepared = prepare_rows(rows_from([{"prompt": "1?", "completion": "!"}]), broken, ("exact_match",))
-    with pytest.raises(DataError, match=r"^the tokenizer fails on tokens that the model wrote, \[") as caught:
+    with pytest.raises(DataError, match=r"^the tokenizer fails on tokens") as caught:
         measure(model, prepared)
     assert type(caught.value.__cause__).__name__ == "PanicException"

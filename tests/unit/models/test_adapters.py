@@ -164,13 +164,13 @@ def test_settings_reach_peft_and_the_saved_adapter(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"targets": ["q_proj", "c_attn"]}, r"called c_attn; available: down_proj, gate_proj, k_proj, lm_head, o_"),
+        ({"targets": ["q_proj", "c_attn"]}, r"c_attn; available: down_proj, gate_proj"),
         ({"targets": []}, r"targets is empty.*available: down_proj"),
         ({"targets": ["mlp"]}, r"called mlp; available"),
         ({"kind": "xlora"}, r"unknown adapter type 'xlora'"),
         (
             {"targets": ["experts"]},
-            r"names experts, but LlamaForCausalLM has no experts whose weights lie in one tensor",
+            "names experts, but LlamaForCausalLM",
         ),
         ({"rank": 0}, r"rank must be ≥ 1.*rank=0"),
         ({"dropout": 1.0}, r"dropout in \[0, 1\).*dropout=1.0"),
@@ -183,9 +183,21 @@ def test_attach_refuses(settings, message):
 
 def test_a_damaged_file_of_weights_is_refused(tmp_path):
     attach_adapter(tiny("llama")).save_pretrained(tmp_path)
-    (tmp_path / "adapter_model.safetensors").unlink()
+    path = tmp_path / "adapter_model.safetensors"
+    name, tensor = next(iter(load_file(path).items()))
+    save_file({name: tensor.clone()}, path)
+    with pytest.raises(AdapterError, match="missing adapter keys"):
+        load_adapter(tiny("llama"), tmp_path, "base")
+    data = path.read_bytes()
+    path.unlink()  # it may still be mapped into memory
+    path.write_bytes(data[:20])
+    with pytest.raises(AdapterError, match="does not fit the model base"):
+        load_adapter(tiny("llama"), tmp_path, "base")
+    path.unlink()
+    with pytest.raises(AdapterError, match="has no weights"):
+        load_adapter(tiny("llama"), tmp_path, "base")
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x02")
-    with pytest.raises(AdapterError, match="doesn't fit the model base"):
+    with pytest.raises(AdapterError, match="does not fit the model base"):
         load_adapter(tiny("llama"), tmp_path, "base")
 
 
@@ -196,14 +208,14 @@ def test_tensors_that_are_none_of_the_adapter_are_refused(tmp_path):
     settings, tensors = json.loads(config.read_text()), load_file(weights)
     load_adapter(tiny("llama"), tmp_path, "base")
     config.write_text(json.dumps(settings | {"target_modules": ["q_proj"]}))
-    with pytest.raises(AdapterError, match=r"hold .*\.lora_A\.weight, which is no part of the adapter"):
+    with pytest.raises(AdapterError, match=r"\.lora_A\.weight, which is no part"):
         load_adapter(tiny("llama"), tmp_path, "base")
     config.write_text(json.dumps(settings))
     for name in ("mlp.down_proj.weight", "self_attn.q_proj.base_layer.weight"):
         place = f"model.layers.2.{name}"
         own = tiny("llama").get_parameter(place.replace(".base_layer", ""))
         save_file({**tensors, f"base_model.model.{place}": 2 * own}, weights)
-        with pytest.raises(AdapterError, match=f"{place}, which is no part of the adapter"):
+        with pytest.raises(AdapterError, match=f"{place}, which is no part"):
             load_adapter(tiny("llama"), tmp_path, "base")
 
 
@@ -211,7 +223,7 @@ def test_saved_embeddings_are_for_measuring_and_not_for_training(tmp_path):
     """Training would not save them again."""
     adapted().save_pretrained(tmp_path, save_embedding_layers=True)
     load_adapter(tiny("llama"), tmp_path, "base")
-    with pytest.raises(AdapterError, match=r"lm_head\.weight, which is no part of the adapter"):
+    with pytest.raises(AdapterError, match=r"lm_head\.weight, which is no part"):
         load_adapter(tiny("llama"), tmp_path, "base", trainable=True)
 
 

@@ -148,7 +148,7 @@ def test_code_of_a_repository_is_never_run(tmp_path):
     own = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     folder = folder_with(tmp_path / "m", model_type="never_heard_of", auto_map=own)
     (tmp_path / "m" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(ModelError, match="needs code of its own repository, which siftune never runs"):
+    with pytest.raises(ModelError, match="needs code of its own"):
         load_model(folder)
     assert not (tmp_path / "ran").exists()
 
@@ -228,7 +228,7 @@ def test_a_config_with_a_field_of_another_form_is_refused(saved, tmp_path, chang
     folder = shutil.copytree(saved, tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ModelError, match="cannot load a causal language model from the folder"):
+    with pytest.raises(ModelError, match=r"cannot load .* folder"):
         load_model(str(folder))
 
 
@@ -236,7 +236,7 @@ def test_a_config_with_a_field_of_another_form_is_refused(saved, tmp_path, chang
 def test_a_config_that_is_no_object_is_refused(saved, tmp_path, content):
     folder = shutil.copytree(saved, tmp_path / "m")
     (folder / "config.json").write_text(content)
-    with pytest.raises(ModelError, match="cannot load a causal language model from the folder"):
+    with pytest.raises(ModelError, match=r"cannot load .* folder"):
         load_model(str(folder))
 
 

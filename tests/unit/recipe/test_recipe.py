@@ -102,7 +102,7 @@ def test_an_error_names_file_line_and_key(recipe_file, text, words):
 
 
 def test_a_recipe_that_cannot_be_opened(tmp_path):
-    with pytest.raises(RecipeError, match=r"recipe .*no\.yaml does not exist \(looked in "):
+    with pytest.raises(RecipeError, match=r"no\.yaml does not exist"):
         load_recipe(tmp_path / "no.yaml")
     with pytest.raises(RecipeError, match="cannot be read: Is a directory"):
         load_recipe(tmp_path)

@@ -362,12 +362,12 @@ def test_what_was_measured_is_kept_once_for_each_file_of_rows(tmp_path):
         (
             "eval.json",
             json.dumps([sealed({"data": 1})]),
-            "eval.json cannot be read .*remove it, and run",
+            "eval.json .*remove it",
         ),
         ("eval.json", "{", "eval.json cannot be read"),
         ("eval.json", "[" * 99_999, "eval.json cannot be read"),
         ("eval.json", json.dumps([sealed({"metrics": ["x"], "answers": []})]), "eval.json cannot be read"),
-        ("eval.json", eval_json("7").replace("7", "8"), "eval.json cannot be read .it is not what was written"),
+        ("eval.json", eval_json("7").replace("7", "8"), "eval.json .*not what was written"),
         ("eval.json", eval_json("1e999"), "eval.json cannot be read"),
         ("eval.json", eval_json('1, "tuned": 1' + "0" * 400), "eval.json cannot be read"),
         ("eval.json", eval_json('1, "tuned_interval": [1]'), "eval.json cannot be read"),
@@ -394,7 +394,7 @@ def test_damaged_lines_of_metrics_are_left_out_with_a_warning(tmp_path, caplog):
 def test_folders_that_hold_nothing_are_told(tmp_path, runs):
     with pytest.raises(RecipeError, match="nope: there is none of that name"):
         show(tmp_path / "nope")
-    with pytest.raises(RecipeError, match="it has no run, sweep of learning rates or sifted pool"):
+    with pytest.raises(RecipeError, match="it has no run"):
         show(tmp_path)
     with pytest.raises(RecipeError, match="give the folder of a run"):
         show()

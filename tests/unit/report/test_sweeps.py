@@ -57,5 +57,5 @@ def test_what_strangers_wrote_is_escaped(tmp_path):
 
 @pytest.mark.parametrize("change", [{"method": "x"}, {"lr": 0}, {"lr": 1e999}, {"heldout_loss": "x"}, {"seed": None}])
 def test_a_damaged_sweep_of_learning_rates_is_told(tmp_path, change):
-    with pytest.raises(InputError, match=r"rates\.json is no record of learning rates .* run siftune find-lr again"):
+    with pytest.raises(InputError, match=r"rates\.json is no record"):
         show(save_rates(tmp_path / "lr", lr_run() | change))

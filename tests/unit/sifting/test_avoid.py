@@ -1,16 +1,12 @@
 """Rows like bad ones, left out: a slow oracle, target and bad rows together, interruption, and wrong input."""
 
 import json
-import os
 import shutil
-import signal
-from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 from peft import PeftModel
-from support.trainers import At
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from siftune import sift
@@ -105,25 +101,6 @@ def test_bad_rows_in_the_pool_are_left_out_of_it_and_of_the_training_on_it(avoid
     assert set(gone) <= excluded(sifted.folder / "avoid" / "scores.csv")  # no list brings them back
     assert [line["score"] for line in table(sifted.folder / "avoid")[36:]] == ["", ""]
     assert [row.origin for row in trained[0].parts["train"]] == sifted.places
-
-
-def test_interrupted_in_the_second_training(avoiding, tmp_path, interfere, monkeypatch):
-    complete = sift(**{**avoiding, "out": str(tmp_path / "complete")}, console=QUIET).folder
-    begun = count(1)
-
-    def stop(_):
-        if next(begun) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    interfere(At("on_step_begin", 1, stop))
-    with pytest.raises(KeyboardInterrupt):
-        sift(**avoiding, console=QUIET)
-    assert (tmp_path / "sifted" / "avoid" / "tuning").exists()
-    assert not (tmp_path / "sifted" / "avoid" / "losses.jsonl").exists()
-    monkeypatch.undo()
-    again = sift(**avoiding, console=QUIET)
-    for name in ("avoid/losses.jsonl", "avoid/scores.csv", "sifted.jsonl"):
-        assert (again.folder / name).read_bytes() == (complete / name).read_bytes()
 
 
 def test_scores_by_the_target_are_used_again_if_bad_rows_are_added(given, complete, bad, monkeypatch):

@@ -65,7 +65,7 @@ def test_rows_above_the_limit_are_left_out_if_rows_are_as_unlikely_as_decoys():
         pool = np.repeat([0.2, 0.5, 0.6, 4.5], [90, 9 - unlikely, 1, unlikely])
         choice = choose_by_losses(pool, target, decoys, task)
         assert (~choice.rows_R).sum() == left_out
-        assert ("hardly any completion looks wrong, and none is left out: 4.0%" in choice.reason) == (not left_out)
+        assert ("none is left out: 4.0%" in choice.reason) == (not left_out)
 
 
 def test_nothing_is_left_out_if_as_many_held_out_rows_are_as_unlikely_as_decoys():
@@ -73,7 +73,7 @@ def test_nothing_is_left_out_if_as_many_held_out_rows_are_as_unlikely_as_decoys(
     few, many = (choose_by_losses(pool, np.repeat([0.1, 4.2], [16 - n, n]), decoys, task) for n in (3, 5))
     assert few.rows_R.tolist() == (pool < 4).tolist()
     assert many.rows_R.all()
-    assert "none is left out: 30.0% of the rows and 31.2% of the held-out ones are as unlikely" in many.reason
+    assert "30.0% of the rows and 31.2% of the held-out" in many.reason
 
 
 def test_the_limit_is_the_higher_of_those_by_held_out_rows_and_by_decoys():
@@ -87,7 +87,7 @@ def test_the_limit_is_the_higher_of_those_by_held_out_rows_and_by_decoys():
 def test_nothing_is_left_out_if_decoys_are_few_or_as_likely_as_held_out_rows():
     target, pool, task = np.array([0.1] * 8 + [0.5, 3.0]), np.array([0.2] * 5 + [9.5] * 5), np.ones(10, bool)
     reason = choose_by_losses(pool, target, np.full(8, 0.1), task).reason
-    assert "cannot tell right completions from wrong ones, and none is left out" in reason
+    assert "cannot tell right completions" in reason
     assert "too few" in choose_by_losses(pool, target, np.full(7, 9.0), task).reason
     for decoys in (np.full(8, 0.1), np.full(7, 9.0), np.empty(0)):
         assert choose_by_losses(pool, target, decoys, task).rows_R.all()

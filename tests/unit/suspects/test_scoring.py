@@ -19,7 +19,7 @@ from siftune.recipe.read import load_recipe
 from siftune.recipe.training_rows import recipe_of_rows
 from siftune.suspects import scoring
 from siftune.suspects.decoys import decoys_of
-from siftune.suspects.losses import read_losses, trained_rows
+from siftune.suspects.losses import Losses, read_losses, trained_rows, write_losses
 from siftune.suspects.scoring import half_of, score_run, tuned_on
 from siftune.train.folder.run_folder import HALVES, LOSSES, RunFolder
 from siftune.train.run import train
@@ -33,14 +33,24 @@ def short(monkeypatch):
     monkeypatch.setattr(scoring, "FEWEST", 2)
 
 
-@pytest.fixture
-def run(base, tmp_path):
-    """A run on 40 rows, two of them copies, with a target, whose rows come last."""
-    few, rows = tmp_path / "few.jsonl", save_rows(tmp_path / "rows.jsonl", 38)
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    """A run on 40 rows, two of them copies, with a target, whose rows come last; and a copy of it."""
+    place = tmp_path_factory.mktemp("finished")
+    few, rows = place / "few.jsonl", save_rows(place / "rows.jsonl", 38)
     few.write_text('{"prompt": "2?", "completion": "4"}\n{"prompt": "3?", "completion": "6"}\n')
     rows.write_text(rows.read_text() + "".join(rows.read_text().splitlines(keepends=True)[:2]))
-    train(recipe(base, rows, tmp_path / "run", method="dense", target=str(few), steps=1), QUIET)
-    return tmp_path / "run"
+    train(recipe(base, rows, place / "run", method="dense", target=str(few), steps=1), QUIET)
+    shutil.copytree(place / "run", place / "copy")
+    return place
+
+
+@pytest.fixture
+def run(finished):
+    """The folder of that run as it ended; its recipe names it, so that it remains in its place."""
+    shutil.rmtree(finished / "run")
+    shutil.copytree(finished / "copy", finished / "run")
+    return finished / "run"
 
 
 @pytest.fixture
@@ -227,10 +237,13 @@ def test_a_missing_or_damaged_file(tmp_path, spoil):
         read_losses(tmp_path / LOSSES, "", 1)
 
 
-def test_scores_of_other_rows_are_refused(run):
-    score_run(run, console=QUIET)
+def test_scores_of_other_rows_are_refused(tmp_path):
+    kinds = {"row": np.int32, "tokens": np.int32, "other": np.int32, "covered": bool}
+    losses = Losses(**{name: np.zeros(1, kinds.get(name, np.float32)) for name in Losses.__annotations__})
+    write_losses(tmp_path / LOSSES, losses, "a digest")
+    assert read_losses(tmp_path / LOSSES, "a digest", 10**6).row.tolist() == [0]
     with pytest.raises(DataError, match="other rows"):
-        read_losses(run / LOSSES, "another digest", 10**6)
+        read_losses(tmp_path / LOSSES, "another digest", 10**6)
 
 
 def test_a_run_that_has_not_ended_or_is_private(run, capsys):

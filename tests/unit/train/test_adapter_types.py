@@ -96,7 +96,7 @@ def test_the_code_on_the_card_runs(finished, base, monkeypatch):
 
 
 def test_a_rank_that_a_kind_does_not_have_is_refused(base, rows, tmp_path):
-    with pytest.raises(RecipeError, match="rank is 2, which an adapter ln does not have"):
+    with pytest.raises(RecipeError, match=r"rank is 2, .* ln"):
         check(recipe(base, rows, tmp_path / "run", adapter="ln"))
 
 
@@ -106,5 +106,5 @@ def test_a_kind_that_is_not_known_is_refused(base, tmp_path):
         train(recipe(base, tmp_path, tmp_path / "run", from_adapter=str(tmp_path)), QUIET)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "BOTTLENECK", "parallel": True}))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(AdapterError, match="doesn't fit the model"):
+    with pytest.raises(AdapterError, match="does not fit"):
         load_adapter(AutoModelForCausalLM.from_pretrained(base), tmp_path, "base")

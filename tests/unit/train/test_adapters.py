@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from support.tiny import tiny
-from support.tiny_run import recipe
+from support.tiny_run import recipe, save_rows
 from support.tokenizer import byte_tokenizer
 from support.trainers import weights
 from transformers import AutoModelForCausalLM
@@ -33,6 +33,14 @@ def logits(model):
 
 
 # an adapter that was trained before
+
+
+@pytest.fixture(scope="module")
+def earlier(base, tmp_path_factory):
+    """The folder of a run of one step."""
+    place = tmp_path_factory.mktemp("earlier")
+    rows = save_rows(place / "rows.jsonl")
+    return train(recipe(base, rows, place / "run", method="dense", steps=1), QUIET).folder.path
 
 
 def test_a_run_goes_on_with_the_adapter_of_another(base, rows, tmp_path):
@@ -68,10 +76,9 @@ def test_a_run_on_an_adapter_goes_on_by_the_command_that_began_it(base, rows, tm
     ("settings", "words"),
     [({"rank": 5}, "rank is 5, but .* has 2"), ({"alpha": 5}, "alpha is 5"), ({"adapter": "dora"}, "dora")],
 )  # fmt: skip
-def test_an_adapter_of_another_form_is_refused_by_name(base, rows, tmp_path, settings, words):
-    first = train(recipe(base, rows, tmp_path / "first", method="dense", steps=1), QUIET)
+def test_an_adapter_of_another_form_is_refused_by_name(base, rows, tmp_path, earlier, settings, words):
     with pytest.raises(RecipeError, match=words):
-        train(recipe(base, rows, tmp_path / "run", from_adapter=str(first.folder.path), **settings), QUIET)
+        train(recipe(base, rows, tmp_path / "run", from_adapter=str(earlier), **settings), QUIET)
 
 
 def test_an_earlier_adapter_has_its_own_dropout_and_limits(base, rows, tmp_path):
@@ -119,7 +126,7 @@ def test_a_run_on_experts_is_not_resumed_without_them(rows, tmp_path):
     given = {"method": "dense", "steps": 2, "save_every": 2}
     first = train(recipe(place, rows, tmp_path / "run", targets=("q_proj", "experts"), **given), QUIET)
     trained = (first.folder.adapter / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(RecipeError, match=r"target_parameters = .*set targets and layers as that run did"):
+    with pytest.raises(RecipeError, match=r"target_parameters = .*targets"):
         train(recipe(place, rows, tmp_path / "run", targets=("q_proj",), resume=True, **given | {"steps": 4}), QUIET)
     assert (first.folder.adapter / "adapter_model.safetensors").read_bytes() == trained
 
@@ -183,9 +190,7 @@ def test_without_bitsandbytes_there_is_a_sentence(base, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else found(name, *a)
     )
-    with pytest.raises(
-        ModelError, match="quantize needs bitsandbytes, which is not installed: `pip install bitsandbytes`"
-    ):
+    with pytest.raises(ModelError, match="pip install bitsandbytes"):
         load_model(str(base), quantize="4bit")
 
 

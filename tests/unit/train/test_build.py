@@ -61,7 +61,7 @@ def test_what_is_there(names):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("wandb",), "the package of the tracker wandb is not installed: `pip install wandb`"),
+        (("wandb",), "`pip install wandb`"),
         (("tensorboard", "azure_ml"), "`pip install azure-ml`"),
     ],
 )
@@ -76,7 +76,7 @@ def test_it_comes_before_the_model(base, rows, tmp_path, capsys, monkeypatch):
     words = ["train", "--model", str(base), "--train", str(rows), "--out", str(tmp_path / "run")]
     assert main([*words, "--report-to", "tensorboard", "wandb"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("siftune: error: the package of the tracker wandb is not installed")
+    assert "pip install wandb" in last
     assert not (tmp_path / "run").exists()
 
 
@@ -107,7 +107,7 @@ def test_a_compiled_run_leaves_what_a_run_leaves(base, rows, tmp_path, method):
 @pytest.mark.parametrize("change", [{"adapter": "dora"}, {"quantize": "8bit"}, {"sharding": "fsdp"}])
 def test_what_does_not_go_with_compile_is_refused(tmp_path, change):
     made = resolve_recipe(recipe(tmp_path, tmp_path, tmp_path, method="dense", compile=True, **change))
-    with pytest.raises(RecipeError, match="compile goes with adapters lora, rslora and full"):
+    with pytest.raises(RecipeError, match="compile goes with"):
         check(made)
 
 

@@ -57,18 +57,11 @@ def test_a_run_goes_on_and_is_measured_from_another_folder(base, rows, tmp_path,
     shutil.move(here / "base", there / "moved")
     capsys.readouterr()
     assert main(["eval", run, *quick]) == 2
-    assert f"was trained on {here}/base, which is not there: say with --base where it is" in capsys.readouterr().err
+    assert f"was trained on {here}/base, which is not there" in capsys.readouterr().err
     for name in (run, f"{run}/adapter"):
         assert main(["eval", name, *quick, "--base", "moved", "--data", f"{here}/rows.jsonl"]) == 0
     assert main(["export", run, "--base", "moved", "--out", "merged"]) == 0
     assert list((there).glob("runs")) == []
-
-
-def test_a_base_that_is_no_model_is_named(base, rows, tmp_path, capsys):
-    train(recipe(base, rows, tmp_path / "run", steps=1), QUIET)
-    words = ["--data", str(rows), "--limit", "1"]
-    assert main(["eval", str(tmp_path / "run"), "--base", str(tmp_path / "none"), *words]) == 2
-    assert f"model folder {tmp_path}/none does not exist" in capsys.readouterr().err
 
 
 # --- starts that fail
@@ -103,19 +96,3 @@ def test_an_end_before_the_first_step_leaves_what_was_there(base, rows, tmp_path
         train(recipe(base, rows, out), QUIET)
     assert {path.name for path in out.iterdir()} == {"notes.txt", "recipe.yaml"}
     assert stopped.value.__notes__ == ["no step was finished"]
-
-
-def test_names_that_stand_for_nothing_are_answered_at_once(base, rows, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("siftune.recipe.training_rows.load_rows", None)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "first").mkdir(parents=True)
-    (tmp_path / "runs" / "first" / "recipe.yaml").write_text("")
-    assert main(["eval", "nope"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"siftune: error: there is no run nope: no such folder (working directory: {tmp_path})")
-    assert main(["eval", "runs/frist"]) == 2
-    assert "did you mean runs/first?" in capsys.readouterr().err
-    assert main(["train", "--model", "models/none", "--train", str(rows)]) == 2
-    assert "cannot load the model 'models/none': no such folder" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["first"]

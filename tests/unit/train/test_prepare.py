@@ -43,7 +43,8 @@ def test_all_bad_rows_are_told_together_by_file_and_line(tmp_path, mixed):
     with pytest.raises(DataError) as caught:
         prepared(recipe(tmp_path, mixed, tmp_path / "run"))
     head, *named = str(caught.value).split("\n  ")
-    assert head == "5 rows cannot be used; correct them, or leave them out with --bad-rows drop:"
+    assert head.startswith("5 rows cannot be used")
+    assert "--bad-rows drop" in head
     assert [line.partition(": ")[0] for line in named] == [f"{mixed}:{number}" for number in (4, 5, 6, 8, 7)]
     for line, words in zip(
         named, ("invalid JSON", "'completion' is missing", "a string", "'weight'", "90"), strict=True
@@ -100,7 +101,7 @@ def test_bad_rows_are_dropped_where_the_recipe_says_so(tmp_path, mixed):
 def test_nothing_but_bad_rows_is_refused_with_one_of_them(tmp_path):
     path = tmp_path / "none.jsonl"
     path.write_text(f"{LONG}\n{LONG}")
-    with pytest.raises(DataError, match=r"none of the rows to train on can be used: .*none.jsonl:1, .*: the prompt"):
+    with pytest.raises(DataError, match=r"rows to train on .*none.jsonl:1, .*: the prompt"):
         prepared(recipe(tmp_path, path, tmp_path / "run", bad_rows="drop"))
 
 
@@ -121,7 +122,7 @@ def test_a_list_of_all_rows_of_the_target_is_refused(tmp_path):
     few, dropped = save_rows(tmp_path / "few.jsonl", 2), tmp_path / "dropped.txt"
     dropped.write_text(f"{few}:1\n{few}:2\n")
     given = {"target": str(few), "drop_rows": str(dropped)}
-    with pytest.raises(DataError, match="rows of the target can be used: --drop-rows leaves out all"):
+    with pytest.raises(DataError, match=r"rows of the target .*--drop-rows"):
         prepared(recipe(tmp_path, save_rows(tmp_path / "rows.jsonl"), tmp_path / "run", **given))
 
 
@@ -226,7 +227,7 @@ def test_a_recipe_holds_several_files(base, two, tmp_path):
         ({"eval": "rows.jsonl", "eval_share": 0.1}, "eval and eval_share both"),
         ({"eval_share": 1.0}, "eval_share is 1.0"),
         ({"train": ()}, "no training data"),
-        ({"target_share": 0.5}, "target_share has no effect without a target"),
+        ({"target_share": 0.5}, "target_share has no effect"),
         ({"bad_rows": "skip"}, "bad_rows is 'skip'"),
     ],
 )  # fmt: skip

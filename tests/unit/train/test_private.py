@@ -301,7 +301,7 @@ def test_rows_are_not_chosen_by_their_losses(told, rows, tmp_path, name):
     if name == "list.txt":
         assert len(read_rows(given).parts["train"]) == 23
         return
-    with pytest.raises(RecipeError, match=f"scores of .*{name} were computed from losses .* dp_epsilon covers"):
+    with pytest.raises(RecipeError, match=f"scores of .*{name} .*dp_epsilon covers"):
         train(given, QUIET)
     assert not (tmp_path / "run").exists()
 
@@ -310,7 +310,7 @@ def test_rows_must_be_enough():
     given = Recipe(train="rows.jsonl", batch_size=16, **PROMISE)
     with pytest.raises(RecipeError, match="a step would draw 16 rows, but there are 15"):
         privacy_of(given, 15)
-    with pytest.raises(RecipeError, match=r"dp_delta is 0\.001, but with 1000 rows it must be below 0.001"):
+    with pytest.raises(RecipeError, match=r"dp_delta is 0\.001, but with 1000 rows"):
         privacy_of(given, 1000)
     assert privacy_of(given, 999).mechanism.steps == 63
 
@@ -319,7 +319,7 @@ def test_several_ranks_and_scaled_losses_are_refused(told, tmp_path, monkeypatch
     given = told(tmp_path / "run", steps=1)
     with monkeypatch.context() as patched:
         patched.setattr(private, "world_size", lambda: 2)
-        with pytest.raises(UnsupportedError, match=r"2 ranks would each draw rows.*start one process"):
+        with pytest.raises(UnsupportedError, match=r"2 ranks would each"):
             train(given, QUIET)
     half = arguments(tmp_path)
     half.fp16 = True

@@ -70,7 +70,7 @@ def metrics(run):
     """The lines of the metrics without times."""
     names = ("step", "loss", "grad_norm", "learning_rate", "eval_loss", "num_input_tokens_seen", "active_layers")
     kept = [line for line in lines(run / "metrics.jsonl") if "loss" in line or "eval_loss" in line]
-    return [{name: line[name] for name in names if name in line} for line in kept]
+    return [{name: line[name] for name in line if name in names or name.startswith("loss/")} for line in kept]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_is_skipped(finished, copied, caplog):
 
 
 def test_no_checkpoint(base, rows, tmp_path):
-    for resume, message in ((True, "No complete checkpoint"), (str(tmp_path / "none"), "none is no complete")):
+    for resume, message in ((True, "no complete checkpoint"), (str(tmp_path / "none"), "none is no complete")):
         with pytest.raises(InputError, match=message):
             train(recipe(base, rows, tmp_path / "run", resume=resume), QUIET)
 
@@ -177,7 +177,7 @@ def test_an_edited_recipe_does_not_change_the_adapter_of_a_checkpoint(copied):
     run, resumed = copied()
     path = run / "recipe.yaml"
     path.write_text(recipe_to_yaml(replace(load_recipe(path), alpha=64)))
-    with pytest.raises(RecipeError, match="lora_alpha = 4, this recipe asks for 64; set alpha"):
+    with pytest.raises(RecipeError, match=r"lora_alpha = 4, .* 64; set alpha"):
         train(resumed(steps=4, alpha=64), QUIET)
 
 

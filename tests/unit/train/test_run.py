@@ -16,12 +16,11 @@ from support.tiny_run import choices_of, lines, recipe
 from support.trainers import At, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from siftune.base.errors import InputError, RecipeError, TrainingError
+from siftune.base.errors import InputError, TrainingError
 from siftune.cli.demo_rows import arithmetic_rows
 from siftune.models import attention
 from siftune.recipe.read import load_recipe
 from siftune.recipe.schema import resolve_recipe, select_until
-from siftune.train import source as module
 from siftune.train.run import train
 from siftune.train.trainer import SiftTrainer
 
@@ -211,15 +210,6 @@ def figures(folder):
     ]
 
 
-def test_a_second_run_in_the_folder_is_refused_before_anything_is_loaded(base, rows, tmp_path, monkeypatch):
-    train(recipe(base, rows, tmp_path / "run"), QUIET)
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    monkeypatch.setattr(module, "load_model", None)
-    with pytest.raises(RecipeError, match="run holds a run already"):
-        train(recipe(base, rows, tmp_path / "run"), QUIET)
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
-
-
 # --- training that ends early ---
 
 
@@ -289,7 +279,7 @@ def test_broken_numbers_leave_the_adapter_of_the_step_before(base, rows, tmp_pat
         model.get_input_embeddings().weight.data.fill_(float("nan"))
 
     interfere(At("on_step_begin", 4, act))
-    with pytest.raises(TrainingError, match=r"The loss is nan .*at step 7.* So far, the adapter after step 6 is in "):
+    with pytest.raises(TrainingError, match=r"the loss is nan .*step 7.*; so far, .* step 6"):
         train(recipe(base, rows, tmp_path / "run", steps=8), QUIET)
     assert_same(weights(trainable(loaded(base, tmp_path / "run" / "adapter"))), kept)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"

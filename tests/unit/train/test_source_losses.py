@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -122,21 +121,3 @@ def test_names_of_sources(tmp_path):
     parquet.write_table(pa.table({"text": ["one"]}), files[2])
     rows = [row for file in files for row in load_rows(str(file))]
     assert source_or_file(rows) == ["a/x.jsonl", "web/en", "b/x.jsonl", "web/en", "c/x.parquet"]
-
-
-def test_a_resumed_run_has_the_same_lines(base, tmp_path):
-    pool = write(tmp_path / "pool.jsonl", 24, lambda at: "web" if at % 3 else "books")
-    settings = {"method": "gast", "log_every": 2, "save_every": 3}
-    train(recipe(base, pool, tmp_path / "whole", **settings), QUIET)
-    train(recipe(base, pool, tmp_path / "run", **settings), QUIET)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-6")
-    train(recipe(base, pool, tmp_path / "run", resume=True, **settings), QUIET)
-
-    def by_source(name):
-        return [
-            (line["step"], {key: line[key] for key in line if "loss/" in key})
-            for line in lines(tmp_path / name / "metrics.jsonl")
-            if "loss" in line and line["step"] > 4
-        ]
-
-    assert by_source("run") == by_source("whole") != []

@@ -110,9 +110,6 @@ def test_half_precision(base, rows, tmp_path):
     assert float((logits(done.model) - logits(load_model(str(base), "bfloat16")[0])).abs().max()) > 1e-2
 
 
-# --- resuming and stopping
-
-
 # --- in memory
 
 
@@ -151,7 +148,7 @@ def test_rst_on_complete_layers(base, rows, tmp_path):
 
 def test_training_all_weights_is_refused_before_anything_is_loaded(base, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_model", None)
-    with pytest.raises(RecipeError, match=r"adapter is full and no layers are given: .* give --layers, such as 0 1"):
+    with pytest.raises(RecipeError, match=r"adapter is full .*--layers, such as 0 1"):
         train(recipe(base, rows, tmp_path / "run", method="dense", adapter="full"), QUIET)
 
 
@@ -178,7 +175,7 @@ def test_tuned_layers_round_trip(saved):
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"base": 1, "layers": [0]}', '{"base": "b", "layers": [true]}'])
 def test_a_damaged_description(saved, text):
     (saved / "tuned_layers.json").write_text(text)
-    with pytest.raises(InputError, match=r"tuned_layers\.json cannot be read .*; train again"):
+    with pytest.raises(InputError, match=r"tuned_layers\.json cannot be read"):
         read_about(saved)
 
 
@@ -188,10 +185,10 @@ def test_damaged_weights(saved):
     with pytest.raises(AdapterError, match=r"tuned_layers\.safetensors: a holds NaN or infinity"):
         read_tuned(saved)
     path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(AdapterError, match=r"tuned_layers\.safetensors can't be read"):
+    with pytest.raises(AdapterError, match=r"tuned_layers\.safetensors cannot be read"):
         read_tuned(saved)
     path.unlink()
-    with pytest.raises(AdapterError, match=r"tuned_layers\.safetensors can't be read"):
+    with pytest.raises(AdapterError, match=r"tuned_layers\.safetensors cannot be read"):
         read_tuned(saved)
 
 

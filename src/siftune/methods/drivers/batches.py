@@ -55,15 +55,15 @@ class RowDraws:
         """Draw `count` rows, or all if there are fewer, as batches of at most `chunk` rows."""
         rows = self._pick(count) if self._indexed else self._next_rows(count)
         if not rows:
-            raise DataError("The training set yields no rows to score layers on.")
+            raise DataError("the training set yields no rows to score layers on")
         return [self._batch(rows[start : start + chunk]) for start in range(0, len(rows), chunk)]
 
     def _check(self, shared: bool) -> None:
         """Check that the collator makes a batch of rows, and that an iterable is not one that training reads itself."""
         if shared and not self._indexed and iter(self._dataset) is iter(self._dataset):
             raise DataError(
-                f"One iterator of the {type(self._dataset).__name__} serves all readers, so that rows drawn from it "
-                "would be missing from training: give a dataset whose __iter__ returns a new iterator."
+                f"one iterator of the {type(self._dataset).__name__} serves all readers, so that rows drawn from it "
+                "would be missing from training: give a dataset whose __iter__ returns a new iterator"
             )
         if self._indexed and len(self._dataset):
             self._batch([self._dataset[0]])
@@ -73,9 +73,9 @@ class RowDraws:
             batch = collated(rows, self._collate)
         if not isinstance(batch, Mapping):
             raise DataError(
-                f"The Trainer's collator makes a {type(batch).__name__} of rows, not a batch. A trainer that generates "
-                "its batches, such as GRPO, has no rows to score layers on or to compare gradients with: use GAST "
-                'with support="rest", or RST.'
+                f"the Trainer's collator makes a {type(batch).__name__} of rows, not a batch, as in trainers that "
+                "generate their batches, such as GRPO, so that there are no rows to score layers on or to compare "
+                'gradients with: use GAST with support="rest", or RST'
             )
         return batch
 
@@ -123,7 +123,7 @@ def collated(rows: list[Any], collate: Callable[[list[Any]], Any]) -> Any:
         return collate(rows)
     except KeyError as error:
         raise DataError(
-            f"The Trainer's collator finds no {error} in the rows: give them as in trainer.train_dataset, tokenized."
+            f"the Trainer's collator finds no {error} in the rows: give them as in trainer.train_dataset, tokenized"
         ) from error
 
 

@@ -245,8 +245,8 @@ class SampleCallback(SelectionCallback[SampleSelection]):
         if self.support_set is None:
             name = type(self).__name__
             raise RecipeError(
-                f'support="dataset" needs rows: pass {name}(support_set=...), in the form of the training rows. If you '
-                "did, turn restore_callback_states_from_checkpoint off: it loses them, and the checkpoint has the state"
+                f'support="dataset" needs rows: pass {name}(support_set=...), in the form of the training rows; if you '
+                "did, turn restore_callback_states_from_checkpoint off, which loses them: the checkpoint has the state"
             )
         return self.support_set
 

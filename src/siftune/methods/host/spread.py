@@ -10,9 +10,9 @@ from transformers import Trainer, TrainingArguments
 from siftune.base.errors import UnsupportedError
 from siftune.engine.sharding import average_trainable, is_sharded
 
-_SHARDS = "shards the adapters that selection works on."
+_SHARDS = "shards the adapters that selection works on"
 _INSTEAD = (
-    "Turn it off there, and call siftune.shard_base(model) before making the Trainer: it shards the base by FSDP2 and "
+    "turn it off there, and call siftune.shard_base(model) before making the Trainer: it shards the base by FSDP2 and "
     "keeps the adapters unsharded; in siftune train, that is --sharding fsdp"
 )
 # sizes of a transformers DistributedConfig or an accelerate ParallelismConfig -> their meaning
@@ -54,18 +54,18 @@ def refuse_wrappers(args: TrainingArguments, model: nn.Module, plan: Any = None)
         UnsupportedError: There is such a wrapper; the message names it.
     """
     if _is_launched("fsdp"):
-        raise UnsupportedError(f"accelerate's config has fsdp on, which {_SHARDS} {_INSTEAD}.")
+        raise UnsupportedError(f"accelerate's config has fsdp on, which {_SHARDS}: {_INSTEAD}")
     if getattr(args, "fsdp", None):
-        raise UnsupportedError(f"The Trainer's argument fsdp {_SHARDS} {_INSTEAD}.")
+        raise UnsupportedError(f"the Trainer's argument fsdp {_SHARDS}: {_INSTEAD}")
     if args.n_gpu > 1:
         raise UnsupportedError(
-            f"The Trainer spreads every batch over {args.n_gpu} GPUs by nn.DataParallel, whose copies of the model "
+            f"the Trainer spreads every batch over {args.n_gpu} GPUs by nn.DataParallel, whose copies of the model "
             "selection cannot reach: start the script with torchrun or accelerate launch for DDP, or show it one GPU "
             "by CUDA_VISIBLE_DEVICES=0"
         )
     for name, size in _splits(plan, getattr(getattr(model, "config", None), "distributed_config", None)):
         raise UnsupportedError(
-            f"The model is split by {_SPLITS[name]} ({name} {size}), so that no rank sees a complete layer or a row's "
+            f"the model is split by {_SPLITS[name]} ({name} {size}), so that no rank sees a complete layer or a row's "
             "gradient: train it by DDP; if it is too large for one device, use siftune.shard_base(model) or device_map"
         )
 

@@ -108,12 +108,12 @@ def load_adapter(model: nn.Module, adapter: Path, base: str, exact: bool = False
         trainable: Load it for training rather than inference.
 
     Raises:
-        AdapterError: It can't be read or doesn't fit the model.
+        AdapterError: It cannot be read or does not fit the model.
     """
     register()
     read_config(adapter)
     if not any((adapter / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
-        raise AdapterError(f"{adapter} has no weights (adapter_model.safetensors); save the adapter again.")
+        raise AdapterError(f"{adapter} has no weights (adapter_model.safetensors); save the adapter again")
     try:
         with warnings.catch_warnings():
             # if weights are missing, PEFT only warns and uses random ones or zeros
@@ -125,8 +125,8 @@ def load_adapter(model: nn.Module, adapter: Path, base: str, exact: bool = False
             return tuned
     except _UNREADABLE as error:
         raise AdapterError(
-            f"the adapter in {adapter} doesn't fit the model {base}: {why_unreadable(error)}; give the adapter's own "
-            "base model."
+            f"the adapter in {adapter} does not fit the model {base}: {why_unreadable(error)}; give the adapter's own "
+            "base model"
         ) from error
 
 
@@ -144,13 +144,13 @@ def _refuse_foreign(tuned: PeftModel, adapter: Path, trainable: bool) -> None:
     if foreign:
         raise AdapterError(
             f"the weights in {adapter} hold {one_line(foreign[0])}, which is no part of the adapter that its "
-            "adapter_config.json describes: save the adapter again, with PEFT's save_embedding_layers=False."
+            "adapter_config.json describes: save the adapter again, with PEFT's save_embedding_layers=False"
         )
     whole = next((name for name, tensor in weights.items() if not tensor.is_floating_point()), None)
     if whole is not None:
         raise AdapterError(
             f"the weights in {adapter} hold {one_line(whole)} as {weights[whole].dtype}, not as floating-point "
-            "numbers: save the adapter again."
+            "numbers: save the adapter again"
         )
 
 

@@ -85,7 +85,7 @@ def read_of(checkpoint: str | None) -> Iterator[None]:
     except _READING as error:
         if ran_out(error):
             raise
-        raise TrainingError(f"{checkpoint} cannot be read ({why_unreadable(error)}): {_ADVICE}.") from error
+        raise TrainingError(f"{checkpoint} cannot be read ({why_unreadable(error)}): {_ADVICE}") from error
 
 
 def begin(checkpoint: Path) -> None:
@@ -173,7 +173,7 @@ def named_checkpoint(name: str, hashes: bool = True) -> Path:
     checkpoint = Path(name).expanduser()
     if (fault := fault_of(checkpoint, hashes)) is not None:
         why = f" ({fault})" if checkpoint.is_dir() else ""
-        raise RecipeError(f"{checkpoint} is no complete checkpoint{why}; give a folder RUN/checkpoints/checkpoint-N.")
+        raise RecipeError(f"{checkpoint} is no complete checkpoint{why}; give a folder RUN/checkpoints/checkpoint-N")
     return checkpoint
 
 
@@ -195,7 +195,7 @@ def newest_checkpoint(folder: Path, fresh: bool) -> Path:
     instead = "train without --resume" if fresh else "train in another folder"
     if damaged:
         instead = f"all are damaged: {instead}"
-    raise InputError(f"No complete checkpoint in {folder}; {instead}.")
+    raise InputError(f"no complete checkpoint in {folder}; {instead}")
 
 
 def _files(checkpoint: Path) -> dict[str, Path]:

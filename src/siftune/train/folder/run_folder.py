@@ -80,7 +80,7 @@ class RunFolder:
                 writable_folder(self.path)
         except OSError as error:
             raise RecipeError(
-                f"The run folder {self.path} cannot be written to ({error.strerror}); give another with --out."
+                f"the run folder {self.path} cannot be written to ({error.strerror}); give another with --out"
             ) from error
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
@@ -173,7 +173,7 @@ class RunFolder:
             RecipeError: The folder is refused.
         """
         if (other := self.holds_other()) is not None:
-            raise RecipeError(f"{self.path} is no run folder, since {other} is in it; give another folder with --out.")
+            raise RecipeError(f"{self.path} is no run folder, since {other} is in it; give another folder with --out")
         if not resume and not self.is_fresh():
             raise RecipeError(
                 f"{self.path} holds a run already; give another folder with --out, or resume it with --resume"

@@ -56,7 +56,7 @@ def adopted(recipe: Recipe) -> Recipe:
     adapter_type = str(adapter_type_of(config))
     keys = {name: key for name, key in ADAPTER_TYPES[adapter_type].keys.items() if name != "dropout" or key in config}
     if missing := [key for key in keys.values() if config.get(key) is None]:
-        raise AdapterError(f"{folder / CONFIG} has no {missing[0]}; save the adapter again.")
+        raise AdapterError(f"{folder / CONFIG} has no {missing[0]}; save the adapter again")
     own = {name: _whole(config[key]) for name, key in keys.items()} | {"adapter": adapter_type}
     for name, value in own.items():
         asked = getattr(recipe, name)
@@ -123,10 +123,10 @@ def read_tuned(folder: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path} can't be read ({error}); train again.") from error
+        raise AdapterError(f"{path} cannot be read ({error}); train again") from error
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise AdapterError(f"{path}: {name} holds NaN or infinity; train again with a lower --lr.")
+            raise AdapterError(f"{path}: {name} holds NaN or infinity; train again with a lower --lr")
     return tensors
 
 
@@ -141,8 +141,8 @@ def put_in(model: nn.Module, tensors: Mapping[str, Tensor], source: object) -> N
         if name not in own or own[name].shape != tensor.shape:
             there = f"shape {tuple(own[name].shape)}" if name in own else "nothing"
             raise AdapterError(
-                f"the layers in {source} don't fit the model: {name} has shape {tuple(tensor.shape)}, the model has "
-                f"{there} there; give the model that they were trained on."
+                f"the layers in {source} do not fit the model: {name} has shape {tuple(tensor.shape)}, the model has "
+                f"{there} there; give the model that they were trained on"
             )
     with torch.no_grad():
         for name, tensor in tensors.items():

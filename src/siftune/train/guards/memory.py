@@ -34,8 +34,8 @@ def memory_faults(recipe: Recipe) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:150] or "MemoryError"
         raise OutOfMemory(
-            f"Out of memory ({reason}) with {counted(recipe.batch_size, 'row')} of up to {recipe.max_length} tokens "
-            f"in a forward pass. Reduce memory with {', '.join(_options(recipe))}; --dry-run measures a step."
+            f"memory ran out ({reason}) with {counted(recipe.batch_size, 'row')} of up to {recipe.max_length} tokens "
+            f"in a forward pass: use less with {', '.join(_options(recipe))}; --dry-run measures a step"
         ) from error
 
 

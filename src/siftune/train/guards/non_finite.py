@@ -71,10 +71,10 @@ class BrokenSteps(TrainerCallback):  # type: ignore[misc]
         step, what = state.global_step + 1, self._what(batches)
         done = skipped_steps(state)
         if done >= self._most:
-            before = f" {done} such steps were skipped before." if done else ""
+            before = f", and {done} such steps were skipped before" if done else ""
             raise TrainingError(
-                f"{what} at step {step}; nothing of this step reached the adapter.{before} Lower --lr, look for broken "
-                "rows in the data, or use --dtype float32."
+                f"{what} at step {step}; nothing of this step reached the adapter{before}: lower --lr, look for broken "
+                "rows in the data, or use --dtype float32"
             )
         logger.warning("%s at step %d, which is skipped; %d more may be skipped", what, step, self._most - done - 1)
         self._skipped = True
@@ -96,7 +96,7 @@ class BrokenSteps(TrainerCallback):  # type: ignore[misc]
         more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
         names = ", ".join(map(self.name, rows[:_NAMED]))
         where = f" (rows: {names}{more})" if rows else ""
-        return f"{f'The loss is {losses[-1]}' if losses else 'A gradient is not finite'}{where}"
+        return f"{f'the loss is {losses[-1]}' if losses else 'a gradient is not finite'}{where}"
 
 
 class _Batch(NamedTuple):
@@ -127,6 +127,6 @@ def refuse_broken_end(state: TrainerState) -> None:
     last = state.global_step
     if {last, last - 1} <= {entry.get("step") for entry in state.log_history if SKIPPED in entry}:
         raise TrainingError(
-            f"The last steps, {last - 1} and {last}, were skipped as not finite: the weights are broken. Earlier "
-            "checkpoints may be intact. Lower --lr, or use --dtype float32."
+            f"the last steps, {last - 1} and {last}, were skipped as not finite, so that the weights are broken: lower "
+            "--lr, or use --dtype float32; earlier checkpoints may be intact"
         )

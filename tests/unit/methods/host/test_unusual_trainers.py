@@ -167,13 +167,13 @@ def test_rows_without_tokens_are_refused(tmp_path, make):
         return {name: torch.tensor([row[name] for row in batch]) for name in ("input_ids", "attention_mask", "labels")}
 
     few = [{"prompt": "1 + 1 =", "completion": "2"}] * 8
-    with pytest.raises(DataError, match=r"finds no 'input_ids' in the rows: give them as in trainer\.train_dataset"):
+    with pytest.raises(DataError, match=r"no 'input_ids' .*trainer\.train_dataset"):
         train(tmp_path, make(few), collator=collate)
 
 
 @pytest.mark.parametrize("method", [IST(), GAST(2)])
 def test_a_stream_that_can_be_read_only_once_is_refused(tmp_path, method):
-    with pytest.raises(DataError, match="One iterator of the Once serves all readers"):
+    with pytest.raises(DataError, match="iterator of the Once"):
         train(tmp_path, method, dataset=Once())
     for other in (RST(), GAST(**GAST.with_target, support_set=Once())):  # which take nothing from training
         dataset = Once() if isinstance(other, RST) else None

@@ -196,7 +196,7 @@ def test_resume_of_an_iterable_continues_its_position(tmp_path):
 def test_layers_that_cannot_be_scored_are_refused_before_a_step(tmp_path, made):
     steps = []
     choices = IST(active=0.5, interval=50, on_select=steps.append)
-    with pytest.raises(AdapterError, match=r"has no PEFT adapter whose response could be damped: attach one"):
+    with pytest.raises(AdapterError, match=r"no PEFT adapter"):
         train(tmp_path, choices, model=made())
     assert steps == []
 

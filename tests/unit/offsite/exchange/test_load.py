@@ -112,8 +112,6 @@ def test_another_sound_kit_in_its_place_is_refused(sound, tmp_path):
         load_kit(kit)
 
 
-
-
 def test_tensors_take_the_memory_of_the_file_once(sound):
     """They are mapped from the file, and the values are the file's."""
     from safetensors.torch import load_file

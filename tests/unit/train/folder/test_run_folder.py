@@ -74,7 +74,7 @@ def test_a_folder_of_other_files_is_refused_unless_a_run_is_in_it(tmp_path):
         (tmp_path / "run" / name).write_text("")
     RunFolder(tmp_path / "run").refuse_results(resume=False)
     (tmp_path / "run" / "photo.jpg").write_text("")
-    with pytest.raises(RecipeError, match=r"run is no run folder, since photo\.jpg is in it; give another folder"):
+    with pytest.raises(RecipeError, match=r"run is no run folder.*photo\.jpg"):
         RunFolder(tmp_path / "run").refuse_results(resume=False)
     (tmp_path / "run" / "recipe.yaml").write_text("")
     RunFolder(tmp_path / "run").refuse_results(resume=False)
@@ -82,8 +82,10 @@ def test_a_folder_of_other_files_is_refused_unless_a_run_is_in_it(tmp_path):
 
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecipeError, match=r"file/run cannot be written to \(Not a directory\); give another"):
+    with pytest.raises(RecipeError, match=r"file/run .*\(Not a directory\)"):
         RunFolder(tmp_path / "file" / "run")
+    with pytest.raises(RecipeError, match="file cannot be written to"):
+        RunFolder(tmp_path / "file")
 
 
 def test_the_adapter_is_replaced_whole_or_not_at_all(folder):
@@ -128,10 +130,10 @@ def test_records_that_cannot_be_read_are_told(folder):
 
 
 def test_the_newest_complete_checkpoint(folder):
-    with pytest.raises(InputError, match=r"No complete checkpoint in .*checkpoints; train without --resume"):
+    with pytest.raises(InputError, match=r"checkpoint in .*checkpoints; .* --resume"):
         newest_checkpoint(folder.checkpoints, folder.is_fresh())
     folder.adapter.mkdir()  # of a finished run, into which none without --resume may write
-    with pytest.raises(InputError, match=r"No complete checkpoint in .*checkpoints; train in another folder"):
+    with pytest.raises(InputError, match=r"checkpoint in .*checkpoints; .*another folder"):
         newest_checkpoint(folder.checkpoints, folder.is_fresh())
     checkpoint(folder, 9)
     newest = checkpoint(folder, 10)

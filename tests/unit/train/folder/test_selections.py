@@ -146,10 +146,3 @@ def test_another_table_is_refused(tmp_path):
     parquet.write_table(pyarrow.table({"step": [1]}), tmp_path / SELECTIONS)
     with pytest.raises(InputError, match=SELECTIONS):
         read_selections(tmp_path / SELECTIONS)
-
-
-def test_an_untrusted_file_does_not_unpack_to_any_size(tmp_path, monkeypatch):
-    write(tmp_path, choice())
-    monkeypatch.setattr("siftune.base.parquet_files._MOST", 20)
-    with pytest.raises(InputError, match="more than 20 bytes"):
-        read_selections(tmp_path / SELECTIONS)

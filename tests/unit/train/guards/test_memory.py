@@ -50,10 +50,10 @@ def test_the_sentence_names_what_takes_less(base, rows, tmp_path, small_memory):
     with pytest.raises(OutOfMemory) as failed:
         train(recipe(base, rows, tmp_path / "run"), QUIET)
     said = str(failed.value)
-    assert "Out of memory (" in said
+    assert "memory ran out (" in said
     assert "with 4 rows of up to 64 tokens" in said
-    assert "Reduce memory with --batch-size 2 --accumulate 2, --checkpointing, a smaller --max-length" in said
-    assert "So far, the adapter after step 2 is in" in said
+    assert "--batch-size 2 --accumulate 2, --checkpointing, a smaller --max-length" in said
+    assert "; so far, the adapter after step 2" in said
     assert "\n" not in said
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
 
