@@ -101,7 +101,7 @@ def score_losses(model: nn.Module, data: Dataset, batch_size: int) -> RowScores:
     losses = perplexity(model, token_rows(data), batch_size)
     bare = np.flatnonzero(losses.tokens == 0)
     if bare.size:
-        raise DataError(f"row {bare[0]} has no label after its first token, so it has no loss; leave it out.")
+        raise DataError(f"row {bare[0]} has no label after its first token, so it has no loss; leave it out")
     broken = np.flatnonzero(~np.isfinite(losses.nll))
     if broken.size:
         raise DataError(f"row {broken[0]}: the model's loss is not finite: leave the row out, or give --dtype float32")

@@ -102,7 +102,7 @@ def choose_candidates(rows: AuditRows, settings: AuditSettings, trained: Sequenc
     if not others:
         raise DataError(
             "every held-out row is a training row too, so membership cannot be inferred; give held-out rows of their "
-            "own, or leave membership out."
+            "own, or leave membership out"
         )
     members, outsiders = (drawn(indices, settings.membership_rows, settings.seed) for indices in (trained, others))
     return Candidates(members, outsiders, left_out=len(rows.held_out) - len(others))

@@ -60,7 +60,7 @@ def refuse_export(name: str) -> NoReturn:
     """
     raise ModelError(
         f"{name} is of a kit, an emulator that only stands in for a model: send the folder `return` of the run to the "
-        "model's owner, whose `siftune plug` makes the tuned model."
+        "model's owner, whose `siftune plug` makes the tuned model"
     )
 
 

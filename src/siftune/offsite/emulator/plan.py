@@ -144,7 +144,7 @@ def uniform_layers(count: int, kept: int) -> list[int]:
         [0, 6, 13, 19]
     """
     if not 0 <= kept <= count:
-        raise RecipeError(f"{kept} of {count} middle layers would stay; give a number from 0 to {count}.")
+        raise RecipeError(f"{kept} of {count} middle layers would stay; give a number from 0 to {count}")
     if kept == 1:
         return [count // 2]
     return [round(i * ((count - 1) / (kept - 1))) for i in range(kept)]

@@ -131,7 +131,7 @@ def _begin(sweep: LRSweep, progress: Progress) -> tuple[Mapping[str, Dataset], f
     loss = _heldout_loss(model, session.data["eval"], recipe.batch_size)
     if not math.isfinite(loss):
         raise TrainingError(
-            f"The held-out loss of {recipe.model} is {loss}: check the rows of {recipe.eval or 'eval_share'}"
+            f"the held-out loss of {recipe.model} is {loss}: check the rows of {recipe.eval or 'eval_share'}"
         )
     return session.data, loss
 
@@ -161,7 +161,7 @@ def _run(source: Source, recipe: Recipe, data: Mapping[str, Dataset], steps: Cal
     if diverged is None:
         heldout = _heldout_loss(trainer.model, data["eval"], recipe.batch_size)
         if not math.isfinite(heldout):
-            diverged = f"The held-out loss is {heldout} after step {trainer.state.global_step}"
+            diverged = f"the held-out loss is {heldout} after step {trainer.state.global_step}"
     return LRRun(
         method=recipe.method,
         lr=rate_of(recipe),

@@ -106,7 +106,7 @@ def test_a_rate_that_breaks_training_is_a_result(plain, tmp_path):
     runs, sweep = swept(plain, grid("dense", rates=(1e-3, 1e30)), tmp_path / "sweep")
     good, bad = runs
     assert good.diverged is None
-    assert re.fullmatch(r"(The loss is (nan|inf)|A gradient is not finite) \(rows: .*\) at step \d", bad.diverged)
+    assert re.fullmatch(r"(the loss is (nan|inf)|a gradient is not finite) \(rows: .*\) at step \d", bad.diverged)
     assert (bad.heldout_loss, bad.train_loss) == (None, None)
     assert 0 < bad.steps < 6
     assert sweep.missing() == []
