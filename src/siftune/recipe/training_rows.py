@@ -210,7 +210,7 @@ def recorded_digest(run: Path) -> str | None:
     Raises:
         InputError: The run has not ended, or its record is damaged.
     """
-    return read_sealed(run / _ABOUT, _About, "train to the end first.").rows
+    return read_sealed(run / _ABOUT, _About, "train to the end first").rows
 
 
 def refuse_changed(run: Path, rows: Sequence[Row]) -> None:
@@ -222,4 +222,4 @@ def refuse_changed(run: Path, rows: Sequence[Row]) -> None:
     """
     recorded = recorded_digest(run) if (run / _ABOUT).is_file() else None
     if recorded not in (None, digest_of(rows)):
-        raise DataError(f"the training rows have changed since {run} was trained: restore them, or train again.")
+        raise DataError(f"the training rows have changed since {run} was trained: restore them, or train again")
