@@ -4,6 +4,7 @@ If a step needs fewer, lower its number.
 """
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def waits_of(base, rows, folder, method, settings):
         finally:
             handle.remove()
     counted = ends[FIRST : FIRST + COUNT + 1]
-    return [after - before for before, after in zip(counted, counted[1:], strict=False)]
+    return [after - before for before, after in pairwise(counted)]
 
 
 def test_every_method_has_a_case():
