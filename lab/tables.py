@@ -9,10 +9,11 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lab import gast_cost, lira_epsilon, offsite, quality
+from lab import gast_cost, lira_epsilon, offsite
 from lab.avoid import report as avoid
 from lab.keep import report as keep
 from lab.lines import key, read
@@ -21,6 +22,8 @@ from lab.pays import scores
 from lab.pays.pool import FILES, QUESTIONS
 from lab.recorded import COMMANDS, NOTES
 from lab.rows import report as rows
+from lab.seeds import seed_means
+from siftune.evaluate.bootstrap import paired_bootstrap
 from siftune.report.table import Table, markdown_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,7 +37,31 @@ def _costs(path: Path) -> str:
 
 
 def _quality(path: Path) -> str:
-    return quality.report(read(path), against=("sample", "random 12 of 16", "dense lr 1e-3"))
+    """Correct answers in per cent, and differences to `dense` at the same rate with both kinds of intervals."""
+    runs: dict[tuple[float, str], dict[int, list[float]]] = {}
+    for line in read(path):
+        job = line["job"]
+        answers = [100.0 * right for right in line["correct"]["exact_match"]]
+        runs.setdefault((job["noise"], job["method"]), {})[job["seed"]] = answers
+    rows = []
+    for (noise, method), by_seed in sorted(runs.items()):
+        ours = [by_seed[seed] for seed in sorted(by_seed)]
+        correct = sum(map(sum, ours)) / sum(map(len, ours))
+        row = [f"{100 * noise:.0f} %", method, f"{correct:.1f}"]
+        rate = "".join(method.partition(" lr ")[1:])
+        if method != f"dense{rate}":
+            by_seed = runs[noise, f"dense{rate}"]
+            dense = [by_seed[seed] for seed in sorted(by_seed)]
+            values, weights = {"ours": ours, "dense": dense}, [[1.0] * len(answers) for answers in ours]
+            seeds = seed_means(values, weights).difference("ours", "dense")
+            row += [_interval(paired_bootstrap([*chain(*dense)], [*chain(*ours)])), _interval(seeds)]
+        rows.append(row + [""] * (5 - len(row)))
+    titles = ["wrong labels", "method", "correct, %", "− dense, over questions", "− dense, over seeds and questions"]
+    return markdown_table(Table(titles, rows))
+
+
+def _interval(difference: Any) -> str:
+    return f"{difference.value:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"
 
 
 def _pays(path: Path) -> str:
@@ -162,8 +189,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "bench.json": _printed,
     "calibration_leak.json": _printed,
     "commonsense_qwen.json": _printed,
-    "commonsense_smollm2.json": _printed,
-    "commonsense_smollm2_texts.json": _printed,
     "dp_cost.jsonl": _costs,
     "gast_cost.jsonl": _costs,
     "gast_cost_averaged.jsonl": _costs,

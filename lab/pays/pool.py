@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab.reproduce.questions import LETTERS, listed
 from siftune.base.errors import DataError
 from siftune.cli.demo_rows import arithmetic_rows
 
@@ -33,7 +32,7 @@ FILES = {
     "public": ("ARC-Easy",),
 }
 _LETTERED = ("letters", "public")  # tasks whose questions are answered by a letter
-ASKED = LETTERS[:5]  # of the options of a question, at most
+ASKED = "ABCDE"  # letters of the options of a question, at most
 _ANSWER = "\nAnswer:"
 _QUESTION = re.compile(r"^Please .*?question: (?P<text>.*?)\n\n(?:(?P<options>Answer1:.*?)\n\n)?Answer format:", re.S)
 TASKS = ("arithmetic", *FILES)
@@ -180,7 +179,8 @@ def read_options(path: Path, kind: str) -> list[Record]:
 def lettered(row: Record) -> Record:
     """Turn a question into one that lists its options, and is answered by a letter, as MMLU is asked."""
     letters = ASKED[: len(row["choices"])]
-    prompt = f"{row['prompt'].removesuffix(_ANSWER)}\n{listed(row['choices'])}"  # `asked` adds the rest
+    listed = "\n".join(f"{letter}.{text}" for letter, text in zip(letters, row["choices"], strict=True))
+    prompt = f"{row['prompt'].removesuffix(_ANSWER)}\n{listed}"  # `asked` adds the rest
     answer = letters[row["choices"].index(row["answer"])]
     return {**row, "prompt": prompt, "completion": answer, "choices": list(letters), "answer": answer}
 

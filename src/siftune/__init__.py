@@ -7,7 +7,6 @@ if TYPE_CHECKING:
     from siftune.base.errors import SiftuneError
     from siftune.engine.sharding import shard_base
     from siftune.methods.gast.callback import GAST
-    from siftune.methods.host.label_logits import LabelLogits
     from siftune.methods.ist.callback import IST
     from siftune.methods.keep.callback import Keep
     from siftune.methods.rst import RST
@@ -22,7 +21,6 @@ _LAZY = {
     "GAST": "siftune.methods.gast.callback",
     "IST": "siftune.methods.ist.callback",
     "Keep": "siftune.methods.keep.callback",
-    "LabelLogits": "siftune.methods.host.label_logits",
     "RST": "siftune.methods.rst",
     "SiftuneError": "siftune.base.errors",
     "attach_adapter": "siftune.models.adapters.attach",
@@ -35,7 +33,6 @@ __all__ = [  # noqa: RUF022
     "GAST",
     "IST",
     "Keep",
-    "LabelLogits",
     "RST",
     "SiftuneError",
     "attach_adapter",

@@ -17,7 +17,7 @@ from siftune.methods.dp.secret import Secret
 ROOT = Path(__file__).parents[2]
 JOBS = {"lab.avoid.job", "lab.keep.job", "lab.pays.job", "lab.rows.job"}  # no command line of their own
 SCRIPTS = sorted(
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in (ROOT / "lab").rglob("*.py")
     if "__name__ == " in path.read_text(encoding="utf-8")
 )
@@ -27,7 +27,7 @@ SCRIPTS = sorted(
 def test_help(script, capsys):
     if script == "lab.chart":
         pytest.importorskip("matplotlib", reason="matplotlib is in siftune[lab]")
-    module = importlib.import_module(f"{script}.__main__" if script == "lab.reproduce" else script)
+    module = importlib.import_module(script)
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
     assert stop.value.code == 0

@@ -205,8 +205,7 @@ def test_options_in_the_text_exist(capsys):
 def test_flags_of_the_laboratory_exist(page):
     for module, words in calls(shell_lines(page.read_text(encoding="utf-8")), "python -m"):
         if module.startswith("lab."):
-            place = ROOT / module.replace(".", "/")
-            flags_are_in(options_of(place / "__main__.py" if place.is_dir() else place.with_suffix(".py")), words)
+            flags_are_in(options_of((ROOT / module.replace(".", "/")).with_suffix(".py")), words)
 
 
 def options_of(path):

@@ -21,7 +21,6 @@ from transformers import PrinterCallback, Trainer
 import siftune
 import siftune.base.errors
 import siftune.base.numerics
-import siftune.integrations.groups
 import siftune.offsite
 from siftune.data.rows import rows_from
 from siftune.offsite.audits.members import tokenize_audit
@@ -31,10 +30,7 @@ from siftune.offsite.emulator.plan import EmulatorSettings
 from siftune.offsite.exchange.returned import read_return, write_return
 
 PUBLIC = [(module, name) for module in (siftune, siftune.offsite) for name in module.__all__]
-ALSO = [
-    (siftune.base.numerics, "gumbel_top_k"),
-    (siftune.integrations.groups, "callbacks"),
-]
+ALSO = [(siftune.base.numerics, "gumbel_top_k")]
 
 
 def examples(module, name):

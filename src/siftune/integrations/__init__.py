@@ -1,4 +1,4 @@
-"""Integrations with tools that have a trainer of their own, a file for each; only that file imports the tool.
+"""Integration with Lightning, which has a trainer of its own; only its file imports the tool.
 
-docs/tools.md shows their use, and that of tools that need no integration.
+docs/tools.md shows its use, and that of tools that need no integration.
 """

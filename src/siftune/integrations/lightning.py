@@ -24,7 +24,7 @@ class Sift(Callback):  # type: ignore[misc]
     complete rows and train on its loss. The method's state and generator are saved in Lightning's checkpoints.
 
     Args:
-        method: `GAST(...)`, `IST(...)` or another of the methods, or `LabelLogits()`.
+        method: `GAST(...)`, `IST(...)` or another of the methods.
         batches: Rows that the method compares with, as for `attach`. By default they are drawn from the training rows
             with the loader's collator, whose batches must be arguments of the model.
         loss: Loss of such a batch, a scalar; by default the model's own.
@@ -47,7 +47,7 @@ class Sift(Callback):  # type: ignore[misc]
 
     def __init__(self, method: Any, batches: Iterable[Batch] | None = None, loss: Loss = model_loss) -> None:
         if not hasattr(method, "attach"):
-            raise RecipeError(f"Sift takes a method, or LabelLogits(), and {type(method).__name__} is none")
+            raise RecipeError(f"Sift takes a method, and {type(method).__name__} is none")
         self.method = method
         self.batches = batches
         self.loss = loss
@@ -92,7 +92,7 @@ class Sift(Callback):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """State for Lightning's checkpoints, between two optimizer steps."""
-        if not hasattr(self.selection, "state_dict"):
+        if self.selection is None:
             return {}
         means = self.selection.mean_tensors() if hasattr(self.selection, "mean_tensors") else {}
         return {"selection": self.selection.state_dict(), "means": means}

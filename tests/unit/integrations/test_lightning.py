@@ -9,7 +9,7 @@ from support.trainers import adapted, rows, weights
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from siftune import GAST, IST, RST, LabelLogits
+from siftune import GAST, IST, RST
 from siftune.base.errors import ModelError, RecipeError, UnsupportedError
 from siftune.methods.drivers.batches import RowDraws
 
@@ -116,12 +116,12 @@ def test_a_training_after_a_test_of_a_checkpoint_begins_anew(tmp_path):
     assert sift.selection.steps == 6
 
 
-def test_several_methods_and_logits_at_labels():
-    sift = [Sift(RST(active=0.5)), Sift(GAST(select=2, support="rest")), Sift(LabelLogits())]
+def test_several_methods():
+    sift = [Sift(RST(active=0.5)), Sift(GAST(select=2, support="rest"))]
     module = Module()
     trainer = lightning.Trainer(**QUIET, max_steps=2, callbacks=sift)
     trainer.fit(module, loader())
-    layers, chosen = (each.selection.last for each in sift[:2])
+    layers, chosen = (each.selection.last for each in sift)
     assert len(layers.layers) == 2
     assert chosen.selected.shape == (2, 2)  # of the layers that train
     assert not module.net.get_base_model()._forward_pre_hooks

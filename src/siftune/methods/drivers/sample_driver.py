@@ -142,7 +142,7 @@ class SampleSelection:
     def begin_before_forward(self) -> None:
         """Begin the first step of a loop, or of a resumed one, before the model's forward pass.
 
-        Within it, the pass over the support set would meet what the caller has put on the model, such as `LabelLogits`.
+        Within it, the pass over the support set would run inside hooks that the caller has put on the model.
         """
 
         def begin(*_: Any) -> None:

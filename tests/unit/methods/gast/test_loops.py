@@ -227,6 +227,47 @@ def test_grad_scaler(model, inputs):
     assert scaler.get_scale() == 2.0**11
 
 
+def hooks_with_state(model):
+    """A caller's hooks that hold state from the beginning of a forward pass to its end."""
+    within = []
+
+    def begin(*_):
+        assert not within, "a forward pass runs within another"
+        within.append(True)
+
+    model.register_forward_pre_hook(begin)
+    model.register_forward_hook(lambda *_: within.clear())
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_no_pass_over_support_rows_runs_within_that_of_the_caller(model, inputs, resumed):
+    hooks_with_state(model.train())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with GAST(select=2).attach(model, batches=[inputs], optimizer=optimizer) as sift:
+        if resumed:
+            sift.load_state_dict(sift.state_dict())
+        for _ in range(2):
+            model(**inputs).loss.backward()
+            assert sift.last.selected.shape[1] == 2
+            optimizer.step()
+
+
+def test_an_evaluation_before_the_first_step_takes_no_support_rows(model, inputs):
+    taken = []
+
+    def batches():
+        while True:
+            taken.append(1)
+            yield inputs
+
+    with GAST(select=2).attach(model.train(), batches=batches()):
+        with torch.no_grad():
+            model(**inputs)
+        assert not taken
+        model(**inputs).loss.backward()
+        assert taken
+
+
 def test_gast_attached_before_ist_is_refused(model, inputs):
     with GAST(2, "rest").attach(model), pytest.raises(RecipeError, match="IST"):
         IST().attach(model, batches=[inputs])
