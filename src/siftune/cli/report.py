@@ -1,4 +1,4 @@
-"""`siftune report`: one page on runs, sifted pools, sweeps of learning rates, and lists of rows."""
+"""`siftune report`: one page on runs, sifted pools and lists of rows."""
 
 from typing import Annotated, Any
 
@@ -10,14 +10,14 @@ from siftune.cli.options import Flag
 
 @dataclass(config=CONFIG)
 class Options(Validated):
-    """Write one page on runs, sifted pools or sweeps: a single file for any browser, without network access.
+    """Write one page on runs or sifted pools: a single file for any browser, without network access.
 
     Unfinished runs are shown as well. On the page of a sifted pool, or of a list of siftune rows, rows can be kept or
     dropped, and completions corrected; it saves files for siftune train.
     """
 
     folders: Annotated[tuple[str, ...], Flag("folder", positional=True)]
-    """Folders of siftune train, sift, demo or find-lr, or CSV files of siftune rows. Several runs are compared."""
+    """Folders of siftune train, sift or demo, or CSV files of siftune rows. Several runs are compared."""
     out: Annotated[str, Flag(short="-o")] = "report.html"
     """File to write; an existing one is replaced."""
 

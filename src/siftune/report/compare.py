@@ -8,7 +8,6 @@ from typing import Any
 from siftune.base.text import counted, short_names
 from siftune.evaluate.measure import PERPLEXITY
 from siftune.recipe.read import recipe_values
-from siftune.report import rates
 from siftune.report.charts import Point, Scale, scatter
 from siftune.report.comparable import Basis, basis_of, level_text, measured, others_text
 from siftune.report.evals import change_text, label_of, value_text
@@ -29,10 +28,8 @@ def headline(subjects: Subjects) -> str:
         return (
             f"{selected:,} of {counted(len(rows), 'row')} of the pool are selected ({percent(selected / len(rows))})."
         )
-    if subjects.lists:
-        name, rows = subjects.lists[0][0], subjects.lists[0][1].rows
-        return f"{name} leaves out {sum(not row.selected for row in rows):,} of its {counted(len(rows), 'row')}."
-    return rates.sentence(subjects.sweeps[0])
+    name, rows = subjects.lists[0][0], subjects.lists[0][1].rows
+    return f"{name} leaves out {sum(not row.selected for row in rows):,} of its {counted(len(rows), 'row')}."
 
 
 def _result_of_run(run: RunData) -> str:

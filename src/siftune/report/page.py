@@ -13,7 +13,6 @@ from typing import Any
 from siftune import __version__
 from siftune.base.errors import RecipeError
 from siftune.base.files import write_beside
-from siftune.report import rates
 from siftune.report.choices import selection
 from siftune.report.compare import compare_runs, headline
 from siftune.report.parts import TEMPLATES, Section, distinct, marked_up
@@ -100,7 +99,6 @@ def sections(subjects: Subjects, first: Sequence[Section] = ()) -> list[Section]
     every += [compare_runs(runs), training(runs), results(runs), suspects(runs)]
     for run in runs:
         every += [*of_run(run, several), *(part(run, several) for part in _OF_A_RUN)]
-    every += [rates.section(sweep) for sweep in subjects.sweeps]
     sections = [section for section in (*every, setup(runs)) if section is not None]
     anchors = distinct([section.anchor for section in sections])
     return [replace(section, anchor=anchor) for section, anchor in zip(sections, anchors, strict=True)]

@@ -1,16 +1,13 @@
-"""A sweep of learning rates: the table, the best rate of each method, rates to try next, and a section of a page."""
+"""A sweep of learning rates: the table, the best rate of each method, and rates to try next."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from siftune.base.text import counted, jsonable
+from siftune.base.text import jsonable
 from siftune.methods import METHODS
-from siftune.report.parts import Section, grid_of, slug
-from siftune.report.subjects import Sweep
 from siftune.report.table import Table, markdown_table
-from siftune.report.words import listed, short
 from siftune.train.rates.grid import LRResult, LRRun, rate_text
 
 _MEANING = (
@@ -145,28 +142,3 @@ def _advice(one: Best, base: float) -> str:
     if one.edge:
         return f"{line}; the {one.edge} rate tried: extend --rates to {rates}"
     return f"{line}; the only rate tried: add --rates {rates}" if one.extend else line
-
-
-def sentence(sweep: Sweep) -> str:
-    """The result of a sweep in a sentence."""
-    if sweep.result is None:
-        return "A sweep of learning rates; no run is finished yet."
-    runs, base = sweep.result.runs, sweep.result.base_heldout_loss
-    finite = (one for one in bests(runs) if one.heldout_loss is not None)
-    ranking = sorted(finite, key=lambda one: one.heldout_loss or 0)
-    if not ranking:
-        return f"{counted(len(runs), 'run')}: some diverged at every rate."
-    named = [f"{short(one.heldout_loss, 4)} with {one.method} at {rate_text(one.lr)}" for one in ranking if one.lr]
-    return (
-        f"Lowest held-out loss of {counted(len(runs), 'run')}, by method: {listed(named)}; before training: "
-        f"{short(base, 4)}."
-    )
-
-
-def section(sweep: Sweep) -> Section:
-    """The table and the best rates."""
-    anchor, title = f"rates-{slug(sweep.name)}", f"Learning rates in {sweep.name}"
-    if sweep.result is None:
-        return Section(anchor, title)
-    runs, base = sweep.result.runs, sweep.result.base_heldout_loss
-    return Section(anchor, title, [before(base), *advice(runs, base), _MEANING], tables=[grid_of(table(runs))])

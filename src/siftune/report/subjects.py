@@ -21,8 +21,6 @@ from siftune.sifting.checks import RECORD as SIFT_RECORD
 from siftune.sifting.sift import SCORES
 from siftune.sifting.tuning import AVOID
 from siftune.train.folder.run_folder import RECIPE, SIFT
-from siftune.train.rates.grid import RECORD as SWEEP_RECORD
-from siftune.train.rates.grid import LRResult, result_of
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +60,6 @@ class RunData:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """A sweep of learning rates."""
-
-    path: Path
-    name: str  # what it is called on the page
-    result: LRResult | None  # None before a run has finished
-
-
-@dataclass(frozen=True)
 class Sifting:
     """A folder of `siftune sift`.
 
@@ -103,13 +92,12 @@ class Subjects:
     """All that a page is about."""
 
     runs: tuple[RunData, ...] = ()  # runs, in the order in which they were named
-    sweeps: tuple[Sweep, ...] = ()
     siftings: tuple[Sifting, ...] = ()
     lists: tuple[tuple[str, DecisionList], ...] = ()  # decision files with their names
 
 
 def find_subjects(names: Sequence[str]) -> Subjects:
-    """Read what folders hold: runs, also of `siftune demo`, sweeps of learning rates, sifted pools; and lists of rows.
+    """Read what folders hold: runs, also of `siftune demo`, and sifted pools; and lists of rows.
 
     Args:
         names: Folders, and CSV files of rows.
@@ -118,29 +106,27 @@ def find_subjects(names: Sequence[str]) -> Subjects:
         InputError: A folder or file is none of these, or damaged.
     """
     if not names:
-        raise RecipeError("nothing to report on: give the folder of a run, of a sifted pool or of a sweep, or a list")
+        raise RecipeError("nothing to report on: give the folder of a run or of a sifted pool, or a list")
     paths = list(dict.fromkeys(path for name in names for path in _paths(name)))
     for path in paths:
         refuse_links(path)  # of another party, it could have any file shown
     called = dict(zip(paths, short_names(paths), strict=True))
-    runs, sweeps, siftings, lists = [], [], [], []
+    runs, siftings, lists = [], [], []
     for path, name in called.items():
         if path.is_file():
             lists.append((name, read_list(path)))
         elif (path / RECIPE).exists():
             runs.append(read_run(path, name))
-        elif (path / SIFT_RECORD).exists():
-            siftings.append(_sifting(path, name))
         else:
-            sweeps.append(_sweep(path, name))
-    return Subjects(tuple(runs), tuple(sweeps), tuple(siftings), tuple(lists))
+            siftings.append(_sifting(path, name))
+    return Subjects(tuple(runs), tuple(siftings), tuple(lists))
 
 
 _DEMO = ("pool", "few", "target", "sifted")  # runs of a demo, in their order
 
 
 def _paths(name: str) -> list[Path]:
-    """The list or folder of that name, or all runs, sweeps and sifted pools in it, by name."""
+    """The list or folder of that name, or all runs and sifted pools in it, by name."""
     path = Path(name).expanduser()
     is_list = path.is_file() and path.suffix.lower() == ".csv"
     if is_list or _is_subject(path) or (path / SIFT_RECORD).exists():
@@ -149,19 +135,17 @@ def _paths(name: str) -> list[Path]:
     if inside:
         order = [*_DEMO, *sorted({each.name for each in inside} - {*_DEMO})]
         return sorted(inside, key=lambda each: order.index(each.name))
-    state = (
-        "it has no run, sweep of learning rates or sifted pool" if path.is_dir() else "it is no folder and no CSV file"
-    )
+    state = "it has no run or sifted pool" if path.is_dir() else "it is no folder and no CSV file"
     raise RecipeError(
         f"nothing to report on in {name}: {state if path.exists() else 'there is none of that name'}; give a folder of "
-        "siftune train, sift, demo or find-lr, or a CSV file of siftune rows"
+        "siftune train, sift or demo, or a CSV file of siftune rows"
     )
 
 
 def _is_subject(path: Path) -> bool:
     """Whether a folder is one of these; a pool that is not sifted to the end is none."""
     is_sifted = (path / SIFT_RECORD).exists() and any((path / name / SCORES).is_file() for name in ("", AVOID))
-    return is_sifted or any((path / name).exists() for name in (RECIPE, SWEEP_RECORD))
+    return is_sifted or (path / RECIPE).exists()
 
 
 def read_run(path: Path, name: str) -> RunData:
@@ -229,8 +213,3 @@ def _sifting(path: Path, name: str) -> Sifting:
     if (pool or bad) is None:
         raise InputError(f"{path} has no scores yet: run the same command of siftune sift again, which continues")
     return Sifting(path, name, record.facts, record.state, pool, bad)
-
-
-def _sweep(path: Path, name: str) -> Sweep:
-    record = path / SWEEP_RECORD
-    return Sweep(path, name, result_of(record, read_record(record).state))

@@ -1,16 +1,11 @@
 """Learning-rate grids: methods, rates and seeds of a sweep, and the recipe of each method."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
-
-from siftune.base.errors import InputError, RecipeError
-from siftune.base.json_files import fault_of
+from siftune.base.errors import RecipeError
 from siftune.base.settings import nearest
 from siftune.methods import METHODS
 from siftune.recipe.checks import check
@@ -18,7 +13,6 @@ from siftune.recipe.read import anchored, recipe_values
 from siftune.recipe.schema import Recipe, holds_out, rate_of, settings_of
 
 T = TypeVar("T")
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # ours: the default grid around a recipe's rate
 
@@ -46,13 +40,13 @@ class Grid:
 class LRRun:
     """Result of one run of a sweep."""
 
-    method: Literal[tuple(METHODS)]  # type: ignore[valid-type]
-    lr: Annotated[Finite, Field(gt=0)]  # peak learning rate
+    method: str
+    lr: float  # peak learning rate
     seed: int
-    heldout_loss: Finite | None  # of the tuned model, in nats per label token; None if the run diverged
-    train_loss: Finite | None  # mean over the last tenth of the steps
+    heldout_loss: float | None  # of the tuned model, in nats per label token; None if the run diverged
+    train_loss: float | None  # mean over the last tenth of the steps
     steps: int
-    seconds: Finite  # of training and evaluation
+    seconds: float  # of training and evaluation
     diverged: str | None = None  # how it diverged
 
     @property
@@ -65,23 +59,15 @@ class LRRun:
 class LRResult:
     """State of a sweep's record."""
 
-    base_heldout_loss: Finite  # of the base model, in nats per label token
-    runs: Annotated[list[LRRun], Field(min_length=1)]  # finished runs, in the order of their ends
+    base_heldout_loss: float  # of the base model, in nats per label token
+    runs: list[LRRun]  # finished runs, in the order of their ends
 
 
-def result_of(record: Path, state: Mapping[str, Any]) -> LRResult | None:
-    """The result of a sweep by the state of its record, which may be untrusted; None before a run has finished.
-
-    Raises:
-        InputError: The state has another form.
-    """
-    try:
-        return TypeAdapter(LRResult).validate_json(json.dumps(state), strict=True) if state else None
-    except ValidationError as error:
-        raise InputError(
-            f"{record} is no record of learning rates ({fault_of(error)}): delete its folder, and run siftune find-lr "
-            "again"
-        ) from None
+def result_of(state: Mapping[str, Any]) -> LRResult | None:
+    """The result of a sweep by the state of its record; None before a run has finished."""
+    if not state:
+        return None
+    return LRResult(state["base_heldout_loss"], [LRRun(**run) for run in state["runs"]])
 
 
 def grid_of(recipe: Recipe, methods: str | None = None, rates: str | None = None, seeds: str | None = None) -> Grid:

@@ -58,7 +58,7 @@ class LRSweep:
     @property
     def result(self) -> LRResult | None:
         """The base model's loss and the finished runs; None before the first."""
-        return result_of(self.folder.path / RECORD, self.folder.state)
+        return result_of(self.folder.state)
 
     def runs(self) -> list[LRRun]:
         """Finished runs in the order of their ends."""
