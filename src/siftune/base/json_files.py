@@ -46,7 +46,7 @@ def read_json(path: Path, form: type[T], advice: str = _ADVICE) -> T:
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error), advice) from error
     except ValidationError as error:
-        raise _unreadable(path, fault_of(error), advice) from None
+        raise _unreadable(path, _fault_of(error), advice) from None
 
 
 def hash_of_json(value: Any) -> str:
@@ -78,7 +78,7 @@ def read_sealed(path: Path, form: type[T], advice: str = _ADVICE) -> T:
     try:
         return TypeAdapter(form).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        raise _unreadable(path, fault_of(error), advice) from None
+        raise _unreadable(path, _fault_of(error), advice) from None
 
 
 def read_json_lines(path: Path, form: type[T], advice: str = _ADVICE) -> tuple[list[T], int]:
@@ -120,7 +120,7 @@ def read_json_lines(path: Path, form: type[T], advice: str = _ADVICE) -> tuple[l
     return lines, damaged
 
 
-def fault_of(error: ValidationError) -> str:
+def _fault_of(error: ValidationError) -> str:
     """The first fault that pydantic reports, with its place, on one line."""
     fault: Any = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(map(str, fault["loc"]))

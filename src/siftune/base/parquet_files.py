@@ -27,7 +27,6 @@ def read_table(
     path: Path,
     types: Mapping[str, "pyarrow.DataType"],
     advice: str,
-    optional: Mapping[str, "pyarrow.DataType"] | None = None,
     nullable: Collection[str] = (),
 ) -> "pyarrow.Table":
     """Read a table that `write_table` wrote.
@@ -36,7 +35,6 @@ def read_table(
         path: The file.
         types: The columns.
         advice: What to do if it cannot be read, for the message.
-        optional: Columns that may be missing.
         nullable: Columns that may have nulls.
 
     Raises:
@@ -69,8 +67,8 @@ def read_table(
             raise pyarrow.ArrowException(f"it has {len(table)} of {count} rows")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is damaged ({one_line(str(error))}); {advice}") from error
-    own, optional = dict(zip(schema.names, schema.types, strict=True)), optional or {}
-    if own != {**types, **{name: kind for name, kind in optional.items() if name in own}}:
+    own = dict(zip(schema.names, schema.types, strict=True))
+    if own != dict(types):
         raise InputError(f"{path} is damaged (its columns are {_listed(own)}, not {_listed(types)}); {advice}")
     for name in own.keys() - {*nullable}:
         if table[name].null_count:

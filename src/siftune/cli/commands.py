@@ -13,12 +13,11 @@ GROUPS = {
     "rows": {
         "sift": ("siftune.cli.sift", "Select the rows of a pool that are like a few correct rows of your task"),
         "rows": ("siftune.cli.rows", "List the training rows of a run that are probably wrong"),
-        "report": ("siftune.cli.report", "Write a page for a browser: rows to review, runs, learning rates"),
+        "report": ("siftune.cli.report", "Write a page for a browser: rows to review, runs"),
     },
     "train": {
         "demo": ("siftune.cli.demo", "Tune a small model on a task with a messy pool, in minutes on two cores"),
         "train": ("siftune.cli.train", "Fine-tune a model from a recipe, from flags, or both"),
-        "recipe": ("siftune.cli.recipe", "Print a recipe to start from"),
         "find-lr": ("siftune.cli.find_lr", "Find the learning rate of each method, on held-out rows"),
         "ask": ("siftune.cli.ask", "Show the answers of a tuned model and of its base model to prompts"),
         "export": ("siftune.cli.export", "Merge an adapter into its base model"),

@@ -1,6 +1,5 @@
 """Recipes: reading, resolving, and contradictions between options."""
 
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +14,6 @@ from siftune.base.settings import help_of
 from siftune.methods import METHODS
 from siftune.methods.options import GASTSettings, ISTSettings
 from siftune.recipe.checks import TRACKERS, check
-from siftune.recipe.presets import PRESETS, preset, preset_text
 from siftune.recipe.read import anchored, load_recipe, recipe_to_yaml, without_folders
 from siftune.recipe.schema import Recipe, compared_with, resolve_recipe, select_until, shape_of
 from siftune.train.rates.grid import rate_text
@@ -212,19 +210,6 @@ def test_rows_are_selected_until_a_targets_come(change, last, until):
 def test_recipes_do_not_import_torch():
     code = "import sys, siftune.recipe.schema; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_a_valid_recipe_with_help_in_every_line(tmp_path, name):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(preset_text(name))
-    recipe = load_recipe(path)
-    check(recipe)
-    aimed = {"gast": GASTSettings(**GASTSettings.with_target)} if recipe.target else {}
-    assert recipe == replace(preset(name), **aimed)
-    assert recipe.lr == METHODS[recipe.method].lr
-    settings = [line for line in preset_text(name).splitlines()[3:] if not line.endswith(":")]
-    assert all(re.fullmatch(r" *(# )?\w+:.* +# \w.*", line) for line in settings)
 
 
 def test_a_target_that_is_a_file_of_the_training_rows(tmp_path, monkeypatch):
