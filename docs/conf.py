@@ -31,7 +31,6 @@ nb_output_stderr = "remove"  # progress bars
 myst_heading_anchors = 4  # links to headings, as on GitHub
 myst_links_external_new_tab = True
 
-autodoc_mock_imports = ["lightning"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_class_signature = "separated"

@@ -5,7 +5,6 @@ import re
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from support.tiny import tiny
 from support.tokenizer import byte_tokenizer
@@ -65,25 +64,3 @@ def test_accelerate_trains_what_a_plain_loop_does():
     assert (selection.steps, names["selection"].steps) == (3, 3)  # not one for each of six batches
     for name, value in weights(plain).items():
         assert torch.equal(weights(model)[name], value), name
-
-
-def test_lightning(tmp_path, monkeypatch):
-    lightning = pytest.importorskip("lightning.pytorch", reason="pip install lightning")
-    monkeypatch.chdir(tmp_path)  # it leaves a checkpoint there
-
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net, self._optimizer, _ = loop()
-
-        def training_step(self, batch, _):
-            return self.net(**batch).loss
-
-        def configure_optimizers(self):
-            return self._optimizer
-
-    sift = run(block("Lightning"), module=Module(), loader=loop()[2])["trainer"].callbacks[0]
-    assert sift.selection.steps == 6
-    assert sift.selection.last.selected.shape == (4, 3)
-    saved = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=False)["callbacks"]["siftune.GAST"]
-    assert saved["selection"]["steps"] == 6

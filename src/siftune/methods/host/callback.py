@@ -243,7 +243,7 @@ def around_steps(
 ) -> Sequence[Any]:
     """Call `before` when the gradients of a step are complete, and `after` when it is done.
 
-    With a closure, as in Lightning, the gradients are made within the step; `before` then comes at the closure's end.
+    With a closure, the gradients are made within the step; `before` then comes at the closure's end.
 
     Returns:
         Handles with `remove()`.
