@@ -95,6 +95,9 @@ def score_run(
     except KeyboardInterrupt as stop:
         stop.__notes__ = ["the same command continues"]  # not that of the training
         raise
+    except DataError:  # the same rows would be refused again
+        shutil.rmtree(folder)
+        raise
     every = Losses(*(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(Losses)))
     order = np.argsort(every.row)
     write_losses(run / LOSSES, Losses(*(getattr(every, each.name)[order] for each in fields(Losses))), about)

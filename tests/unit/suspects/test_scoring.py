@@ -99,6 +99,16 @@ def test_losses_are_those_of_the_model_that_was_not_trained_on_the_row(run, trai
     assert np.isfinite([losses.usual, losses.other_usual]).all()
 
 
+def test_rows_that_cannot_be_scored_leave_nothing_behind(run, monkeypatch):
+    def refuse(*_):
+        raise DataError("row 3 is too long")
+
+    monkeypatch.setattr(scoring, "losses_of", refuse)
+    with pytest.raises(DataError, match="row 3"):
+        score_run(run, console=QUIET)
+    assert not (run / HALVES).exists()
+
+
 def test_halves_are_equally_large_and_have_copies_together():
     half = half_of(rows_from([{"prompt": str(n % 91), "completion": "?"} for n in range(101)]))
     assert (half[:10] == half[91:]).all()

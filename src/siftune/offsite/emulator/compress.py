@@ -1,8 +1,8 @@
 """Compress one decoder layer: which directions of its matrices and which channels of its MLP stay.
 
-GradOT, Yao et al., ACL 2025, arXiv 2507.04455: DRD on attention (`drd.py`), and SCP on the MLP or *(ours)* channels
-whose part the others take over (`channels.py`). Layer drop drops whole layers (`plan.py`); the layers that stay come
-through here unchanged.
+GradOT, Yao et al., ACL 2025, arXiv 2507.04455: DRD on attention (`maths/drd.py`), and SCP on the MLP or *(ours)*
+channels whose part the others take over (`maths/channels.py`). Layer drop drops whole layers (`plan.py`); the layers
+that stay come through here unchanged.
 """
 
 from collections.abc import Mapping, Sequence

@@ -39,7 +39,7 @@ class OwnRows:
     """Rows on which a model must not get worse.
 
     Attributes:
-        prepared: From `evaluate.prepare_rows`, for the metric `perplexity`.
+        prepared: From `evaluate.prepare.prepare_rows`, for the metric `perplexity`.
         max_loss_increase: By how many nats per token the loss may rise.
 
     Raises:
