@@ -81,7 +81,7 @@ def test_a_mistyped_folder_is_refused_before_loading(answers, tmp_path, monkeypa
     (tmp_path / "models" / "llama").mkdir(parents=True)
     (tmp_path / "models" / "llama" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(load, "_in_memory", None)
+    monkeypatch.setattr(load, "_model", None)
     for call in (load_model, check_source):
         with pytest.raises(ModelError, match=r"no such folder .*did you mean models/llama\?"):
             call("models/lama")

@@ -219,5 +219,5 @@ def test_uniform_layers_of_offsite_tuning(count, kept, layers):
 
 @pytest.mark.parametrize("kept", [-1, 7])
 def test_counts_out_of_range(kept):
-    with pytest.raises(RecipeError, match=rf"{kept} of 6 middle layers would stay; give a number from 0 to 6\."):
+    with pytest.raises(RecipeError, match=rf"{kept} of 6 middle layers would stay; give a number from 0 to 6"):
         uniform_layers(6, kept)

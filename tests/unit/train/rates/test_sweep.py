@@ -117,7 +117,7 @@ def test_a_held_out_loss_that_is_not_finite_is_a_divergence(plain, tmp_path, mon
     monkeypatch.setattr(lr_sweep, "_heldout_loss", lambda *_: next(measured))
     (run,), _ = swept(plain, grid("dense", rates=(1e-3,)), tmp_path / "sweep")
     assert (run.heldout_loss, run.train_loss) == (None, None)
-    assert run.diverged == "The held-out loss is nan after step 6"
+    assert run.diverged == "the held-out loss is nan after step 6"
 
 
 def test_a_base_model_without_a_loss_is_refused(plain, tmp_path, monkeypatch):
