@@ -180,7 +180,7 @@ def _task(job: Job, setting: Setting) -> tuple[AuditRows, Tuning]:
 
 
 def _options(path: Path, count: int, seed: int) -> list[dict[str, Any]]:
-    """Questions of a file of the suite, as `quality.py` asks them."""
+    """Questions of a file of the suite, as `lab.pays` asks them."""
     from lab.pays.pool import read_options
 
     return random.Random(seed).sample(read_options(path, path.stem), count)

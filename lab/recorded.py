@@ -283,8 +283,8 @@ python -m lab.rows.report lab/results/rows.jsonl
 
 # results of earlier code, and what they support
 NOTES: dict[str, str] = {
-    "audit.json": "Recorded from the table that `siftune audit` printed. Its attack on calibration rows was an option "
-    "`--calibration` until commit 31be86d6, which is gone.",
+    "audit.json": "Recorded from the table that `siftune audit` printed. Its attack on calibration rows was the "
+    "option `--calibration` of commit 31be86d6.",
     "calibration_leak.json": "Recorded with an earlier script, the module lab.calibration_leak of commit 31be86d6, "
     "with the rows of ARC-Easy.train.json as the owner's and those of openbookqa.train.json as public ones.",
     "bench.json": "Recorded from the tables that `siftune bench` printed.",
@@ -317,8 +317,8 @@ NOTES: dict[str, str] = {
     "docs/measured_privacy.md.",
     "quality.jsonl": "SmolLM2 on arithmetic, 2,400 rows in 150 steps of 16, lr 5e-4 unless named, rank 32, 300 "
     "questions for each of the seeds 0 to 2. `sample` and `random` select 8 of 16 rows unless named. Recorded with an "
-    "earlier script; the commands make similar runs. It supports the quality of GAST in docs/measured_quality.md, "
-    "which docs/which_method.md and README.md quote.",
+    "earlier script; the commands above measure one of its cells again. It supports the quality of GAST in "
+    "docs/measured_quality.md, which docs/which_method.md and README.md quote.",
     "commonsense_qwen.json": "Qwen2.5-Coder-1.5B without training, on 100 questions of each task, asked for the name "
     "of an option, its text or its letter. Recorded with `lab.reproduce` of the commit below. It supports "
     "docs/measured_quality.md.",

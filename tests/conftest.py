@@ -1,5 +1,6 @@
 """Settings of the complete suite, saved tiny models, and rows for them."""
 
+import gc
 import os
 
 import pytest
@@ -14,6 +15,12 @@ settings.register_profile("siftune", deadline=None, derandomize=True, max_exampl
 settings.load_profile("siftune")
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def pytest_collection_finish():
+    """Exclude modules and tests from garbage collection: trainings ask for it, and each takes a third of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

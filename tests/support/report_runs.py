@@ -1,6 +1,5 @@
 """Run folders for reports, written without training: losses that fall, choices that look like choices."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -97,8 +96,3 @@ def save_eval(run: Path, base: float = 0.03, tuned: float = 0.5, answers: tuple[
     )  # fmt: skip
     given = answers or tuple(map(_answer, range(20)))
     record_eval(run, Eval("test.jsonl", 200, 0.95, rows, given))
-
-
-def json_of(path: Path):
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -155,8 +155,8 @@ def _remove(path: Path) -> None:
 def refuse_links(folder: Path) -> None:
     """Refuse a folder that holds a link, a pipe or a device, before anything in it is read or written.
 
-    A folder that is missing passes. A folder from another party could otherwise direct what is read there or written
-    into it to any file of the user. The folder itself may be a link, since the user named it.
+    A folder that is missing passes. A folder from another party could otherwise direct what is written into it to any
+    file of the user. The folder itself may be a link, since the user named it.
 
     Raises:
         InputError: The folder holds something other than files and folders, or cannot be read; the message names it.

@@ -62,6 +62,7 @@ class WorkFolder:
         self.path = Path(os.path.abspath(Path(path).expanduser()))
         self._record, self._results = self.path / record, results
         self._created = self._emptied = self._locked = False
+        self._depth = 0  # of nested blocks, of which the last ends the lock
         self._lock = ExitStack()
 
     def begin(self, facts: Mapping[str, Any]) -> Self:
@@ -166,6 +167,7 @@ class WorkFolder:
 
     def __enter__(self) -> Self:
         """Enter the work."""
+        self._depth += 1
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -174,7 +176,9 @@ class WorkFolder:
         if self._created and self._emptied and (refused or not self.has_results):
             self.remove()
         self._created = False
-        self._release()
+        self._depth -= 1
+        if not self._depth:
+            self._release()
 
     def _release(self) -> None:
         self._lock.close()

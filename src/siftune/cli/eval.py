@@ -120,7 +120,7 @@ def job_of(subject: "Subject", options: Options) -> Job:
 def _rows(subject: "Subject", options: Options, columns: tuple[str, ...]) -> "tuple[str, list[Row]]":
     """The rows to measure on, and what they are called."""
     from siftune.data.read import load_rows
-    from siftune.recipe.training_rows import refuse_changed, refuse_missing, used_rows
+    from siftune.recipe.training_rows import recipe_of_rows, refuse_changed, refuse_missing, used_rows
 
     recipe = subject.recipe
     if options.data is not None:
@@ -134,7 +134,7 @@ def _rows(subject: "Subject", options: Options, columns: tuple[str, ...]) -> "tu
         return recipe.eval, load_rows(recipe.eval, "test", options.limit, columns, bad)
     if recipe.eval_share:
         files = " and ".join(train_files(recipe))
-        parts = used_rows(folder, dataclasses.replace(recipe, keep=None))
+        parts = used_rows(folder, recipe_of_rows(folder))
         refuse_changed(folder, parts["train"])
         return f"{100 * recipe.eval_share:g} % of {files}", parts["eval"][: options.limit]
     raise RecipeError(f"the recipe of {subject.name} names no held-out rows: give --data FILE")

@@ -65,9 +65,9 @@ def run(options: Options) -> dict[str, Any]:
     shown.print("\n".join([before(base), "", *advice(runs, base)]), markup=False)
     seconds, recipe_of = round(time.monotonic() - started, 1), shlex.quote(f"{path}/METHOD.yaml")
     console.print(
-        f"done in {seconds:.0f} s: table and a recipe for each method, at the rate of your settings, in {path}\n"
-        f"next: `siftune report {shlex.quote(str(path))}` shows it on a page, "
-        f"`siftune train {recipe_of} --lr RATE --out RUN`",
+        f"done in {seconds:.0f} s: in {path} are the table rates.md and a recipe for each method, at the rate of your "
+        "settings\n"
+        f"next: `siftune train {recipe_of} --lr RATE --out RUN`",
         markup=False,
     )
     return {"folder": path, **to_dict(result), "seconds": seconds}

@@ -154,8 +154,8 @@ def read_decisions(path: str, moved: Sequence[str] = ()) -> Decisions:
         raise DataError(f"{path} cannot be read: {error.strerror}; give the path of a file that names rows") from None
     first, _, _ = text.partition("\n")
     if Path(path).suffix.lower() == ".csv" or {PLACE, SELECTED} <= {*first.strip().split(",")}:
-        columns, fields = csv_lines(path, text, (PLACE,))
-        lines = [_decision(path, line) for _, line in fields]
+        columns, rows = csv_lines(path, text, (PLACE,), "save it with that column, and with commas between the columns")
+        lines = [_decision(path, dict(zip(columns, fields, strict=True))) for _, fields in rows]
     else:
         places = (line.strip() for line in text.split("\n"))
         lines, columns = [_Line(place, False) for place in places if place and not place.startswith("#")], []
@@ -183,9 +183,9 @@ class _Line(NamedTuple):
 
 
 def csv_lines(
-    path: str | Path, text: str, required: Sequence[str]
-) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """The columns of a CSV file, and its lines: the number of each, and its fields by column.
+    path: str | Path, text: str, required: Sequence[str], advice: str
+) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The columns of a CSV file, and its lines: the number of each, and its fields in the order of the columns.
 
     Empty lines are left out, as spreadsheets write them.
 
@@ -193,6 +193,7 @@ def csv_lines(
         path: The file, for messages.
         text: Its text.
         required: Columns that it must have.
+        advice: What to do if one is missing, for the message.
 
     Raises:
         DataError: It lacks a column, or a line has another number of fields.
@@ -203,8 +204,7 @@ def csv_lines(
         columns = [name.strip().lower() for name in next(reader, [])]
         if missing := [name for name in required if name not in columns]:
             raise DataError(
-                f"{path} has no column {missing[0]!r} in its first line ({', '.join(columns) or 'nothing'}); save it "
-                "with that column, and with commas between the columns"
+                f"{path} has no column {missing[0]!r} in its first line ({', '.join(columns) or 'nothing'}); {advice}"
             )
         lines = []
         for fields in reader:
@@ -213,7 +213,7 @@ def csv_lines(
             if len(fields) != len(columns):
                 found = f"{counted(len(fields), 'field')} under {counted(len(columns), 'column')}"
                 raise DataError(f"{path}:{reader.line_num} has {found}: correct the line")
-            lines.append((reader.line_num, dict(zip(columns, fields, strict=True))))
+            lines.append((reader.line_num, fields))
         return columns, lines
     except csv.Error as error:
         raise DataError(f"{path} cannot be read as CSV ({error}): write it again") from error

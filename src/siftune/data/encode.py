@@ -340,14 +340,11 @@ def use_template(template: str | Path, tokenizer: PreTrainedTokenizerBase) -> No
     """Make the chat template of a file that of a tokenizer; do nothing for the words auto, chat and none.
 
     Raises:
-        RecipeError: The file cannot be read, or the tokenizer is a kit's.
+        RecipeError: The file cannot be read.
     """
     if str(template) in ("auto", "chat", "none"):
         return
-    text = read_template(Path(template))
-    if hasattr(tokenizer, "chats"):  # of `offsite.kit.tokenizer`
-        raise RecipeError(f"a kit has its own chat template: leave out --template {template}")
-    tokenizer.chat_template = text
+    tokenizer.chat_template = read_template(Path(template))
 
 
 def writes_chat(template: str | Path, tokenizer: PreTrainedTokenizerBase) -> bool:

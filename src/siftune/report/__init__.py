@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def show(*folders: str | Path) -> "Page":
-    """The report of runs and sweeps of learning rates, as the last line of a notebook's cell shows it.
+    """The report of runs, sifted pools and lists of rows, as the last line of a notebook's cell shows it.
 
     Args:
         folders: As for `siftune report`.

@@ -62,7 +62,7 @@ class Page:
 
 
 def make_page(names: Sequence[str], first: Sequence[Section] = ()) -> Page:
-    """Make a report of folders of runs, demos, sifted pools and sweeps of learning rates, and of lists of rows.
+    """Make a report of folders of runs, demos and sifted pools, and of lists of rows.
 
     Args:
         names: The folders, and the CSV files of the lists.

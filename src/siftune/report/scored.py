@@ -70,11 +70,12 @@ def read_list(path: Path) -> DecisionList:
         raise InputError(f"{path} cannot be read ({error}): write it again") from error
     if not text.endswith("\n"):
         logger.warning("%s does not end with a line break: its last row may be cut off", path)
-    header, lines = csv_lines(path, text, (PLACE, SELECTED, "prompt", "completion"))
+    advice = "give scores.csv of siftune sift, or a file of siftune rows --csv"
+    header, lines = csv_lines(path, text, (PLACE, SELECTED, "prompt", "completion"), advice)
     rows = []
     for number, fields in lines:
         try:
-            rows.append(_scored(fields))
+            rows.append(_scored(dict(zip(header, fields, strict=True)), fields))
         except ValueError as error:
             raise InputError(f"{path}:{number} cannot be read ({error}): correct the line") from None
     if not rows:
@@ -82,10 +83,10 @@ def read_list(path: Path) -> DecisionList:
     return DecisionList(path, header, rows)
 
 
-def _scored(line: dict[str, str]) -> Scored:
+def _scored(line: dict[str, str], fields: Sequence[str]) -> Scored:
     before, after = (_number(line.get(name, "")) for name in ("loss_before", "loss_after"))
     return Scored(
-        tuple(line.values()),
+        tuple(fields),
         line[PLACE],
         is_selected(line[SELECTED]),
         _number(line.get("score", "")),

@@ -1,4 +1,4 @@
-"""The subjects of a report: runs, sweeps of learning rates, sifted pools and lists of rows, which may be untrusted."""
+"""The subjects of a report: runs, sifted pools and lists of rows, which may be untrusted."""
 
 import contextlib
 import logging
@@ -109,7 +109,7 @@ def find_subjects(names: Sequence[str]) -> Subjects:
         raise RecipeError("nothing to report on: give the folder of a run or of a sifted pool, or a list")
     paths = list(dict.fromkeys(path for name in names for path in _paths(name)))
     for path in paths:
-        refuse_links(path)  # of another party, it could have any file shown
+        refuse_links(path)  # by which a command could write elsewhere
     called = dict(zip(paths, short_names(paths), strict=True))
     runs, siftings, lists = [], [], []
     for path, name in called.items():

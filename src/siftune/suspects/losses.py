@@ -59,7 +59,7 @@ def trained_rows(run: Path) -> tuple[list[Row], str]:
         run: The run folder.
 
     Raises:
-        InputError: The folder holds a link, which could lead to any file.
+        InputError: The folder holds a link, by which a write could go elsewhere.
         DataError: They cannot be read, or have changed since the run; or the run was private.
         RecipeError: The recipe cannot be read.
     """

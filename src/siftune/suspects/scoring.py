@@ -95,8 +95,9 @@ def score_run(
     except KeyboardInterrupt as stop:
         stop.__notes__ = ["the same command continues"]  # not that of the training
         raise
-    except DataError:  # the same rows would be refused again
-        shutil.rmtree(folder)
+    except DataError:
+        if not parts:  # there is nothing to continue with
+            shutil.rmtree(folder, ignore_errors=True)
         raise
     every = Losses(*(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(Losses)))
     order = np.argsort(every.row)

@@ -168,6 +168,15 @@ def test_a_second_process_is_refused_and_changes_nothing(tmp_path):
         assert again.has_results
 
 
+def test_the_end_of_an_inner_block_does_not_end_the_lock(tmp_path):
+    with folder(tmp_path).begin({"seed": 0}) as work:
+        with work.begin({"rows": "r"}):
+            result(work)
+        with pytest.raises(InputError, match="another process"):
+            folder(tmp_path).begin({"seed": 0})
+    assert folder(tmp_path).begin({"seed": 0}).has_results
+
+
 def test_a_lock_is_of_the_folder_that_is_there(tmp_path, monkeypatch):
     """A process may open the folder just before another one removes it."""
     import fcntl

@@ -194,6 +194,14 @@ def test_texts_that_a_spreadsheet_would_compute(tmp_path):
     assert (row["prompt"], row["completion"]) == ("=1+1", "-2")
 
 
+def test_columns_without_names_stay(tmp_path):
+    """A spreadsheet may write commas at the end of all lines."""
+    path = save_list(tmp_path / "suspects.csv", [(f"{tmp_path}/rows.jsonl:1", "2?", "5")])
+    path.write_text("".join(f"{line},,\n" for line in path.read_text().splitlines()))
+    (row,) = review(path).review["rows"]
+    assert len(row["fields"]) == len(path.read_text().partition("\n")[0].split(","))
+
+
 def test_the_key_is_that_of_the_content(tmp_path):
     one = save_list(tmp_path / "a.csv", [("/gone.jsonl:1", "x", "y")])
     keys = [review(path).review["key"] for path in (one, save_list(tmp_path / "b.csv", [("/gone.jsonl:1", "x", "y")]))]

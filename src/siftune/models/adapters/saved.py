@@ -55,9 +55,7 @@ class _Config(BaseModel):
     alpha: _Number | None = None
     dropout: _Number | None = None
     target_modules: _Names = None
-    exclude_modules: _Names = None
     feedforward_modules: _Names = None
-    layers_pattern: _Names = None
     modules_to_save: list[str] | None = None
     rank_pattern: dict[str, _Rank] | None = None
     alpha_pattern: dict[str, _Number] | None = None

@@ -15,7 +15,7 @@ from siftune.offsite.emulator.model import Base, LayerShape, Split, build, emula
 
 @dataclass(frozen=True)
 class EmulatorParts:
-    """All of an emulator. The tensors are got one at a time, as they are asked for: some may lie in files."""
+    """All of an emulator. The tensors are read when they are asked for: some may lie in files."""
 
     config: PreTrainedConfig
     split: Split  # outer layers at either end

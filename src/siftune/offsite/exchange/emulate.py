@@ -2,7 +2,8 @@
 
 Finished layers, and the states that go from layer to layer, lie in a folder next to the kit until it is complete: an
 interrupted run continues where it stopped. That folder is the owner's own, and no part of the kit.
-Peak memory is the model, one layer's factors, and what goes into and comes back from one layer.
+Peak memory is the model, one layer's factors, and what goes into and comes back from one layer; at the end, the model
+and the tensors of the kit.
 """
 
 import hashlib

@@ -8,7 +8,7 @@
       adapter.safetensors      the layers to tune, under names that do not depend on the depth
 
 `read_kit` checks all that can be checked without allocating a tensor. A kit runs no code and writes nothing outside its
-folder. It cannot be seen whether its weights, which are finite and no larger than 65504, are the base's: a kit is
+folder. Nobody can see from a kit whether its weights, which are finite and no larger than 65504, are the base's: it is
 trusted like its owner.
 """
 

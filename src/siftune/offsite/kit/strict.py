@@ -1,7 +1,7 @@
 """Read untrusted files, check single untrusted values, and write folders in one move.
 
 No file is trusted: it must be a regular file (no link, folder, pipe or device), and its size is checked before it is
-read. A `Check` takes a value and its place, for the error message.
+read or given to safetensors. A `Check` takes a value and its place, for the error message.
 
 The checks cover what is on disk at the time. A folder that others can write to while it is read is not safe: copy it
 first.
@@ -41,7 +41,7 @@ def brief(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def naming(folder: str) -> Iterator[None]:
-    """Put in front of a complaint which folder it is about, and behind it where a sound one is to be had."""
+    """Begin an error message with the folder, and end it with advice."""
     try:
         yield
     except KitError as error:
@@ -111,7 +111,7 @@ def sha256_of(path: Path) -> str:
 
 
 def parse_json(data: bytes, name: str) -> Any:
-    """Parse JSON; how many bytes is the caller's to limit, and `name` is what they are, for messages.
+    """Parse JSON; the caller limits its size, and `name` stands in messages.
 
     Raises:
         KitError: It is no JSON, or has NaN or infinity.

@@ -1,7 +1,7 @@
 """Safetensors files of kits and returns.
 
 Names, shapes and dtypes in a file's header are compared with the manifest before a tensor is loaded. Loaded tensors are
-mapped from the file, so that they take memory as they are used.
+mapped from the file, and take memory only when they are used.
 """
 
 import contextlib
@@ -136,7 +136,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         mode = path.stat().st_mode
         save_file(plain, path, METADATA)
         path.chmod(mode)  # the library closes its files to other users
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last if tensors share their memory
         raise KitError(f"{path.name} cannot be written ({brief(error)})") from error
 
 

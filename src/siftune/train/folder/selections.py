@@ -148,7 +148,7 @@ def read_selections(path: Path) -> "pyarrow.Table":
     """Read a record, a row for each choice.
 
     Raises:
-        InputError: It is damaged, too large, or another kind of file.
+        InputError: It is damaged, or another kind of file.
     """
     schema = _schema()
     return read_table(path, dict(zip(schema.names, schema.types, strict=True)), _AGAIN, nullable=schema.names)

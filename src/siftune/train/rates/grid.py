@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from siftune.base.errors import RecipeError
+from siftune.base.errors import InputError, RecipeError
 from siftune.base.settings import nearest
 from siftune.methods import METHODS
 from siftune.recipe.checks import check
@@ -64,10 +64,15 @@ class LRResult:
 
 
 def result_of(state: Mapping[str, Any]) -> LRResult | None:
-    """The result of a sweep by the state of its record; None before a run has finished."""
-    if not state:
-        return None
-    return LRResult(state["base_heldout_loss"], [LRRun(**run) for run in state["runs"]])
+    """The result of a sweep by the state of its record; None before a run has finished.
+
+    Raises:
+        InputError: The state has another form.
+    """
+    try:
+        return LRResult(state["base_heldout_loss"], [LRRun(**run) for run in state["runs"]]) if state else None
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{RECORD} is no record of learning rates ({error}): give another folder") from None
 
 
 def grid_of(recipe: Recipe, methods: str | None = None, rates: str | None = None, seeds: str | None = None) -> Grid:
