@@ -17,8 +17,9 @@ settings.load_profile("siftune")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
-def pytest_collection_finish():
-    """Exclude modules and tests from garbage collection: trainings ask for it, and each takes a third of a second."""
+@pytest.fixture(autouse=True, scope="module")
+def no_old_garbage():
+    """Exclude objects of earlier modules from garbage collection: trainings ask for it, and it takes up to a second."""
     gc.collect()
     gc.freeze()
 

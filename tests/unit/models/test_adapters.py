@@ -146,7 +146,7 @@ def test_scale_of_the_response(kind, settings, scale):
 
 
 def test_norms_do_not_train_in_half_precision():
-    with pytest.raises(AdapterError, match=r"layernorm.*weight would train in torch\.bfloat16.*--dtype float32"):
+    with pytest.raises(AdapterError, match=r"layernorm.*weight .*--dtype float32"):
         attach_adapter(tiny("llama").to(torch.bfloat16), "ln")
 
 

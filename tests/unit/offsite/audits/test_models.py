@@ -62,15 +62,15 @@ def test_other_models_are_refused():
     both = models()
     other = base()
     other.model.layers[-1].self_attn.q_proj.weight.data[0, 0] *= 1.05
-    with pytest.raises(KitError, match=r"tensor last\.0\.self_attn\.q_proj\.weight is not the base model's"):
+    with pytest.raises(KitError, match=r"last\.0\.self_attn\.q_proj\.weight"):
         audit(replace(both, base=other), rows(False), QUICK)
     wide = base()
     wide.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 64, bias=False)
-    with pytest.raises(KitError, match=r"tensor first\.0\.mlp\.up_proj\.weight is not the base model's"):
+    with pytest.raises(KitError, match=r"first\.0\.mlp\.up_proj\.weight"):
         audit(replace(both, base=wide), rows(False), QUICK)
     biased = base()
     biased.model.layers[0].mlp.up_proj.bias = torch.nn.Parameter(torch.zeros(48))
-    with pytest.raises(KitError, match=r"tensor first\.0\.mlp\.up_proj\.bias is not the base model's"):
+    with pytest.raises(KitError, match=r"first\.0\.mlp\.up_proj\.bias"):
         audit(replace(both, base=biased), rows(False), QUICK)
     with pytest.raises(LayerError, match="no middle"):
         audit(replace(both, split=Split(2, 2)), rows(False), QUICK)

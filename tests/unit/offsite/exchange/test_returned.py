@@ -127,7 +127,7 @@ def test_a_run_around_a_return_is_told_apart(kit, folder, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     folder.rename(run / "return")
-    with pytest.raises(KitError, match=r"it is a whole run; the return is in it: give .*run/return"):
+    with pytest.raises(KitError, match=r"give .*run/return"):
         read_return(run, kit)
 
 

@@ -118,7 +118,7 @@ def test_what_was_zero_must_stay_so_where_nothing_measures_it(value, shape):
     before = {"first.0.a.weight": torch.zeros(shape), "first.0.b.weight": torch.eye(3)}
     report = compare(before, {**before, "first.0.a.weight": torch.full(shape, value)}, 1e30)
     assert report.tensors["first.0.a.weight"].relative is None
-    with pytest.raises(KitError, match=r"first\.0\.a\.weight was zero and is no longer"):
+    with pytest.raises(KitError, match=r"first\.0\.a\.weight was zero"):
         report.check()
     compare(before, before).check()
 
@@ -140,7 +140,7 @@ def test_what_is_no_number_is_refused(value):
     before = {"first.0.a.weight": torch.ones(2, 2)}
     after = torch.ones(2, 2)
     after[0, 1] = value
-    with pytest.raises(KitError, match=r"first\.0\.a\.weight of the return holds numbers that are not finite"):
+    with pytest.raises(KitError, match=r"first\.0\.a\.weight .*not finite"):
         compare(before, {"first.0.a.weight": after})
 
 

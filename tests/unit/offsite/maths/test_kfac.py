@@ -112,7 +112,7 @@ def test_values_that_are_not_finite_are_refused(bad, count):
     rows_NF = torch.ones(count, 3)
     rows_NF[1, 2] = bad
     for arguments in ((rows_NF, torch.ones(count, 3)), (torch.ones(count, 3), rows_NF)):
-        with pytest.raises(ModelError, match=r"NaN or infinite.*load the model in float32"):
+        with pytest.raises(ModelError, match="float32"):
             curvature(*arguments)
 
 

@@ -122,7 +122,7 @@ def test_a_held_out_loss_that_is_not_finite_is_a_divergence(plain, tmp_path, mon
 
 def test_a_base_model_without_a_loss_is_refused(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(lr_sweep, "_heldout_loss", lambda *_: math.inf)
-    with pytest.raises(TrainingError, match=r"held-out loss of .* is inf: check the rows of .*eval.jsonl"):
+    with pytest.raises(TrainingError, match=r"is inf: .*eval\.jsonl"):
         swept(plain, grid("dense"), tmp_path / "sweep")
 
 
@@ -231,7 +231,7 @@ def test_more_than_one_process(plain, tmp_path, monkeypatch):
 
 
 def test_a_method_that_cannot_run_is_refused_before_the_first_run(plain, tmp_path):
-    with pytest.raises(InputError, match="adapter is full and no layers are given"):
+    with pytest.raises(InputError, match="adapter is full"):
         open_sweep(replace(plain, adapter="full", rank=None), grid("rst", "gast"), tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
     deep = replace(plain, layers=(9,))  # only training finds out how many layers there are
@@ -330,5 +330,5 @@ def test_a_target_is_trained_on_by_every_method_and_steers_one(plain, rows, tmp_
     assert [run.diverged for run in run_missing(sweep, lambda *_: None)] == [None, None]
     again = open_sweep(aimed, grid("dense", "gast", rates=(1e-3,)), tmp_path / "sweep")
     assert again.missing() == []
-    with pytest.raises(RecipeError, match=r"target .* is also a file of the training rows"):
+    with pytest.raises(RecipeError, match=r"target .*also"):
         open_sweep(replace(aimed, target=str(rows)), grid("gast", rates=(1e-3,)), tmp_path / "sweep")
